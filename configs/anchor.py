@@ -1,0 +1,37 @@
+"""Trains an anchor: a dense OLMo-2 model on public data, published for data owners to copy.
+
+    flexolmo train --config=configs/anchor.py:tiny --workdir=runs/anchor --config.data.train=corpora/public
+
+`tiny` runs on two CPU cores in two minutes; `7b` is the published size (1T tokens of a 5T schedule).
+The argument is a size of configs/models.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, models
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """Returns the configuration of an anchor of a named size."""
+    config = base.get_config()
+    models.set_size(config, size)
+    # The router row and bias of an anchor wait for its experts: alone, it has nothing to route.
+    config.partition = ((r"blocks/mixture/anchor/(row|bias)", "frozen"), (r".*", "trainable"))
+    config.optimizer.weight_decay = 0.1
+    config.publish.public_documents = 1000
+    if size == "tiny":
+        config.steps = 600
+        config.data.sequence_length = 256
+        config.data.batch_size = 8
+        config.optimizer.learning_rate = 3e-3
+        config.optimizer.warmup_steps = 50
+        config.checkpoint.every = 200
+    else:
+        config.steps = 238_419  # 1T tokens
+        config.data.sequence_length = 4096
+        config.data.batch_size = 1024
+        config.optimizer.warmup_steps = 2000
+        config.compute.dtype = "bfloat16"
+        config.compute.remat = "dots"
+        config.mesh.data, config.mesh.fsdp = 1, -1
+    return config

@@ -1,0 +1,39 @@
+"""Trains an expert: an owner's copy of the anchor's feed-forward, with a router row and a bias.
+
+    flexolmo train --config=configs/expert.py:tiny --workdir=runs/news --config.start_from=runs/anchor/model
+        --config.expert=news --config.data.train=corpora/news
+
+`tiny` runs on two CPU cores in a minute; `7b` is the published setting (50B tokens).
+The argument is a size of configs/models.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, models
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """Returns the configuration of an expert of a named size."""
+    config = base.get_config()
+    models.set_size(config, size)
+    config.partition = ((r"blocks/mixture/expert/.*", "trainable"), (r".*", "frozen"))
+    config.loss.router_z_loss = 1e-3
+    # A share of public rows teaches the router when not to choose this expert.
+    config.data.public_share = 0.5
+    if size == "tiny":
+        config.steps = 250
+        config.data.sequence_length = 256
+        config.data.batch_size = 8
+        config.optimizer.learning_rate = 3e-3
+        config.optimizer.warmup_steps = 20
+        config.checkpoint.every = 200
+    else:
+        config.steps = 11_921  # 50B tokens
+        config.data.sequence_length = 4096
+        config.data.batch_size = 1024
+        config.optimizer.warmup_steps = 2000
+        config.compute.dtype = "bfloat16"
+        config.compute.frozen_dtype = "bfloat16"
+        config.compute.remat = "dots"
+        config.mesh.data, config.mesh.fsdp = 1, -1
+    return config

@@ -1,0 +1,39 @@
+"""Tunes the router of a merged model on public proxy data; everything else is frozen.
+
+    flexolmo train --config=configs/router.py:tiny --workdir=runs/tuned --config.start_from=runs/merged
+        --config.data.train=corpora/proxies
+
+`tiny` runs on two CPU cores in a minute; `7b` is the published setting (5B tokens).
+The argument is a size of configs/models.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, models
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """Returns the configuration of router tuning for models of a named size."""
+    config = base.get_config()
+    models.set_size(config, size)
+    config.partition = ((r"blocks/mixture/experts/(row|bias)", "trainable"), (r".*", "frozen"))
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.no_decay = (r".*(scale|bias)", "embedding")
+    config.loss.router_z_loss = 1e-3
+    if size == "tiny":
+        config.steps = 50
+        config.data.sequence_length = 256
+        config.data.batch_size = 8
+        config.optimizer.warmup_steps = 5
+        config.checkpoint.every = 50
+    else:
+        config.steps = 1193  # 5B tokens
+        config.data.sequence_length = 4096
+        config.data.batch_size = 1024
+        config.optimizer.warmup_steps = 100
+        config.compute.dtype = "bfloat16"
+        config.compute.frozen_dtype = "bfloat16"
+        config.compute.remat = "dots"
+        config.mesh.data, config.mesh.fsdp = 1, -1
+    return config

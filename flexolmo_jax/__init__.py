@@ -1,0 +1,10 @@
+"""FlexOlmo in JAX: language models whose data owners stay in control."""
+
+
+def __getattr__(name: str):
+    """Loads the Python interface on first use, so that importing a part does not import it all."""
+    if name in ("load", "Model"):
+        from flexolmo_jax.evaluation import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'flexolmo_jax' has no attribute '{name}'")

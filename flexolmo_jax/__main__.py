@@ -1,0 +1,5 @@
+"""`python -m flexolmo_jax`, the same as `flexolmo`."""
+
+from flexolmo_jax.cli import main
+
+main()

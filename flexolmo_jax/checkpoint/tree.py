@@ -1,0 +1,284 @@
+"""Flat trees of arrays on disk, read and written block by block.
+
+A tree is a directory in Orbax's layout (zarr3, one folder a leaf), so `orbax.checkpoint` restores it too.
+Writing goes through tensorstore directly, because a merge must never hold a whole leaf: each leaf is
+stored in blocks of at most `BLOCK_BYTES`, split along its leading axes, and the reader gets the same blocks.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tensorstore as ts
+from etils import epath
+from jax.experimental import multihost_utils
+
+from flexolmo_jax.errors import UserError
+
+BLOCK_BYTES = 16 * 2**20
+COPY_THREADS = 4
+METADATA = "_METADATA"
+
+
+def block_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """The shape of the blocks a leaf is stored in: leading axes are split until a block is small enough."""
+    block, size = list(shape), itemsize * int(np.prod(shape, dtype=np.int64))
+    for axis, length in enumerate(shape):
+        if size <= BLOCK_BYTES:
+            break
+        row = size // length
+        block[axis] = max(1, BLOCK_BYTES // row)
+        size = row * block[axis]
+    return tuple(block)
+
+
+def blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Index ranges that cover an array of that shape in C order."""
+    grid = [-(-length // step) for length, step in zip(shape, block, strict=True)]
+    for index in np.ndindex(*grid):
+        yield tuple(
+            slice(i * step, min((i + 1) * step, length))
+            for i, step, length in zip(index, block, shape, strict=True)
+        )
+
+
+class LeafDigest:
+    """sha256 of a leaf's name, dtype, shape and little-endian bytes in C order."""
+
+    def __init__(self, name: str, dtype: np.dtype, shape: Sequence[int]):
+        """Starts the digest of one leaf; `update` then takes its blocks in C order."""
+        header = json.dumps([name, np.dtype(dtype).name, list(shape)])
+        self._hash = hashlib.sha256(header.encode() + b"\n")
+
+    def update(self, block: np.ndarray) -> None:
+        self._hash.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def combined_digest(leaves: Mapping[str, str]) -> str:
+    """One sha256 for a set of leaf digests, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(leaves.items())).encode()).hexdigest()
+
+
+class TreeWriter:
+    """Makes a tree: `create` each leaf, write its blocks, then `finish`."""
+
+    def __init__(self, path: epath.PathLike):
+        """Starts a tree in `path`, which must not exist."""
+        self._path = epath.Path(path)
+        self._path.mkdir(parents=True)
+        self._shapes: dict[str, list[int]] = {}
+
+    def create(self, name: str, shape: Sequence[int], dtype: np.dtype, block: Sequence[int]) -> ts.TensorStore:
+        """Makes an array to be filled in units of `block` (shape of one stored block)."""
+        self._shapes[name] = list(shape)
+        return ts.open(
+            {
+                "driver": "zarr3",
+                "kvstore": _kvstore(self._path, name),
+                "metadata": {
+                    "data_type": np.dtype(dtype).name,
+                    "shape": list(shape),
+                    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(block)}},
+                    "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+                },
+                "create": True,
+                "store_data_equal_to_fill_value": True,
+                "context": _context(),
+            }
+        ).result()
+
+    def finish(self) -> None:
+        """Writes the index that makes the directory an Orbax checkpoint."""
+        entries = {}
+        for name, shape in sorted(self._shapes.items()):
+            keys = name.split("/")
+            entries[str(tuple(keys))] = {
+                "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+                "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": shape},
+            }
+        metadata = {
+            "tree_metadata": entries,
+            "use_ocdbt": False,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        (self._path / METADATA).write_text(json.dumps(metadata))
+
+
+def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
+    """Opens every leaf of a tree for reading; nothing but metadata is read.
+
+    Raises:
+      UserError: the directory or its index is missing or damaged, or a leaf is missing.
+    """
+    path = epath.Path(path)
+    try:
+        index = json.loads((path / METADATA).read_text())
+        names = ["/".join(k["key"] for k in e["key_metadata"]) for e in index["tree_metadata"].values()]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no parameters here ({METADATA} is missing); is the copy complete?") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path / METADATA}: damaged; copy the directory again from its source") from None
+    if index.get("use_ocdbt") or not index.get("use_zarr3"):
+        raise UserError(f"{path}: not in zarr3 layout without OCDBT, the only one read here")
+    leaves = {}
+    for name in names:
+        spec = {"driver": "zarr3", "kvstore": _kvstore(path, name), "open": True, "context": _context()}
+        try:
+            leaves[name] = ts.open(spec).result()
+        except ValueError as error:
+            raise UserError(f"{path}: leaf {name} cannot be opened ({_first_line(error)})") from None
+    return leaves
+
+
+def read_block(leaf: ts.TensorStore, index: tuple[slice, ...], name: str) -> np.ndarray:
+    """Reads one block of a leaf.
+
+    Raises:
+      UserError: the stored bytes are missing or truncated; `name` says of which leaf.
+    """
+    try:
+        return leaf[index].read().result()
+    except ValueError as error:
+        raise UserError(f"{name}: cannot be read, missing or truncated ({_first_line(error)})") from None
+
+
+def read_leaf(
+    leaf: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: np.dtype, name: str
+) -> jax.Array:
+    """Reads a leaf onto devices; each reads its own shard, cast to `dtype`."""
+
+    def shard(index):
+        return read_block(leaf, index, name).astype(dtype)
+
+    return jax.make_array_from_callback(tuple(leaf.shape), sharding, shard)
+
+
+class Slice(NamedTuple):
+    """A leaf to be read block by block: a whole array, or one expert's part of a stacked one.
+
+    Attributes:
+      source: [layers, ...], or [layers, experts, ...] when `expert` is given; stored or in memory.
+      expert: position on the expert axis, or None when there is no such axis.
+      name: where it comes from, for errors.
+    """
+
+    source: ts.TensorStore | jax.Array | np.ndarray
+    expert: int | None
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape without the expert axis."""
+        shape = tuple(self.source.shape)
+        return shape if self.expert is None else shape[:1] + shape[2:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        dtype = self.source.dtype
+        return dtype.numpy_dtype if isinstance(dtype, ts.dtype) else np.dtype(dtype)
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads one block, of `index` into the shape without the expert axis."""
+        if self.expert is not None:
+            index = (index[0], self.expert, *index[1:])
+        if isinstance(self.source, ts.TensorStore):
+            return read_block(self.source, index, self.name)
+        return _to_host(self.source[index])
+
+
+def write_tree(
+    path: epath.PathLike,
+    leaves: Mapping[str, Slice | Sequence[Slice]],
+    digest_name: Callable[[str], str],
+    advance: Callable[[int], None] = lambda size: None,
+) -> dict[str, str | list[str]]:
+    """Writes a tree block by block; memory is a few blocks, whatever the leaves' sizes.
+
+    Args:
+      path: directory to make.
+      leaves: {path in the tree: its content}; several slices are stacked on a new axis 1, in order.
+      digest_name: path in the tree -> the name that enters a slice's digest.
+      advance: called with the number of bytes written, as they are.
+
+    Returns:
+      {path: digest}, or {path: [digest of each slice]} for stacked leaves.
+
+    Raises:
+      UserError: a value is not finite, or a source cannot be read.
+    """
+    # Process 0 writes; blocks that are spread over processes are gathered by all, in the same order.
+    primary = jax.process_index() == 0
+    writer = TreeWriter(path) if primary else None
+    jobs = {}
+    with ThreadPoolExecutor(COPY_THREADS if jax.process_count() == 1 else 1) as pool:
+        for leaf, content in leaves.items():
+            stacked = not isinstance(content, Slice)
+            slices = content if stacked else [content]
+            shape, dtype = slices[0].shape, slices[0].dtype
+            block = block_shape(shape, dtype.itemsize)
+            store = None
+            if primary:
+                at = (len(slices),) if stacked else ()
+                one = (1,) if stacked else ()
+                store = writer.create(leaf, shape[:1] + at + shape[1:], dtype, block[:1] + one + block[1:])
+            jobs[leaf] = [
+                pool.submit(
+                    _copy, part, store[:, i] if stacked and primary else store, block, digest_name(leaf), advance
+                )
+                for i, part in enumerate(slices)
+            ]
+        try:
+            digests = {leaf: [job.result() for job in parts] for leaf, parts in jobs.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if primary:
+        writer.finish()
+    return {leaf: d[0] if isinstance(leaves[leaf], Slice) else d for leaf, d in digests.items()}
+
+
+def _copy(
+    part: Slice,
+    store: ts.TensorStore | None,
+    block: Sequence[int],
+    digest_name: str,
+    advance: Callable[[int], None],
+) -> str:
+    digest = LeafDigest(digest_name, part.dtype, part.shape)
+    for index in blocks(part.shape, block):
+        values = part.read(index)
+        if not np.isfinite(values).all():
+            raise UserError(f"{part.name}: holds values that are not finite (NaN or infinity)")
+        digest.update(values)
+        if store is not None:
+            store[index].write(values).result()
+        advance(values.nbytes)
+    return digest.hexdigest()
+
+
+def _to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(jax.device_get(array))
+
+
+def _kvstore(path: epath.Path, name: str) -> str:
+    folder = path / name.replace("/", ".")
+    return f"{folder}/" if "://" in str(folder) else f"file://{folder.resolve()}/"
+
+
+def _context() -> dict:
+    return {"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:160]

@@ -1,0 +1,66 @@
+"""The command line: a table of verbs, each a module that declares its flags and does its work in `run`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from flexolmo_jax.errors import UserError
+
+PROGRAM = "flexolmo"
+VERBS = {
+    "tokenize": "texts to a corpus directory",
+    "train": "an anchor, an expert, or a model's router, as a configuration says",
+    "merge": "an anchor and contributions to one model",
+    "opt-out": "a model without some experts, exactly as if they had never been merged",
+    "evaluate": "held-out loss of a model, with any experts left out",
+    "generate": "text that continues a prompt, and each expert's share of it",
+    "inspect": "what a directory is, and whether its digests hold",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb; bad input ends in one line on standard error and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return
+    verb, *arguments = arguments
+    try:
+        if verb not in VERBS:
+            raise UserError(f"'{verb}' is no verb; use one of {', '.join(VERBS)}")
+        module = importlib.import_module(f"flexolmo_jax.cli.{verb.replace('-', '_')}")
+        if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in arguments):
+            print(_help(verb, module))
+            return
+        positional = _parse(verb, arguments)
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.WARNING)
+        module.run(*positional)
+    except UserError as error:
+        sys.stderr.write(f"{PROGRAM} {verb}: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+
+
+def _parse(verb: str, arguments: Sequence[str]) -> list[str]:
+    """Parses the flags; returns what is not a flag."""
+    # Reading a configuration file runs it, and overriding its keys goes through ml_collections: what
+    # either raises is about what the user typed.
+    try:
+        positional = flags.FLAGS([f"{PROGRAM} {verb}", *arguments])[1:]
+    except (flags.Error, AttributeError, ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+        raise UserError(f"{error} (see `{PROGRAM} {verb} --help`)") from error
+    if positional and verb != "inspect":
+        raise UserError(f"'{positional[0]}' is not a flag; write --name=value (see `{PROGRAM} {verb} --help`)")
+    return positional
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {does}" for verb, does in VERBS.items()]
+    return "\n".join([f"usage: {PROGRAM} VERB [--flag=value ...]", "", *lines, "", f"{PROGRAM} VERB --help says more."])
+
+
+def _help(verb: str, module) -> str:
+    return "\n".join([f"{PROGRAM} {verb}: {VERBS[verb]}", "", module.__doc__.strip(), flags.FLAGS.module_help(module)])

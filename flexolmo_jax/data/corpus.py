@@ -1,0 +1,239 @@
+"""A corpus: documents as token ids in a directory.
+
+- `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files.
+- `tokenizer.json`: the tokenizer that made it.
+- `tokens-00000.npy` and on (see `token_files`): the documents one after another, each closed by EOS, none
+  across two files.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+from flexolmo_jax.checkpoint.atomic import atomic_directory
+from flexolmo_jax.data.token_files import TokenFileWriter, find_document_ends, map_token_file
+from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flexolmo_jax.errors import UserError
+
+FORMAT_VERSION = 1
+_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_TOKENS_PER_FILE = 1 << 28
+_BATCH_DOCUMENTS = 1024
+_BATCH_CHARACTERS = 1 << 20  # `tokenizers` needs about 100 bytes for each token in flight
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """A corpus directory, memory-mapped: a random-access sequence of documents.
+
+    `corpus[i]` is document i, EOS included: a read-only array of `dtype` [length]. The first access finds
+    where documents end by one pass over the tokens, and keeps 8 bytes for each document.
+
+    Attributes:
+      path: the directory.
+      documents: number of documents.
+      tokens: number of tokens, EOS included.
+      bytes: number of UTF-8 bytes of the documents' text.
+      eos_id: the id that closes each document.
+      dtype: of the token files.
+      tokenizer_digest: `Tokenizer.digest` of the tokenizer that made it.
+      files: of each token file, its name, number of tokens and SHA-256.
+    """
+
+    path: epath.Path
+    documents: int
+    tokens: int
+    bytes: int
+    eos_id: int
+    dtype: np.dtype
+    tokenizer_digest: str
+    files: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, path: epath.PathLike) -> "Corpus":
+        """Opens a corpus directory, which must be local (or mounted) to be memory-mapped.
+
+        Raises:
+          UserError: it is no corpus, its format version is another, or a token file is missing or truncated.
+        """
+        path = epath.Path(path)
+        if "://" in os.fspath(path):
+            raise UserError(f"{path}: a corpus is memory-mapped; copy it to a local disk or mount its bucket")
+        if not path.is_dir():
+            raise UserError(f"{path}: no such directory; `flexolmo tokenize` makes a corpus")
+        corpus = cls(path=path, **_read_description(path / "corpus.json"))
+        corpus._arrays  # noqa: B018  maps the files, so that a missing one is found now
+        return corpus
+
+    def __len__(self) -> int:
+        return self.documents
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < self.documents:
+            raise IndexError(f"document {index} of {self.documents}")
+        file = bisect.bisect_right(self._first_documents, index) - 1
+        ends = self._document_ends[file]
+        place = index - self._first_documents[file]
+        return self._arrays[file][ends[place - 1] if place else 0 : ends[place]]
+
+    def tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer that made this corpus, with the EOS it was made with.
+
+        Raises:
+          UserError: `tokenizer.json` is missing or is not the one that `corpus.json` names.
+        """
+        tokenizer = load_tokenizer(self.path / "tokenizer.json", eos_id=self.eos_id)
+        if tokenizer.digest != self.tokenizer_digest:
+            raise UserError(f"{self.path / 'tokenizer.json'}: did not make this corpus; tokenize the text again")
+        return tokenizer
+
+    def verify(self) -> None:
+        """Reads every token file and compares its SHA-256.
+
+        Raises:
+          UserError: a file's content is not what `corpus.json` says.
+        """
+        for file in self.files:
+            path = self.path / file["name"]
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if digest != file["sha256"]:
+                raise UserError(f"{path}: differs from the digest in corpus.json; copy the corpus again")
+
+    @functools.cached_property
+    def _arrays(self) -> list[np.ndarray]:
+        return [map_token_file(self.path / file["name"], file["tokens"], self.dtype) for file in self.files]
+
+    @functools.cached_property
+    def _document_ends(self) -> list[np.ndarray]:
+        """Of each file, the offset after each document's EOS, int64 [documents of the file]."""
+        ends = [find_document_ends(array, self.eos_id) for array in self._arrays]
+        found = sum(map(len, ends))
+        if found != self.documents:
+            raise UserError(
+                f"{self.path}: holds {found} documents closed by EOS {self.eos_id}, and corpus.json "
+                f"says {self.documents}; tokenize the text again"
+            )
+        return ends
+
+    @functools.cached_property
+    def _first_documents(self) -> list[int]:
+        return [0, *itertools.accumulate(map(len, self._document_ends))][:-1]
+
+
+def write_corpus(
+    out: epath.PathLike,
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    *,
+    tokens_per_file: int = _TOKENS_PER_FILE,
+    progress: bool = False,
+) -> Corpus:
+    """Tokenizes documents into a new corpus directory, which is complete or absent.
+
+    Memory holds a batch of documents, whatever their number. Documents without a token are skipped.
+
+    Args:
+      out: the directory to make.
+      documents: the texts.
+      tokenizer: encodes them; a copy goes into the corpus.
+      tokens_per_file: a new file starts once the current one holds as many.
+      progress: show a progress bar on standard error.
+
+    Raises:
+      UserError: `out` exists, or there is no document.
+    """
+    columns = (SpinnerColumn(), "{task.description} {task.completed} documents", TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        encoded = (
+            (np.append(ids, tokenizer.eos_id), len(text.encode()))
+            for texts in _batches(bar.track(documents, description="Tokenized"))
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True)
+            if ids.size
+        )
+        return _write(out, encoded, tokenizer, tokens_per_file)
+
+
+def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) -> Corpus:
+    """Copies documents of one corpus, token by token, into a new one.
+
+    Raises:
+      UserError: `out` exists, or there are no indices.
+    """
+    tokenizer = source.tokenizer()
+    documents = (source[index] for index in indices)
+    counted = ((ids, len(tokenizer.decode(ids[:-1]).encode())) for ids in documents)
+    return _write(out, counted, tokenizer, _TOKENS_PER_FILE)
+
+
+def _write(
+    out: epath.PathLike, documents: Iterable[tuple[np.ndarray, int]], tokenizer: Tokenizer, tokens_per_file: int
+) -> Corpus:
+    """Writes documents, given as (ids with their EOS, bytes of text), into a new corpus directory."""
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    totals = {"documents": 0, "tokens": 0, "bytes": 0}
+    with (
+        atomic_directory(out) as directory,
+        contextlib.closing(TokenFileWriter(directory, _DTYPES[dtype], tokens_per_file)) as files,
+    ):
+        for ids, size in documents:
+            files.append(ids)
+            totals["documents"] += 1
+            totals["tokens"] += ids.size
+            totals["bytes"] += size
+        if not totals["documents"]:
+            raise UserError("--input: holds no text; name files with at least one document that is not empty")
+        description = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_digest": tokenizer.digest,
+            "eos_id": tokenizer.eos_id,
+            "dtype": dtype,
+            **totals,
+            "files": files.close(),
+        }
+        tokenizer.save(directory / "tokenizer.json")
+        (directory / "corpus.json").write_bytes(json.dumps(description, indent=2).encode())
+    return Corpus.open(out)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _read_description(file: epath.Path) -> dict[str, Any]:
+    """Reads the fields of `Corpus` from corpus.json."""
+    if not file.exists():
+        raise UserError(f"{file.parent}: is not a corpus (no corpus.json); `flexolmo tokenize` makes one")
+    try:
+        record = json.loads(file.read_bytes())
+        version = record["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{file}: has format version {version}; this program reads {FORMAT_VERSION}")
+        counts = {name: int(record[name]) for name in ("documents", "tokens", "bytes", "eos_id")}
+        files = tuple({"name": f["name"], "tokens": int(f["tokens"]), "sha256": f["sha256"]} for f in record["files"])
+        dtype, digest = _DTYPES[record["dtype"]], record["tokenizer_digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: is not the description of a corpus ({error!r}); copy it again") from error
+    if counts["tokens"] != sum(f["tokens"] for f in files):
+        raise UserError(f"{file}: its files do not add up to {counts['tokens']} tokens; copy it again")
+    return {**counts, "files": files, "dtype": dtype, "tokenizer_digest": digest}

@@ -1,0 +1,136 @@
+"""Corpora to batches, on grain.
+
+A batch is a dict of int32 arrays [batch, length]:
+
+- `tokens`: what the model reads. Document d0 .. dn, EOS is read as EOS, d0 .. dn.
+- `targets`: what it should predict: d0 .. dn, EOS. So each token of a document, the first and the closing
+  EOS included, is a target exactly once.
+- `segment_ids`: which document of the row a token belongs to, from 1; 0 is padding. A row starts and ends
+  wherever the stream of documents is cut, so its first and last segments may be parts of a document.
+- `positions`: from 0 in each segment. The rest of a document that a row cut starts from 0 again in the next
+  row, where nothing of the earlier part can be attended to.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+_PAIR = "pair"
+
+
+def training_batches(
+    corpora: Sequence[tuple[Sequence[Corpus], float]], length: int, batch_size: int, seed: int
+) -> grain.DatasetIterator[Batch]:
+    """Returns endless batches of packed documents, every epoch of a group in a new order.
+
+    The corpora of a group are one set of documents. Groups are packed apart and mixed row by row, in a
+    fixed pattern of which every stretch has each group's share (grain rounds the weights to hundredths of
+    the smallest one).
+
+    Nothing is sharded here: every process runs this same pipeline over the global batch and the training
+    loop takes the process's rows, so batches do not depend on the number of processes or devices.
+
+    `get_state()` is JSON; `set_state` of it, on an iterator made with the same arguments, goes on with the
+    same bits. No thread fetches ahead: a batch is made while the device runs the step dispatched before.
+
+    Args:
+      corpora: groups of corpora and each group's weight, its share of rows relative to the others.
+      length: tokens of a row.
+      batch_size: rows of a batch, over all processes.
+      seed: of the documents' order, a non-negative integer.
+
+    Raises:
+      UserError: there is no corpus, a weight is not positive, or two corpora have different tokenizers.
+    """
+    _check(corpora)
+    rows = [
+        _rows(_shuffled(group, np.random.SeedSequence([seed, index])), group[0].eos_id, length)
+        for index, (group, _) in enumerate(corpora)
+    ]
+    mixed = grain.IterDataset.mix(rows, [weight for _, weight in corpora])
+    return iter(mixed.batch(batch_size, drop_remainder=True).map(_split_pair))
+
+
+def evaluation_batches(corpus: Corpus, length: int, batch_size: int) -> grain.DatasetIterator[Batch]:
+    """Returns batches that hold every token of a corpus as a target exactly once, in order.
+
+    The last batch is filled up with padding (segment id 0), so all have the shape [batch_size, length].
+    """
+    rows = _rows(grain.MapDataset.source(corpus), corpus.eos_id, length)
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    return iter(rows.batch(batch_size, batch_fn=pad).map(_split_pair))
+
+
+def _check(corpora: Sequence[tuple[Sequence[Corpus], float]]) -> None:
+    if not corpora or not all(group for group, _ in corpora):
+        raise UserError("training data: a group has no corpus; name at least one corpus directory")
+    first = corpora[0][0][0]
+    for group, weight in corpora:
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UserError(f"training data: {group[0].path} has weight {weight}; give a positive number")
+        for corpus in group:
+            if (corpus.tokenizer_digest, corpus.eos_id) != (first.tokenizer_digest, first.eos_id):
+                raise UserError(f"{corpus.path}: its tokenizer is not that of {first.path}; tokenize both alike")
+
+
+def _shuffled(group: Sequence[Corpus], seed: np.random.SeedSequence) -> grain.MapDataset[np.ndarray]:
+    """Returns the documents of a group, endless; grain gives each epoch an order of its own."""
+    documents = grain.MapDataset.concatenate([grain.MapDataset.source(corpus) for corpus in group])
+    return documents.shuffle(seed=int(seed.generate_state(1)[0])).repeat()
+
+
+def _rows(documents: grain.MapDataset[np.ndarray], eos_id: int, length: int) -> grain.IterDataset[Batch]:
+    """Packs documents into rows of `length` pairs (token, target)."""
+    # The files are memory-mapped: threads would only contend.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    pairs = documents.map(functools.partial(_pair, eos_id=eos_id)).to_iter_dataset(options)
+    return _JsonState(grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct={_PAIR: length}))
+
+
+def _pair(document: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
+    """Pairs each token with the one before it: int32 [length, 2], so that both are packed alike."""
+    pair_Lx2 = np.empty((len(document), 2), np.int32)
+    pair_Lx2[0, 0] = eos_id
+    pair_Lx2[1:, 0] = document[:-1]
+    pair_Lx2[:, 1] = document
+    return {_PAIR: pair_Lx2}
+
+
+def _split_pair(batch: dict[str, np.ndarray]) -> Batch:
+    return {
+        "tokens": np.ascontiguousarray(batch[_PAIR][..., 0]),
+        "targets": np.ascontiguousarray(batch[_PAIR][..., 1]),
+        "segment_ids": batch[f"{_PAIR}_segment_ids"],
+        "positions": batch[f"{_PAIR}_positions"],
+    }
+
+
+class _JsonState(grain.IterDataset):
+    """Packed rows whose iterator state survives JSON.
+
+    The state of grain's packing holds a pair that it compares with a tuple; JSON makes it a list, which
+    never compares equal, and documents would be lost on resuming.
+    """
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _JsonStateIterator(iter(self._parent))
+
+
+class _JsonStateIterator(grain.DatasetIterator):
+    def __next__(self) -> Any:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        slices = {name: tuple(pair) for name, pair in state["remainder_slices"].items()}
+        self._parent.set_state({**state, "remainder_slices": slices})

@@ -1,0 +1,75 @@
+"""Token files: flat little-endian ids without a header, as OLMo writes its `.npy` files."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from flexolmo_jax.errors import UserError
+
+_SCAN_TOKENS = 1 << 24  # looked at together in the search for EOS
+
+
+class TokenFileWriter:
+    """Writes documents to numbered token files, none across two.
+
+    Args:
+      directory: where to write `tokens-00000.npy` and on.
+      dtype: of the ids, little-endian.
+      tokens_per_file: a new file starts once the current one holds as many.
+    """
+
+    def __init__(self, directory: epath.Path, dtype: np.dtype, tokens_per_file: int):
+        self._directory, self._dtype, self._tokens_per_file = directory, dtype, tokens_per_file
+        self._files: list[dict[str, Any]] = []
+        self._stream = None
+
+    def append(self, document: np.ndarray) -> None:
+        """Writes one document, ids [length] with its EOS."""
+        if self._stream is None:
+            name = f"tokens-{len(self._files):05}.npy"
+            self._files.append({"name": name, "tokens": 0})
+            self._stream, self._sha256 = (self._directory / name).open("wb"), hashlib.sha256()
+        data = document.astype(self._dtype).tobytes()
+        self._stream.write(data)
+        self._sha256.update(data)
+        self._files[-1]["tokens"] += len(document)
+        if self._files[-1]["tokens"] >= self._tokens_per_file:
+            self.close()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Ends the current file; returns the name, number of tokens and SHA-256 of each file."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+            self._files[-1]["sha256"] = self._sha256.hexdigest()
+        return self._files
+
+
+def map_token_file(file: epath.Path, tokens: int, dtype: np.dtype) -> np.ndarray:
+    """Memory-maps a token file, flat or with the header that `np.save` writes: `dtype` [tokens].
+
+    Raises:
+      UserError: the file is missing, or does not hold that many tokens of that type.
+    """
+    if not file.exists():
+        raise UserError(f"{file}: missing, and corpus.json names it; copy the corpus again")
+    size = file.stat().length
+    if tokens and size == tokens * dtype.itemsize:
+        return np.asarray(np.memmap(file, dtype, "r"))
+    try:
+        array = np.asarray(np.load(file, mmap_mode="r"))
+    except (ValueError, EOFError):
+        array = None  # it has no header
+    if array is None or array.shape != (tokens,) or array.dtype != dtype:
+        raise UserError(f"{file}: has {size} bytes, not {tokens} tokens of {dtype.name}; copy the corpus again")
+    return array
+
+
+def find_document_ends(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """Returns the offset after each EOS, int64 [documents]; the end of the file is an end in any case."""
+    starts = range(0, len(tokens), _SCAN_TOKENS)
+    chunks = [np.flatnonzero(tokens[start : start + _SCAN_TOKENS] == eos_id) + start + 1 for start in starts]
+    ends = np.concatenate(chunks)
+    return ends if ends.size and ends[-1] == len(tokens) else np.append(ends, len(tokens))

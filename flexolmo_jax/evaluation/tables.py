@@ -1,0 +1,93 @@
+"""Tables for the terminal, and the rows and number formats that the report's page shares with them."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Scores = Mapping[str, Mapping[str, float]]
+
+AVERAGE = "average"
+MISSING = "-"
+_KINDS = ("anchor", "pair", "merged", "merged-without")
+
+
+def bits_per_byte_table(bits_per_byte: Scores, domains: Sequence[str]) -> Table:
+    """A row per model, a column per domain and the average, the lowest of each column in bold.
+
+    Args:
+      bits_per_byte: held-out bits per byte, `{model: {domain: value}}`.
+      domains: the columns, in order.
+    """
+    rows = model_rows(bits_per_byte, domains)
+    best = lowest(rows)
+    table = _plain_table("bits per byte", [*domains, AVERAGE])
+    for model, row in rows.items():
+        cells = [Text(format_bits(value), "bold" if value == best[key] else "") for key, value in row.items()]
+        table.add_row(Text(model), *cells)
+    return table
+
+
+def loss_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row per data set.
+
+    Args:
+      rows: `{data set: {"documents", "tokens", "bytes", "nats_per_token", "bits_per_byte", "perplexity"}}`.
+    """
+    counts, rates = ("documents", "tokens", "bytes"), ("nats_per_token", "bits_per_byte", "perplexity")
+    table = _plain_table("data", [key.replace("_", " ") for key in (*counts, *rates)])
+    for name, row in rows.items():
+        cells = [f"{row[key]:,}" if key in row else MISSING for key in counts]
+        table.add_row(Text(name), *cells, *(format_bits(row.get(key, math.nan)) for key in rates))
+    return table
+
+
+def show(table: Table, console: Console | None = None) -> None:
+    """Prints a table at its full width, so that a log of 80 columns neither folds nor cuts it."""
+    console = console or Console()
+    table.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    console.print(table, crop=False)
+
+
+def model_rows(bits_per_byte: Scores, domains: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """The models as a reader meets them (anchor, pairs, merged, opt-outs, others), each with its average.
+
+    A domain that was not measured is NaN, and so is the average over it.
+    """
+    domains = unique(bits_per_byte.values()) if domains is None else domains
+    rank = {kind: place for place, kind in enumerate(_KINDS)}
+    rows = {}
+    for model in sorted(bits_per_byte, key=lambda name: rank.get(name.partition(":")[0], len(rank))):
+        row = {domain: bits_per_byte[model].get(domain, math.nan) for domain in domains}
+        rows[model] = row | {AVERAGE: sum(row.values()) / max(1, len(row))}
+    return rows
+
+
+def lowest(rows: Scores) -> dict[str, float]:
+    """The lowest value of each column; infinite where nothing was measured."""
+    columns = unique(rows.values())
+    return {key: min((r[key] for r in rows.values() if math.isfinite(r[key])), default=math.inf) for key in columns}
+
+
+def unique(groups: Iterable[Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for name in group))
+
+
+def format_bits(value: float, sign: str = "") -> str:
+    """Three decimals: an opt-out may change only the third. With `sign="+"`, signed (but not a zero)."""
+    if not math.isfinite(value):
+        return MISSING
+    text = f"{value:{sign}.3f}"
+    return "0.000" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}" if sign else "-")
+
+
+def _plain_table(first: str, columns: Sequence[str]) -> Table:
+    """A table that lines up in a log as well, and that Markdown reads."""
+    table = Table(box=box.MARKDOWN, header_style="")
+    table.add_column(Text(first), no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,111 @@
+"""Merging: an anchor and any set of contributions become one model, without training, block by block."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.atomic import atomic_directory
+from flexolmo_jax.checkpoint.tree import Slice, write_tree
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.merging.contribution import Member, open_contribution, size
+
+
+def merge(
+    anchor: epath.PathLike, contributions: Sequence[epath.PathLike], out: epath.PathLike, top_k: int
+) -> directories.Model:
+    """Merges contributions into a model directory; the order in which they are given does not matter.
+
+    The feed-forwards and router rows of the anchor and of the contributions, sorted by name, are stacked
+    (FlexOlmo, arXiv 2507.07024, section 3.3). Every block that is read is digested on its way and compared with
+    what the manifests say.
+
+    Args:
+      anchor: model directory of the anchor.
+      contributions: contribution directories.
+      out: the model directory to make.
+      top_k: how many experts compute each token (all of them, where there are fewer).
+
+    Raises:
+      UserError: an input is not what its manifest says, two contributions have one name, or `out` exists.
+    """
+    if top_k < 1:
+        raise UserError(f"--top_k={top_k}: must be at least 1")
+    manifest = directories.Model.read(anchor, flag="--anchor")
+    if len(manifest.experts) > 1:
+        raise UserError(
+            f"--anchor={anchor}: a merged model ({', '.join(manifest.roster)}); give the anchor it was made from"
+        )
+    shared, own = directories.model_slices(directories.open_params(anchor), manifest.roster, f"--anchor={anchor}")
+    check_leaves(shared, manifest.shared, f"--anchor={anchor}")
+    check_leaves(own[directories.ANCHOR_NAME], manifest.experts[0].leaves, f"--anchor={anchor}")
+    members, given = [], {}
+    for path in contributions:
+        member = open_contribution(path, manifest, own[directories.ANCHOR_NAME])
+        name = member.expert.name
+        if name in given:
+            raise UserError(f"--contribution={path}: its expert '{name}' came already, from {given[name]}; give one")
+        given[name] = path
+        members.append(member)
+    members.sort(key=lambda member: member.expert.name)
+    members.insert(0, Member(manifest.experts[0], own[directories.ANCHOR_NAME]))
+    merged = dataclasses.replace(manifest, experts=tuple(member.expert for member in members), top_k=top_k)
+    with atomic_directory(out) as directory:
+        assemble(directory, merged, shared, {member.expert.name: member.leaves for member in members})
+        copy_tokenizer(anchor, directory)
+    return merged
+
+
+def assemble(
+    directory: epath.Path,
+    manifest: directories.Model,
+    shared: Mapping[str, Slice],
+    experts: Mapping[str, Mapping[str, Slice]],
+) -> None:
+    """Streams these leaves into a model directory and checks every one against the manifest.
+
+    Raises:
+      UserError: the content of a leaf is not what its digest says, or is not finite.
+    """
+    total = sum(size(leaves) for leaves in (shared, *experts.values()))
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"{len(experts)} experts", total=total)
+        digests = write_tree(
+            directory / directories.PARAMS,
+            directories.model_leaves(shared, experts),
+            directories.digest_name,
+            advance=lambda written: progress.update(task, advance=written),
+        )
+    found_shared, found_experts = directories.split_digests(digests, manifest.roster)
+    _check_digests(found_shared, manifest.shared, shared)
+    for expert, found in zip(manifest.experts, found_experts, strict=True):
+        _check_digests(found, expert.leaves, experts[expert.name])
+    manifest.write(directory)
+
+
+def check_leaves(leaves: Mapping[str, Slice], digests: Mapping[str, str], source: str) -> None:
+    """Raises UserError unless exactly the leaves that a manifest names are there."""
+    odd = leaves.keys() ^ digests.keys()
+    if odd:
+        state = "missing" if min(odd) in digests else "not in its manifest"
+        raise UserError(f"{source}: leaf {min(odd)} is {state}; copy the directory again from its source")
+
+
+def copy_tokenizer(source: epath.PathLike, directory: epath.Path) -> None:
+    """Copies `tokenizer.json` from one model directory to another, where there is one."""
+    tokenizer = epath.Path(source) / directories.TOKENIZER_FILE
+    if tokenizer.exists():
+        tokenizer.copy(directory / directories.TOKENIZER_FILE)
+
+
+def _check_digests(found: Mapping[str, str], named: Mapping[str, str], slices: Mapping[str, Slice]) -> None:
+    for leaf, digest in found.items():
+        if digest != named[leaf]:
+            raise UserError(
+                f"{slices[leaf].name}: altered (its digest is {digest[:12]}, the manifest says {named[leaf][:12]}); "
+                "copy it again from its source"
+            )

@@ -1,0 +1,81 @@
+"""What fixes the shapes and the numerics of a model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flexolmo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """An OLMo-2 decoder (method.md, "Numerics of the architecture"). Sizes count elements."""
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    d_ff: int
+    rope_theta: float
+    norm_eps: float
+
+    def __post_init__(self):
+        """Raises UserError where sizes do not fit together."""
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name) > 0:
+                raise UserError(f"architecture: {field.name} is {getattr(self, field.name)}; it must be positive")
+        if self.d_model % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"architecture: num_heads {self.num_heads} must divide d_model {self.d_model} "
+                f"and be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"architecture: head size {self.head_dim} is odd; rotary embedding needs an even one")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> "Architecture":
+        """Reads what `dataclasses.asdict` wrote; `source` names the file in errors."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            odd = sorted(set(values) ^ names)
+            raise UserError(f"{source}: architecture has missing or unknown keys {odd}; expected {sorted(names)}")
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the experts' leaves are laid out in the parameters.
+
+    `anchor`: one set of leaves, `blocks/mixture/anchor/*`. `pair`: two sets, `anchor` and `expert`.
+    `stacked`: one set, `blocks/mixture/experts/*`, with an expert axis after the layer axis, anchor first.
+
+    Attributes:
+      kind: "anchor", "pair" or "stacked".
+      num_experts: how many experts, the anchor included.
+      top_k: how many experts compute a token when stacked; the other layouts compute all.
+    """
+
+    kind: str
+    num_experts: int
+    top_k: int
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The names of the sets of leaves, in the order of the router's logits."""
+        return {"anchor": ("anchor",), "pair": ("anchor", "expert"), "stacked": ("experts",)}[self.kind]
+
+    @classmethod
+    def of_roster(cls, num_experts: int, top_k: int) -> "Layout":
+        """The layout of a model directory with that many experts."""
+        if num_experts == 1:
+            return ANCHOR
+        return cls("stacked", num_experts, min(top_k, num_experts))
+
+
+ANCHOR = Layout("anchor", 1, 1)
+PAIR = Layout("pair", 2, 2)

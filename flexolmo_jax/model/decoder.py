@@ -1,0 +1,148 @@
+"""The OLMo-2 decoder with a FlexOlmo mixture in every block."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from flexolmo_jax import sharding
+from flexolmo_jax.model.architecture import Architecture, Layout
+from flexolmo_jax.model.attention import Attention
+from flexolmo_jax.model.layers import RMSNorm, parameter
+from flexolmo_jax.model.mixture import Mixture
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is computed; nothing here changes its parameters.
+
+    Attributes:
+      dtype: "float32" or "bfloat16", of activations and matmuls (norms and router stay in float32).
+      remat: a key of `REMAT_POLICIES`: what the backward pass recomputes instead of keeping.
+      unroll: blocks per iteration of the scan over layers.
+      rules: logical axis -> mesh axes; empty for no constraints.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+    rules: sharding.Rules = ()
+
+
+class Output(NamedTuple):
+    """What the decoder returns, all float32: logits, and each layer's router logits and routing weights.
+
+    The router logits are those before `expert_mask`; the weights are those after it, and sum to 1.
+    """
+
+    logits_BxSxV: jax.Array
+    router_logits_LxBxSxE: jax.Array
+    router_weights_LxBxSxE: jax.Array
+
+
+class Block(nn.Module):
+    """h = x + norm(attention(x)); out = h + norm(mixture(h)): norms stand after the sub-layers."""
+
+    architecture: Architecture
+    layout: Layout
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, expert_mask):
+        """Returns (the new residual stream, (router logits, router weights) [batch, length, experts])."""
+        arch, rules, dtype = self.architecture, self.compute.rules, jnp.dtype(self.compute.dtype)
+        attended = Attention(arch, dtype, rules, name="attention")(x_BxSxD, segment_ids_BxS, positions_BxS)
+        x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="attention_norm")(attended)
+        x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
+        mixed, routing = Mixture(arch, self.layout, dtype, rules, name="mixture")(x_BxSxD, expert_mask)
+        x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="mixture_norm")(mixed)
+        return sharding.constrain(x_BxSxD, ("batch", "length", None), rules), routing
+
+
+class Decoder(nn.Module):
+    """Embedding, scanned blocks, final norm, untied head."""
+
+    architecture: Architecture
+    layout: Layout
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BxS: jax.Array,
+        segment_ids_BxS: jax.Array | None = None,
+        positions_BxS: jax.Array | None = None,
+        expert_mask: jax.Array | None = None,
+    ) -> Output:
+        """Computes the logits of every position.
+
+        Args:
+          tokens_BxS: integer token ids.
+          segment_ids_BxS: a token attends only to tokens of its own segment; by default one segment a row.
+          positions_BxS: position within the document; by default within the row.
+          expert_mask: bool [experts] or [batch, experts]; False switches an expert off.
+        """
+        arch, rules = self.architecture, self.compute.rules
+        if segment_ids_BxS is None:
+            segment_ids_BxS = jnp.ones_like(tokens_BxS)
+        if positions_BxS is None:
+            positions_BxS = jnp.broadcast_to(jnp.arange(tokens_BxS.shape[1]), tokens_BxS.shape)
+
+        embedding_VxD = parameter(self, "embedding", (arch.vocab_size, arch.d_model), ("vocab", "embed"))
+        x_BxSxD = embedding_VxD.astype(self.compute.dtype)[tokens_BxS]
+        x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
+
+        policy = REMAT_POLICIES[self.compute.remat]
+        block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=arch.num_layers,
+            unroll=self.compute.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(arch, self.layout, self.compute, name="blocks")
+        x_BxSxD, routing = blocks(x_BxSxD, segment_ids_BxS, positions_BxS, expert_mask)
+
+        x_BxSxD = RMSNorm(arch.norm_eps, name="final_norm")(x_BxSxD)
+        head_DxV = parameter(self, "head", (arch.d_model, arch.vocab_size), ("embed", "vocab"))
+        logits_BxSxV = jnp.einsum(
+            "BSD,DV->BSV",
+            x_BxSxD,
+            head_DxV.astype(self.compute.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return Output(sharding.constrain(logits_BxSxV, ("batch", "length", "vocab"), rules), *routing)
+
+    def apply_flat(self, params: dict[str, jax.Array], *args: Any, **kwargs: Any) -> Output:
+        """Calls the decoder with a flat dict of parameters, {path: leaf}."""
+        return self.apply({"params": traverse_util.unflatten_dict(params, sep="/")}, *args, **kwargs)
+
+    def init_flat(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Fresh parameters as a flat dict {path: float32 leaf}."""
+        return _flat(nn.unbox(self.init(key, jnp.zeros((1, 2), jnp.int32))["params"]))
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the parameters, {path: leaf}, without computing them."""
+        return jax.eval_shape(self.init_flat, jax.random.key(0))
+
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axis names of the parameters, {path: one name per dimension}."""
+        boxed = jax.eval_shape(lambda key: self.init(key, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0))
+        is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+        names = jax.tree.map(lambda leaf: nn.LogicallyPartitioned.get_partition_spec(leaf), boxed, is_leaf=is_box)
+        return {path: tuple(spec) for path, spec in _flat(names["params"]).items()}
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")

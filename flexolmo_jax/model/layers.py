@@ -1,0 +1,40 @@
+"""Parameters with their logical axes, and the norm every block uses."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+INIT_STDDEV = 0.02
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    init: nn.initializers.Initializer | None = None,
+) -> jax.Array:
+    """Declares a float32 parameter: shape, logical axes and initializer in one place.
+
+    The default initializer is a truncated normal of standard deviation 0.02, symmetric about 0.
+    """
+    init = init or nn.initializers.truncated_normal(INIT_STDDEV)
+    return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last `len(axes)` dimensions, computed and scaled in float32."""
+
+    eps: float
+    axes: tuple[str | None, ...] = ("embed",)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns an array of x's shape and dtype."""
+        over = tuple(range(-len(self.axes), 0))
+        scale = parameter(self, "scale", x.shape[-len(self.axes) :], self.axes, nn.initializers.ones)
+        x_float32 = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(x_float32), axis=over, keepdims=True)
+        return (x_float32 * jax.lax.rsqrt(variance + self.eps) * scale.astype(jnp.float32)).astype(x.dtype)

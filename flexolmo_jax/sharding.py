@@ -1,0 +1,100 @@
+"""One mesh, and the rules that map logical axis names to its axes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flexolmo_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+# A rule is (logical axis, mesh axis, mesh axes or None for "not sharded").
+Rules = Sequence[tuple[str, str | Sequence[str] | None]]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh over all devices.
+
+    Args:
+      sizes: devices along each of `MESH_AXES`; at most one may be -1, and takes what the others leave.
+      devices: the devices to use; all of them by default.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in MESH_AXES]
+    known = math.prod(size for size in shape if size != -1)
+    free = shape.count(-1)
+    asked = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
+    if free > 1 or any(size == 0 or size < -1 for size in shape):
+        raise UserError(f"--config.mesh: {asked}: sizes must be positive, and at most one of them -1")
+    if len(devices) % known or (not free and known != len(devices)):
+        raise UserError(
+            f"--config.mesh: {asked} does not fit {len(devices)} devices; the sizes must multiply to that"
+        )
+    shape = [len(devices) // known if size == -1 else size for size in shape]
+    axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=axis_types, devices=devices)
+
+
+def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
+    """Translates the logical axes of one array by the rules.
+
+    Raises:
+      UserError: an axis has no rule, or two axes of the array land on the same mesh axis.
+    """
+    table = {logical: _as_tuple(mesh_axes) for logical, mesh_axes in rules}
+    unknown = [axis for axis in axes if axis is not None and axis not in table]
+    if unknown:
+        raise UserError(f"--config.sharding_rules: no rule for logical axis '{unknown[0]}'; add one")
+    spec = [() if axis is None else table[axis] for axis in axes]
+    used = [mesh_axis for mesh_axes in spec for mesh_axis in mesh_axes]
+    twice = sorted({mesh_axis for mesh_axis in used if used.count(mesh_axis) > 1})
+    if twice:
+        raise UserError(
+            f"--config.sharding_rules: the logical axes {tuple(axes)} of one array use mesh axis '{twice[0]}' twice"
+        )
+    return PartitionSpec(*(mesh_axes or None for mesh_axes in spec))
+
+
+def leaf_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shardings of a flat dict of leaves.
+
+    Args:
+      shapes: {path: anything with `.shape`}.
+      axes: {path: logical axes, one per dimension}.
+      mesh: the mesh.
+      rules: logical axis -> mesh axes.
+
+    Raises:
+      UserError: a dimension does not divide by the devices it is spread over, or the rules collide.
+    """
+    shardings = {}
+    for path, leaf in shapes.items():
+        spec = partition_spec(axes[path], rules)
+        for dimension, mesh_axes in zip(leaf.shape, spec, strict=True):
+            ways = math.prod(mesh.shape[axis] for axis in _as_tuple(mesh_axes))
+            if dimension % ways:
+                raise UserError(
+                    f"--config.mesh: dimension {dimension} of {path} does not divide over the {ways} devices "
+                    f"of mesh axes {_as_tuple(mesh_axes)}; choose a divisor of {dimension}"
+                )
+        shardings[path] = NamedSharding(mesh, spec)
+    return shardings
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules) -> jax.Array:
+    """Pins an activation's sharding by its logical axes; nothing happens without a mesh or rules."""
+    if not rules or jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
+
+
+def _as_tuple(mesh_axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    if mesh_axes is None:
+        return ()
+    return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)

@@ -1,0 +1,162 @@
+"""What a run reads: configuration, start, and corpora, checked before any time is spent on it."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
+from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
+from flexolmo_jax.training.partition import trainable_paths
+
+PUBLIC = "public"  # in a model directory: the sample of public data that came with an anchor
+_CHOICES = {
+    ("compute", "dtype"): ("float32", "bfloat16"),
+    ("compute", "frozen_dtype"): ("float32", "bfloat16"),
+    ("compute", "remat"): tuple(REMAT_POLICIES),
+    ("optimizer", "schedule"): ("cosine", "wsd"),
+}
+_POSITIVE = (
+    ("data", "sequence_length"),
+    ("data", "batch_size"),
+    ("data", "accumulate"),
+    ("compute", "unroll"),
+    ("checkpoint", "every"),
+    ("checkpoint", "keep"),
+    ("log", "every"),
+)
+
+
+class Inputs(NamedTuple):
+    """All that is known of a run before a weight is read.
+
+    Attributes:
+      model: the decoder to train.
+      manifest: of the model directory it starts from, or None for fresh weights.
+      trainable: paths of the trainable leaves.
+      corpora: groups of training corpora, each with its share of the rows.
+      held_out: {label: corpus} evaluated while training.
+    """
+
+    model: Decoder
+    manifest: directories.Model | None
+    trainable: set[str]
+    corpora: list[tuple[list[Corpus], float]]
+    held_out: dict[str, Corpus]
+
+    @property
+    def roster(self) -> list[str]:
+        """Names in the order of the router's logits."""
+        if self.model.layout is PAIR:
+            return [directories.ANCHOR_NAME, "expert"]
+        return self.manifest.roster if self.manifest else [directories.ANCHOR_NAME]
+
+
+def build_model(config: ConfigDict) -> tuple[Decoder, directories.Model | None]:
+    """The decoder a configuration describes, and the manifest of the model it starts from, if any.
+
+    Raises:
+      UserError: a value makes no sense, alone or with the model it starts from.
+    """
+    _check_values(config)
+    manifest = directories.Model.read(config.start_from, flag="--config.start_from") if config.start_from else None
+    if config.expert:
+        _check_expert(config, manifest)
+    if manifest is None:
+        architecture, layout = Architecture.from_dict(config.model.to_dict(), "--config.model"), ANCHOR
+    else:
+        architecture = Architecture.from_dict(manifest.architecture, config.start_from)
+        layout = PAIR if config.expert else Layout.of_roster(len(manifest.experts), manifest.top_k)
+    compute = Compute(config.compute.dtype, config.compute.remat, config.compute.unroll, config.sharding_rules)
+    return Decoder(architecture, layout, compute), manifest
+
+
+def read_inputs(config: ConfigDict) -> Inputs:
+    """Reads and checks everything but weights; raises UserError naming the key that is wrong."""
+    model, manifest = build_model(config)
+    trainable = trainable_paths(model.abstract(), config.partition)
+    corpora = _training_corpora(config)
+    held_out = open_corpora(split_paths(config.evaluation.data))
+    everything = [corpus for group, _ in corpora for corpus in group] + list(held_out.values())
+    digest, source = everything[0].tokenizer_digest, str(everything[0].path)
+    if manifest:
+        digest, source = manifest.tokenizer_digest, f"--config.start_from={config.start_from}"
+    for corpus in everything:
+        if corpus.tokenizer_digest != digest:
+            raise UserError(f"{corpus.path}: its tokenizer is not that of {source}; tokenize the text with that one")
+    vocabulary = everything[0].tokenizer().vocab_size
+    if vocabulary > model.architecture.vocab_size:
+        raise UserError(
+            f"--config.model.vocab_size={model.architecture.vocab_size}: below the {vocabulary} of the tokenizer of "
+            f"{everything[0].path}; give at least that"
+        )
+    return Inputs(model, manifest, trainable, corpora, held_out)
+
+
+def open_corpora(paths: Sequence[str]) -> dict[str, Corpus]:
+    """Opens corpora under labels: what distinguishes their paths, or the name of a single one."""
+    if not paths:
+        return {}
+    parent = os.path.commonpath([os.path.dirname(os.path.normpath(path)) for path in paths])
+    return {os.path.relpath(os.path.normpath(path), parent): Corpus.open(path) for path in paths}
+
+
+def split_paths(value: str) -> list[str]:
+    """Splits a configuration value that lists paths with commas between."""
+    return [path.strip() for path in value.split(",") if path.strip()]
+
+
+def _training_corpora(config: ConfigDict) -> list[tuple[list[Corpus], float]]:
+    data = config.data
+    own = split_paths(data.train)
+    if not own:
+        raise UserError("--config.data.train: empty; give a corpus directory (`flexolmo tokenize` makes one)")
+    if not 0 <= data.public_share < 1:
+        raise UserError(f"--config.data.public_share={data.public_share}: must be at least 0 and below 1")
+    groups = [([Corpus.open(path) for path in own], 1 - data.public_share)]
+    if data.public_share:
+        public = data.public or os.path.join(config.start_from, PUBLIC)
+        if not epath.Path(public).exists():
+            raise UserError(
+                f"--config.data.public_share={data.public_share}: {config.start_from or 'the start'} came without "
+                "public data; give --config.data.public=DIR, or a share of 0"
+            )
+        groups.append(([Corpus.open(public)], data.public_share))
+    return groups
+
+
+def _check_values(config: ConfigDict) -> None:
+    for (section, key), allowed in _CHOICES.items():
+        if config[section][key] not in allowed:
+            raise UserError(f"--config.{section}.{key}={config[section][key]}: must be one of {', '.join(allowed)}")
+    for section, key in _POSITIVE:
+        if config[section][key] < 1:
+            raise UserError(f"--config.{section}.{key}={config[section][key]}: must be at least 1")
+    if config.steps < 1:
+        raise UserError(f"--config.steps={config.steps}: must be at least 1")
+    if config.data.batch_size % config.data.accumulate:
+        raise UserError(
+            f"--config.data.accumulate={config.data.accumulate}: must divide --config.data.batch_size="
+            f"{config.data.batch_size}"
+        )
+
+
+def _check_expert(config: ConfigDict, manifest: directories.Model | None) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", config.expert) or config.expert == directories.ANCHOR_NAME:
+        raise UserError(
+            f"--config.expert={config.expert}: becomes the expert's name; use lower-case letters, digits, - and _, "
+            f"and not '{directories.ANCHOR_NAME}'"
+        )
+    if manifest is None:
+        raise UserError("--config.start_from: empty; an expert starts from an anchor, give its model directory")
+    if len(manifest.experts) > 1:
+        raise UserError(
+            f"--config.start_from={config.start_from}: a merged model ({', '.join(manifest.roster)}); "
+            "an expert starts from the anchor alone"
+        )

@@ -1,0 +1,147 @@
+"""The one training loop: anchor, expert, router tuning and joint training differ in data and partition alone."""
+
+import contextlib
+import itertools
+import json
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from flexolmo_jax import sharding
+from flexolmo_jax.checkpoint.manager import Checkpoints
+from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.training.inputs import Inputs, read_inputs
+from flexolmo_jax.training.metrics import Reporter
+from flexolmo_jax.training.objective import LossWeights
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
+from flexolmo_jax.training.publish import publish
+from flexolmo_jax.training.state import initial_leaves, initial_state, shardings
+from flexolmo_jax.training.step import Leaves, make_loss_step, make_train_step
+
+CONFIG_FILE = "config.json"
+# What may differ when a run is resumed: where it runs and what it keeps, not what it computes.
+MAY_CHANGE = ("mesh", "sharding_rules", "checkpoint", "log")
+
+
+def train(config: ConfigDict, workdir: epath.PathLike) -> epath.Path | None:
+    """Trains what the configuration describes, going on from the last checkpoint in `workdir`.
+
+    Returns:
+      The product, `workdir/model` or `workdir/contribution`; None after SIGTERM, which saves a
+      checkpoint first, so that the same call goes on from there.
+
+    Raises:
+      UserError: the configuration, the data, the start or the workdir is not fit for this run.
+    """
+    workdir = epath.Path(workdir)
+    inputs = read_inputs(config)
+    mesh = sharding.make_mesh(config.mesh)
+    where = shardings(inputs, mesh, config.sharding_rules)
+    batch_sharding = _batch_sharding(config, mesh)
+    schedule = make_schedule(config.optimizer, config.steps)
+    _claim(workdir, config, inputs)
+    product = workdir / ("contribution" if config.expert else "model")
+    if product.exists():
+        return product
+
+    with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+        trainable, frozen = initial_leaves(config, inputs, where)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        state = initial_state(trainable, optimizer, mesh)
+        batches = training_batches(inputs.corpora, config.data.sequence_length, config.data.batch_size, config.seed)
+        first = checkpoints.latest_step() or 0
+        if first:
+            state, position = checkpoints.restore(first, state)
+            batches.set_state(position)
+
+        weights = LossWeights(**config.loss)
+        train_step = make_train_step(inputs.model, optimizer, schedule, weights, config.data.accumulate)
+        train_step = jax.jit(train_step, donate_argnums=0)
+        loss_step = jax.jit(make_loss_step(inputs.model))
+        reporter = Reporter(workdir, config, inputs.roster, first)
+        with reporter, _sigterm() as terminated, jax.transfer_guard("disallow"):
+            for step in range(first + 1, config.steps + 1):
+                state, metrics = train_step(state, frozen, _place(next(batches), batch_sharding))
+                reporter.step(step, metrics)
+                stop, done = terminated(), step == config.steps
+                if stop or done or step % config.checkpoint.every == 0:
+                    checkpoints.save(step, state, batches.get_state())
+                if inputs.held_out and (done or (config.evaluation.every and step % config.evaluation.every == 0)):
+                    params = {**frozen, **state.trainable}
+                    reporter.evaluation(step, _held_out_losses(config, inputs, loss_step, params, batch_sharding))
+                if stop and not done:
+                    return None
+        return publish(product, config, inputs, {**frozen, **state.trainable})
+
+
+def _held_out_losses(
+    config: ConfigDict, inputs: Inputs, loss_step: Callable, params: Leaves, batch_sharding: NamedSharding
+) -> dict[str, float]:
+    """Mean nats per token of each held-out corpus (its first `config.evaluation.batches` batches)."""
+    losses = {}
+    for label, corpus in inputs.held_out.items():
+        batches = evaluation_batches(corpus, config.data.sequence_length, config.data.batch_size)
+        batches = itertools.islice(batches, config.evaluation.batches or None)
+        sums = jax.device_get([loss_step(params, _place(batch, batch_sharding)) for batch in batches])
+        losses[label] = float(sum(s["cross_entropy"] for s in sums) / sum(s["tokens"] for s in sums))
+    return losses
+
+
+def _place(batch: Batch, batch_sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Puts a global batch on the devices; each takes its own rows."""
+    with jax.transfer_guard("allow"):
+        return {
+            name: jax.make_array_from_callback(rows.shape, batch_sharding, rows.__getitem__)
+            for name, rows in batch.items()
+        }
+
+
+def _batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:
+    batch_sharding = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
+    rows = config.data.batch_size // config.data.accumulate
+    ways = config.data.batch_size // batch_sharding.shard_shape((config.data.batch_size, 1))[0]
+    if rows % ways:
+        raise UserError(
+            f"--config.data.batch_size={config.data.batch_size}: its parts of {rows} rows do not divide over the {ways} "
+            "devices that share the batch; give a multiple"
+        )
+    return batch_sharding
+
+
+def _claim(workdir: epath.Path, config: ConfigDict, inputs: Inputs) -> None:
+    """Writes `config.json`, or checks that the one that is there describes the same run."""
+    record = json.loads(config.to_json())
+    record["start_digest"] = inputs.manifest.anchor_digest if inputs.manifest else ""
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=2) + "\n")
+        return
+    try:
+        before = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"{file}: damaged; remove the workdir to start anew") from None
+    changed = sorted(
+        key for key in record.keys() | before.keys() if key not in MAY_CHANGE and record.get(key) != before.get(key)
+    )
+    if changed:
+        raise UserError(
+            f"--workdir={workdir}: holds another run (config.json differs in: {', '.join(changed)}); "
+            "name another workdir, or repeat that run's flags"
+        )
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM has come; the step under way is finished first."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)

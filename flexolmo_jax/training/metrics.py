@@ -1,0 +1,104 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and a progress bar."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Reporter:
+    """Reports the steps of one run. Only process 0 writes."""
+
+    def __init__(self, workdir: epath.Path, config: ConfigDict, roster: Sequence[str], first: int):
+        """Opens the logs in `workdir`, to go on after step `first`.
+
+        Lines of later steps, left by a run that was killed after its last checkpoint, are dropped.
+
+        Args:
+          workdir: gets `metrics.jsonl` and `tensorboard/`.
+          config: of the run.
+          roster: expert names, for the routing shares.
+          first: the step resumed from, or 0.
+        """
+        self._every, self._steps, self._roster = config.log.every, config.steps, roster
+        self._pending: tuple[int, Any] | None = None
+        self._tokens, self._since = 0.0, time.perf_counter()
+        self._primary = jax.process_index() == 0
+        if not self._primary:
+            return
+        self._file = workdir / METRICS_FILE
+        if self._file.exists():
+            kept = [line for line in self._file.read_text().splitlines() if _step_of(line) <= first]
+            self._file.write_text("".join(f"{line}\n" for line in kept))
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+        self._bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+        self._task = self._bar.add_task(config.expert or "model", total=config.steps, completed=first, figures="")
+        self._bar.start()
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of a step just dispatched, and reports the step before it, which is done."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the last step taken, and reports it."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
+        self._tokens += float(metrics["tokens"])
+        if not self._primary or (step % self._every and step not in (1, self._steps)):
+            return
+        shares = np.atleast_1d(metrics.pop("routing_E"))
+        scalars = {name: float(value) for name, value in metrics.items()}
+        scalars |= {f"routing/{name}": float(share) for name, share in zip(self._roster, shares, strict=True)}
+        now = time.perf_counter()
+        scalars["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0.0, now
+        self._write(step, scalars)
+        figures = f"loss {scalars['loss']:.3f}  {scalars['tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, figures=figures)
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Reports held-out losses, {label: nats per token}; the time they took is not the training's."""
+        self.flush()
+        self._write(step, {f"evaluation/{label}": nats for label, nats in losses.items()})
+        self._tokens, self._since = 0.0, time.perf_counter()
+
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl, and a TensorBoard point for each scalar."""
+        if not self._primary:
+            return
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Reports the last step, ends the progress bar, and closes the logs."""
+        if exception[0] is None:
+            self.flush()
+        if self._primary:
+            self._bar.stop()
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the torn last line of a run that was killed

@@ -1,0 +1,77 @@
+"""The loss: cross-entropy and its regularisers, as sums over tokens so that parts of a batch add up."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flexolmo_jax.model.decoder import Decoder, Output
+
+
+class LossWeights(NamedTuple):
+    """Weights of the regularisers, per token (method.md, "Settings of the published run")."""
+
+    z_loss: float
+    router_z_loss: float
+    load_balancing: float
+
+
+def cross_entropy(logits_BxSxV: jax.Array, targets_BxS: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+    """Sum of the negative log likelihood of the targets, in nats, over the tokens of the mask."""
+    nats_BxS = optax.softmax_cross_entropy_with_integer_labels(logits_BxSxV, targets_BxS)
+    return jnp.sum(nats_BxS * mask_BxS)
+
+
+def z_loss(logits: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+    """Sum of the squared log partition function; `logits` is [..., batch, length, classes]."""
+    return jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * mask_BxS)
+
+
+def load_balancing(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array, top_k: int) -> jax.Array:
+    """E * sum over experts of (share of tokens routed to it, counting top-k) * (its mean weight).
+
+    Switch Transformer (arXiv 2101.03961), equation 4, over the tokens of all layers together; it is
+    top_k when routing is uniform.
+    """
+    num_experts = router_weights_LxBxSxE.shape[-1]
+    _, chosen = jax.lax.top_k(router_weights_LxBxSxE, top_k)
+    routed = jax.nn.one_hot(chosen, num_experts).sum(axis=-2)
+    mask = jnp.broadcast_to(mask_BxS, router_weights_LxBxSxE.shape[:-1])[..., None]
+    count = jnp.maximum(jnp.sum(mask), 1)
+    share_E, weight_E = (jnp.sum(y * mask, axis=(0, 1, 2)) / count for y in (routed, router_weights_LxBxSxE))
+    return num_experts * jnp.sum(share_E * weight_E)
+
+
+def routing_shares(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+    """Routing weight each expert got, [experts]: mean over layers, sum over the tokens of the mask."""
+    return jnp.einsum("LBSE,BS->E", router_weights_LxBxSxE, mask_BxS) / router_weights_LxBxSxE.shape[0]
+
+
+def objective(
+    model: Decoder, params: dict[str, jax.Array], batch: dict[str, jax.Array], weights: LossWeights
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The training loss of a batch, summed over its tokens.
+
+    Args:
+      model: the decoder.
+      params: flat dict of all leaves.
+      batch: int32 [batch, length] arrays `tokens`, `targets`, `segment_ids` (0 is padding), `positions`.
+      weights: weights of the regularisers.
+
+    Returns:
+      (loss, sums): `sums` holds `tokens`, `cross_entropy` (nats) and the regularisers before their
+      weights, each a sum over tokens, and `routing_E`, the routing weight each expert got.
+    """
+    out: Output = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
+    tokens = jnp.sum(mask_BxS)
+    sums = {
+        "tokens": tokens,
+        "cross_entropy": cross_entropy(out.logits_BxSxV, batch["targets"], mask_BxS),
+        "z_loss": z_loss(out.logits_BxSxV, mask_BxS),
+        "router_z_loss": z_loss(out.router_logits_LxBxSxE, mask_BxS) / model.architecture.num_layers,
+        "load_balancing": load_balancing(out.router_weights_LxBxSxE, mask_BxS, model.layout.top_k) * tokens,
+    }
+    loss = sums["cross_entropy"] + sum(getattr(weights, name) * sums[name] for name in weights._fields)
+    return loss, {**sums, "routing_E": routing_shares(out.router_weights_LxBxSxE, mask_BxS)}

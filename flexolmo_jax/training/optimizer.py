@@ -1,0 +1,55 @@
+"""AdamW, its schedule, and clipping; all of them see trainable leaves alone."""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from flexolmo_jax.errors import UserError
+
+
+def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then `cosine`, or `wsd` (constant, then a linear decay).
+
+    Args:
+      config: the `optimizer` section of the configuration.
+      steps: length of the run, warm-up included.
+    """
+    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
+    if not 0 <= config.warmup_steps < steps:
+        raise UserError(
+            f"--config.optimizer.warmup_steps={config.warmup_steps}: must be at least 0 and below --config.steps={steps}"
+        )
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    after = steps - config.warmup_steps
+    if config.schedule == "cosine":
+        return optax.join_schedules(
+            [warmup, optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction)], [config.warmup_steps]
+        )
+    decay = min(after, max(1, round(steps * config.decay_fraction)))
+    stages = [warmup, optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)]
+    return optax.join_schedules(stages, [config.warmup_steps, steps - decay])
+
+
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW on a flat dict of trainable leaves, after clipping by their global norm (0: no clipping).
+
+    Weight decay, scaled by the learning rate, spares the paths that match a pattern of `config.no_decay`.
+    """
+
+    def decayed(leaves: Mapping[str, jax.Array]) -> dict[str, bool]:
+        return {path: not any(re.fullmatch(p, path) for p in config.no_decay) for path in leaves}
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.adamw(
+            schedule,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )

@@ -1,0 +1,88 @@
+"""One optimizer step: a pure function of the state, the frozen leaves and a batch."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flexolmo_jax.model.decoder import Decoder
+from flexolmo_jax.training.objective import LossWeights, cross_entropy, objective, routing_shares
+
+Leaves = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes, and all that a checkpoint holds besides the data position."""
+
+    step: jax.Array
+    trainable: Leaves
+    optimizer: optax.OptState
+
+
+def make_train_step(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    weights: LossWeights,
+    accumulate: int,
+) -> Callable[[TrainState, Leaves, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the step `(state, frozen, batch) -> (state, metrics)`.
+
+    Gradients are taken with respect to the trainable leaves only, so no weight gradient of a frozen leaf
+    exists. The batch is computed in `accumulate` parts whose sums are added, so the gradient is that of
+    the mean over all tokens of the batch, however it is divided (load balancing is computed per part).
+
+    Metrics, as float32 scalars: `loss`, `cross_entropy`, `z_loss`, `router_z_loss`, `load_balancing` (means per
+    token), `gradient_norm` before clipping, `learning_rate` (of `schedule`, for the log), `tokens`, and `routing_E`, each expert's share of the routing weight.
+    """
+
+    def part_gradient(trainable: Leaves, frozen: Leaves, part: Batch):
+        def loss_fn(trainable):
+            return objective(model, {**frozen, **trainable}, part, weights)
+
+        (loss, sums), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+        return gradient, {"loss": loss, **sums}
+
+    def train_step(state: TrainState, frozen: Leaves, batch: Batch):
+        if accumulate == 1:
+            gradient, sums = part_gradient(state.trainable, frozen, batch)
+        else:
+            # Part i takes rows i, i + accumulate, ...: every part then spans all devices.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            total, _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, part_gradient(state.trainable, frozen, part)), None),
+                jax.tree.map(
+                    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                    jax.eval_shape(part_gradient, state.trainable, frozen, jax.tree.map(lambda x: x[0], parts)),
+                ),
+                parts,
+            )
+            gradient, sums = total
+        tokens = jnp.maximum(sums.pop("tokens"), 1)
+        gradient = jax.tree.map(lambda g: g / tokens, gradient)
+        metrics = {name: value / tokens for name, value in sums.items()}
+        metrics |= {"tokens": tokens, "gradient_norm": optax.global_norm(gradient)}
+        metrics["learning_rate"] = schedule(state.step)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, optimizer_state), metrics
+
+    return train_step
+
+
+def make_loss_step(model: Decoder) -> Callable[..., dict[str, jax.Array]]:
+    """Builds `(params, batch, expert_mask=None) -> {tokens, cross_entropy, routing_E}`, sums over the batch."""
+
+    def loss_step(params: Leaves, batch: Batch, expert_mask: jax.Array | None = None) -> dict[str, jax.Array]:
+        out = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"], expert_mask)
+        mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
+        return {
+            "tokens": jnp.sum(mask_BxS),
+            "cross_entropy": cross_entropy(out.logits_BxSxV, batch["targets"], mask_BxS),
+            "routing_E": routing_shares(out.router_weights_LxBxSxE, mask_BxS),
+        }
+
+    return loss_step

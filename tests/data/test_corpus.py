@@ -1,0 +1,191 @@
+"""The corpus directory against its bytes on disk."""
+
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from flexolmo_jax.data import corpus as corpus_module
+from flexolmo_jax.data import token_files
+from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.errors import UserError
+
+EOS = 256
+TEXTS = ["one", "", "<|endoftext|>", "naïve 🧑", "x" * 50, "\n", "", "last"]
+DOCUMENTS = [[*text.encode(), EOS] for text in TEXTS if text]
+
+
+def token_bytes(path, dtype="<u2"):
+    return [np.frombuffer(file.read_bytes(), dtype).tolist() for file in sorted(path.glob("tokens-*.npy"))]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus", TEXTS, byte_tokenizer(), tokens_per_file=30)
+
+
+def edit(corpus, **changes):
+    file = corpus.path / "corpus.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_files_hold_the_documents_flat(corpus):
+    files = token_bytes(corpus.path)
+    assert list(itertools.chain(*files)) == list(itertools.chain(*DOCUMENTS))
+    assert [file[-1] for file in files] == [EOS] * len(files)
+    # Documents of 4, 14, 12, 51, 2 and 5 tokens; a file ends as soon as it holds 30.
+    assert [len(file) for file in files] == [30, 51, 7]
+
+
+def test_description(corpus):
+    record = json.loads((corpus.path / "corpus.json").read_text())
+    assert record["format_version"] == 1
+    assert record["tokenizer_digest"] == byte_tokenizer().digest
+    assert (record["eos_id"], record["dtype"]) == (EOS, "uint16")
+    assert record["documents"] == corpus.documents == len(corpus) == len(DOCUMENTS)
+    assert record["tokens"] == corpus.tokens == sum(map(len, DOCUMENTS))
+    assert record["bytes"] == corpus.bytes == len("".join(TEXTS).encode())
+    for file in record["files"]:
+        assert file["sha256"] == hashlib.sha256((corpus.path / file["name"]).read_bytes()).hexdigest()
+    assert corpus.tokenizer().decode(corpus[1]) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("scan_tokens", [1, 4, 7, 1000])
+def test_random_access(corpus, monkeypatch, scan_tokens):
+    monkeypatch.setattr(token_files, "_SCAN_TOKENS", scan_tokens)
+    for i in reversed(range(len(DOCUMENTS))):
+        assert corpus[i].tolist() == DOCUMENTS[i]
+        assert corpus[i].dtype == np.uint16
+    assert [document.tolist() for document in corpus] == DOCUMENTS
+    with pytest.raises(IndexError):
+        corpus[-1]
+
+
+@pytest.mark.parametrize("characters", [1, 30])
+def test_batches_do_not_change_the_result(corpus, tmp_path, monkeypatch, characters):
+    monkeypatch.setattr(corpus_module, "_BATCH_CHARACTERS", characters)
+    write_corpus(tmp_path / "other", iter(TEXTS), byte_tokenizer(), tokens_per_file=30)
+    for file in corpus.path.iterdir():
+        assert (tmp_path / "other" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_documents_are_encoded_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_BATCH_DOCUMENTS", 2)
+    drawn, seen = [], []
+    encode_batch = Tokenizer.encode_batch
+
+    def watch(tokenizer, texts):
+        seen.append((len(drawn), len(texts)))
+        return encode_batch(tokenizer, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", watch)
+    write_corpus(tmp_path / "corpus", (drawn.append(i) or f"text {i}" for i in range(5)), byte_tokenizer())
+    assert seen == [(2, 2), (4, 2), (5, 1)]
+
+
+def test_large_vocabulary_takes_uint32_and_keeps_its_eos(tmp_path):
+    backend = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<stop>"])
+    corpus = write_corpus(tmp_path / "corpus", ["w5 w69999", " ", "w1 <stop>"], Tokenizer(backend, 70_000))
+    assert token_bytes(corpus.path, "<u4") == [[5, 69_999, 70_000, 1, 0, 70_000]]
+    assert corpus.documents == 2
+    assert (corpus.tokenizer().eos_id, corpus.tokenizer().digest) == (70_000, corpus.tokenizer_digest)
+
+
+def test_reads_files_that_np_save_wrote(corpus):
+    for file in corpus.path.glob("tokens-*.npy"):
+        np.save(file, np.frombuffer(file.read_bytes(), "<u2"))
+    assert [document.tolist() for document in Corpus.open(corpus.path)] == DOCUMENTS
+
+
+def test_a_last_document_without_eos_is_a_document(corpus):
+    file = corpus.path / "tokens-00000.npy"
+    tokens = np.fromfile(file, "<u2")
+    tokens[-1] = 97
+    tokens.tofile(file)
+    assert [document.tolist() for document in Corpus.open(corpus.path)][2] == [*DOCUMENTS[2][:-1], 97]
+
+
+@pytest.mark.parametrize("documents", [[], ["", ""]])
+def test_no_document_leaves_nothing(tmp_path, documents):
+    with pytest.raises(UserError, match=r"^--input: holds no text"):
+        write_corpus(tmp_path / "corpus", documents, byte_tokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_source_leaves_nothing(tmp_path):
+    def source():
+        yield "text" * 300_000
+        raise UserError("a.txt: is not UTF-8")
+
+    with pytest.raises(UserError, match="not UTF-8"):
+        write_corpus(tmp_path / "corpus", source(), byte_tokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_is_kept(corpus):
+    with pytest.raises(UserError, match=f"^--out={corpus.path}: exists already"):
+        write_corpus(corpus.path, ["other"], byte_tokenizer())
+    assert [document.tolist() for document in corpus] == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: (c.path / "corpus.json").unlink(), r"corpus: is not a corpus \(no corpus.json\)"),
+        (lambda c: (c.path / "corpus.json").write_text("{"), r"corpus\.json: is not the description"),
+        (lambda c: (c.path / "corpus.json").write_text("[]"), r"corpus\.json: is not the description"),
+        (lambda c: edit(c, format_version=2), r"corpus\.json: has format version 2; this program reads 1"),
+        (lambda c: edit(c, dtype="int8"), r"corpus\.json: is not the description"),
+        (lambda c: edit(c, eos_id=None), r"corpus\.json: is not the description"),
+        (lambda c: edit(c, tokens=87), r"corpus\.json: its files do not add up to 87 tokens"),
+        (lambda c: edit(c, dtype="uint32"), r"tokens-00000\.npy: has 60 bytes, not 30 tokens of uint32"),
+        (lambda c: (c.path / "tokens-00001.npy").unlink(), r"tokens-00001\.npy: missing"),
+        (lambda c: (c.path / "tokens-00002.npy").write_bytes(b"1234"), r"tokens-00002\.npy: has 4 bytes"),
+        (lambda c: (c.path / "tokens-00002.npy").write_bytes(b""), r"tokens-00002\.npy: has 0 bytes"),
+        (lambda c: np.save(c.path / "tokens-00002.npy", np.zeros(7, "<u4")), r"tokens-00002\.npy: has 156 bytes"),
+    ],
+)
+def test_open_errors(corpus, spoil, message):
+    spoil(corpus)
+    with pytest.raises(UserError, match=message) as caught:
+        Corpus.open(corpus.path)
+    assert str(caught.value).startswith(str(corpus.path))
+    assert "\n" not in str(caught.value)
+
+
+def test_open_needs_a_local_directory(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        Corpus.open(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"^gs://bucket/corpus: a corpus is memory-mapped"):
+        Corpus.open("gs://bucket/corpus")
+
+
+def test_a_wrong_eos_is_found(corpus):
+    edit(corpus, eos_id=120)
+    with pytest.raises(UserError, match=r"holds 54 documents closed by EOS 120, and corpus.json says 6"):
+        Corpus.open(corpus.path)[0]
+
+
+def test_a_changed_token_is_found(corpus):
+    corpus.verify()
+    file = corpus.path / "tokens-00001.npy"
+    tokens = np.fromfile(file, "<u2")
+    tokens[0] += 1
+    tokens.tofile(file)
+    with pytest.raises(UserError, match=r"tokens-00001\.npy: differs from the digest"):
+        Corpus.open(corpus.path).verify()
+
+
+def test_another_tokenizer_is_found(corpus):
+    backend = byte_tokenizer().backend
+    backend.add_tokens(["extra"])
+    Tokenizer(backend, EOS).save(corpus.path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json: did not make this corpus"):
+        corpus.tokenizer()

@@ -1,0 +1,185 @@
+"""Batches against packing written out slowly, and against themselves after a resume."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.pipeline import evaluation_batches, training_batches
+from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.errors import UserError
+
+EOS = 256
+KEYS = ("tokens", "targets", "segment_ids", "positions")
+LENGTH = 8
+# With EOS: shorter than a row, exactly one or two rows, and longer.
+SIZES = [2, 7, 30, 15, 1, 7, 5, 23, 9, 7, 3, 7]
+
+
+def make_corpus(path, first: str, sizes=SIZES) -> Corpus:
+    """Makes documents of the given sizes, in which every byte is between `first` and 31 bytes later."""
+    texts = ["".join(chr(ord(first) + (5 * i + j) % 31) for j in range(size)) for i, size in enumerate(sizes)]
+    return write_corpus(path, texts, byte_tokenizer(), tokens_per_file=40)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return make_corpus(tmp_path / "corpus", "A")
+
+
+@pytest.fixture
+def lower(tmp_path):
+    return make_corpus(tmp_path / "lower", "a", [11, 4, 19])
+
+
+def slow_rows(documents, length):
+    """Packs documents one token at a time; yields rows {key: list}, the last one padded with zeros."""
+    row, segment = {key: [] for key in KEYS}, 0
+    for document in documents:
+        segment, position, previous = segment + 1, 0, EOS
+        for token in document:
+            for key, value in zip(KEYS, (previous, token, segment, position), strict=True):
+                row[key].append(value)
+            previous, position = token, position + 1
+            if len(row["tokens"]) == length:
+                yield row
+                row, segment, position = {key: [] for key in KEYS}, 1, 0
+        if not row["tokens"]:
+            segment = 0
+    if row["tokens"]:
+        yield {key: values + [0] * (length - len(values)) for key, values in row.items()}
+
+
+def take_rows(batches, count):
+    """Returns `count` rows of each key, int32 [count, length]."""
+    taken = []
+    while sum(len(batch["tokens"]) for batch in taken) < count:
+        taken.append(next(batches))
+    return {key: np.concatenate([batch[key] for batch in taken])[:count] for key in KEYS}
+
+
+def assert_rows_equal(got, expected):
+    for key in KEYS:
+        assert got[key].dtype == np.int32
+        np.testing.assert_array_equal(got[key], expected[key], err_msg=key)
+
+
+def split_at_eos(targets):
+    ends = np.flatnonzero(targets == EOS) + 1
+    return [tuple(document) for document in np.split(targets, ends)[:-1]]
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(8, 3), (5, 4), (1, 50), (16, 1), (500, 2)])
+def test_evaluation_batches_are_the_corpus_in_order(corpus, length, batch_size):
+    batches = list(evaluation_batches(corpus, length, batch_size))
+    expected = list(slow_rows(corpus, length))
+    assert len(batches) == -(-len(expected) // batch_size)
+    assert all(batch[key].shape == (batch_size, length) for batch in batches for key in KEYS)
+    got = take_rows(iter(batches), len(batches) * batch_size)
+    padding = {key: np.zeros((len(got[key]) - len(expected), length), np.int32) for key in KEYS}
+    slow = {key: np.concatenate([[row[key] for row in expected], padding[key]]) for key in KEYS}
+    assert_rows_equal(got, slow)
+    targets = got["targets"][got["segment_ids"] > 0]
+    np.testing.assert_array_equal(targets, np.concatenate(list(corpus)))
+
+
+def test_every_target_once_per_epoch_in_a_new_order(corpus):
+    epochs = 3
+    batches = training_batches([([corpus], 1.0)], LENGTH, 2, seed=0)
+    targets = take_rows(batches, -(-epochs * corpus.tokens // LENGTH))["targets"].ravel()
+    documents = [tuple(document) for document in corpus]
+    orders = [split_at_eos(targets[e * corpus.tokens : (e + 1) * corpus.tokens]) for e in range(epochs)]
+    for order in orders:
+        assert sorted(order) == sorted(documents)
+    assert len({tuple(order) for order in [documents, *orders]}) == epochs + 1
+
+
+@pytest.mark.parametrize("length", [LENGTH, 5, 100])
+def test_training_rows_are_packed_as_the_slow_version_packs(corpus, length):
+    count = 2 * corpus.tokens // length
+    batches = training_batches([([corpus], 1.0)], length, 4, seed=3)
+    rows = take_rows(batches, count)
+    # The order is the shuffle's; the rest of the last document, which these rows cut, is never reached.
+    targets = rows["targets"].ravel()
+    documents = [*split_at_eos(targets), targets[np.flatnonzero(targets == EOS)[-1] + 1 :]]
+    slow = list(itertools.islice(slow_rows(documents, length), count))
+    assert_rows_equal(rows, {key: np.array([row[key] for row in slow]) for key in KEYS})
+
+
+@pytest.mark.parametrize("fetched", range(24))
+def test_resume_through_json_is_exact(corpus, lower, fetched):
+    def start():
+        return training_batches([([corpus], 1.0), ([lower, corpus], 2.0)], LENGTH, 1, seed=1)
+
+    batches, resumed = start(), start()
+    for _ in range(fetched):
+        next(batches)
+    state = json.dumps(batches.get_state())
+    next(resumed)
+    resumed.set_state(json.loads(state))
+    assert json.dumps(resumed.get_state()) == state
+    assert_rows_equal(take_rows(resumed, 30), take_rows(batches, 30))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.2, 0.8)])
+def test_groups_share_the_rows_by_weight(corpus, lower, weights):
+    batches = training_batches([([corpus], weights[0]), ([lower], weights[1])], LENGTH, 5, seed=0)
+    targets = take_rows(batches, 200)["targets"]
+    text = np.where(targets == EOS, 0, targets)
+    is_lower = (text >= ord("a")).any(axis=1)
+    is_upper = ((text > 0) & (text < ord("a"))).any(axis=1)
+    assert (is_lower != is_upper).all()
+    expected = np.arange(1, 201) * weights[1] / sum(weights)
+    assert np.abs(np.cumsum(is_lower) - expected).max() <= 1
+
+
+def test_corpora_of_a_group_are_one_set(corpus, lower):
+    total = corpus.tokens + lower.tokens
+    batches = training_batches([([corpus, lower], 1.0)], LENGTH, 1, seed=0)
+    targets = take_rows(batches, -(-total // LENGTH))["targets"].ravel()[:total]
+    assert sorted(split_at_eos(targets)) == sorted(tuple(document) for document in [*corpus, *lower])
+
+
+def test_the_seed_decides(corpus):
+    def rows(seed, batch_size=2):
+        batches = training_batches([([corpus], 1.0)], LENGTH, batch_size, seed)
+        taken = take_rows(batches, 20)
+        return taken
+
+    assert_rows_equal(rows(0), rows(0))
+    assert_rows_equal(rows(0), rows(0, batch_size=5))
+    assert (rows(0)["targets"] != rows(1)["targets"]).any()
+    # The second epoch of one seed is not the first of the next.
+    second = training_batches([([corpus], 1.0)], 1, 1, seed=0)
+    take_rows(second, corpus.tokens)
+    epoch = split_at_eos(take_rows(second, corpus.tokens)["targets"].ravel())
+    first = training_batches([([corpus], 1.0)], 1, 1, seed=1)
+    assert epoch != split_at_eos(take_rows(first, corpus.tokens)["targets"].ravel())
+
+
+def test_a_single_document_repeats(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", ["abc"], byte_tokenizer())
+    batches = training_batches([([corpus], 1.0)], 4, 2, seed=0)
+    assert next(batches)["tokens"].tolist() == [[EOS, 97, 98, 99]] * 2
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weight_errors(corpus, weight):
+    with pytest.raises(UserError, match=f"{corpus.path} has weight {weight}; give a positive number"):
+        training_batches([([corpus], 1.0), ([corpus], weight)], LENGTH, 1, seed=0)
+
+
+@pytest.mark.parametrize("corpora", [[], [([], 1.0)]])
+def test_no_corpus(corpora):
+    with pytest.raises(UserError, match="no corpus"):
+        training_batches(corpora, LENGTH, 1, seed=0)
+
+
+def test_tokenizers_must_agree(corpus, tmp_path):
+    backend = byte_tokenizer().backend
+    backend.add_tokens(["extra"])
+    other = write_corpus(tmp_path / "other", ["text"], Tokenizer(backend, EOS))
+    with pytest.raises(UserError, match=f"^{other.path}: its tokenizer is not that of {corpus.path}"):
+        training_batches([([corpus], 1.0), ([other], 1.0)], LENGTH, 1, seed=0)
