@@ -21,7 +21,9 @@ def get_config() -> ConfigDict:
 
     config.seed = 0  # of initialisation and of the order of the data
     config.steps = 0  # optimizer steps of the whole run
-    config.start_from = ""  # model directory to start from (an owner's anchor, a coordinator's merge); "": fresh weights
+    config.start_from = (
+        ""  # model directory to start from (an owner's anchor, a coordinator's merge); "": fresh weights
+    )
     config.expert = ""  # name of the expert to train against start_from; "": train the model itself
     # Ordered (regular expression of a leaf's whole path, "trainable" or "frozen"); the first match decides.
     config.partition = ((".*", "trainable"),)
@@ -39,7 +41,7 @@ def get_config() -> ConfigDict:
     config.init = ConfigDict()  # a new expert's leaves besides its copy of the anchor's feed-forward
     config.init.row_file = ""  # .npy of [d_model] or [layers, d_model]: the router row; "": truncated normal
     config.init.row_stddev = 0.002  # of the truncated normal
-    config.init.bias = 0.0  # b of every layer; its effect on the logit is -|b|, and at 0 it stays 0
+    config.init.bias = -0.1  # b of every layer; its effect on the logit is -|b|, and at exactly 0 it stays 0
 
     config.compute = ConfigDict()
     config.compute.dtype = "float32"  # activations and matmuls: "float32" or "bfloat16"

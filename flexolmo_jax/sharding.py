@@ -33,9 +33,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if free > 1 or any(size == 0 or size < -1 for size in shape):
         raise UserError(f"--config.mesh: {asked}: sizes must be positive, and at most one of them -1")
     if len(devices) % known or (not free and known != len(devices)):
-        raise UserError(
-            f"--config.mesh: {asked} does not fit {len(devices)} devices; the sizes must multiply to that"
-        )
+        raise UserError(f"--config.mesh: {asked} does not fit {len(devices)} devices; the sizes must multiply to that")
     shape = [len(devices) // known if size == -1 else size for size in shape]
     axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=axis_types, devices=devices)

@@ -41,8 +41,7 @@ def blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, 
     grid = [-(-length // step) for length, step in zip(shape, block, strict=True)]
     for index in np.ndindex(*grid):
         yield tuple(
-            slice(i * step, min((i + 1) * step, length))
-            for i, step, length in zip(index, block, shape, strict=True)
+            slice(i * step, min((i + 1) * step, length)) for i, step, length in zip(index, block, shape, strict=True)
         )
 
 
@@ -151,9 +150,7 @@ def read_block(leaf: ts.TensorStore, index: tuple[slice, ...], name: str) -> np.
         raise UserError(f"{name}: cannot be read, missing or truncated ({_first_line(error)})") from None
 
 
-def read_leaf(
-    leaf: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: np.dtype, name: str
-) -> jax.Array:
+def read_leaf(leaf: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: np.dtype, name: str) -> jax.Array:
     """Reads a leaf onto devices; each reads its own shard, cast to `dtype`."""
 
     def shard(index):
@@ -244,6 +241,11 @@ def write_tree(
     if primary:
         writer.finish()
     return {leaf: d[0] if isinstance(leaves[leaf], Slice) else d for leaf, d in digests.items()}
+
+
+def digest_slice(part: Slice, name: str) -> str:
+    """Reads a leaf block by block and returns its digest under `name`; raises UserError as `write_tree` does."""
+    return _copy(part, None, block_shape(part.shape, part.dtype.itemsize), name, lambda size: None)
 
 
 def _copy(

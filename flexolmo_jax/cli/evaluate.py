@@ -31,9 +31,7 @@ def run() -> None:
         raise UserError("--data: none given; give the flag once for each corpus directory")
     corpora = open_corpora(_DATA.value)
     model = load(_MODEL.value, _DTYPE.value)
-    losses = evaluate_shown(
-        model, corpora, without=_WITHOUT.value, length=_LENGTH.value, batch_size=_BATCH_SIZE.value
-    )
+    losses = evaluate_shown(model, corpora, without=_WITHOUT.value, length=_LENGTH.value, batch_size=_BATCH_SIZE.value)
     rows = {label: loss.as_dict() for label, loss in losses.items()}
     show(loss_table(rows))
     if _JSON.value:

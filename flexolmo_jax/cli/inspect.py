@@ -11,9 +11,14 @@ _CHECK = flags.DEFINE_bool("check", True, "Read everything and compare with the 
 def run(*paths: str) -> None:
     """Prints one description for each directory."""
     from flexolmo_jax.errors import UserError
+    from flexolmo_jax.evaluation.tables import show
     from flexolmo_jax.merging.inspect import describe
 
     if not paths:
         raise UserError("no directory given; write `flexolmo inspect DIR`")
     for path in paths:
-        describe(path, check=_CHECK.value)
+        facts, table = describe(path, check=_CHECK.value)
+        width = max(map(len, facts))
+        print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+        if table:
+            show(table)

@@ -56,7 +56,7 @@ class Model:
         return self.manifest.roster
 
     def expert_mask(self, without: Sequence[str]) -> np.ndarray:
-        """bool [experts]: False for the experts to leave out.
+        """Bool [experts]: False for the experts to leave out.
 
         Raises:
           UserError: a name is not on the roster, or nothing would be left.
@@ -118,9 +118,16 @@ class Model:
         ends_B = starts_B + max_new_tokens
         tokens_BxS, ends_B, share_BxE = jax.device_get(
             _generate(
-                self._decoder, self.params, tokens_BxS, starts_B, ends_B, self.expert_mask(without), eos,
-                np.float32(temperature), jax.random.key(seed),
-            )  # fmt: skip
+                self._decoder,
+                self.params,
+                tokens_BxS,
+                starts_B,
+                ends_B,
+                self.expert_mask(without),
+                eos,
+                np.float32(temperature),
+                jax.random.key(seed),
+            )
         )
         out = []
         for row, start, end, share_E in zip(tokens_BxS, starts_B, ends_B, share_BxE, strict=True):

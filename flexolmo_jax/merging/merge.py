@@ -81,9 +81,9 @@ def assemble(
             advance=lambda written: progress.update(task, advance=written),
         )
     found_shared, found_experts = directories.split_digests(digests, manifest.roster)
-    _check_digests(found_shared, manifest.shared, shared)
+    check_digests(found_shared, manifest.shared, shared)
     for expert, found in zip(manifest.experts, found_experts, strict=True):
-        _check_digests(found, expert.leaves, experts[expert.name])
+        check_digests(found, expert.leaves, experts[expert.name])
     manifest.write(directory)
 
 
@@ -102,7 +102,8 @@ def copy_tokenizer(source: epath.PathLike, directory: epath.Path) -> None:
         tokenizer.copy(directory / directories.TOKENIZER_FILE)
 
 
-def _check_digests(found: Mapping[str, str], named: Mapping[str, str], slices: Mapping[str, Slice]) -> None:
+def check_digests(found: Mapping[str, str], named: Mapping[str, str], slices: Mapping[str, Slice]) -> None:
+    """Raises UserError where the content of a leaf is not what the manifest says."""
     for leaf, digest in found.items():
         if digest != named[leaf]:
             raise UserError(

@@ -61,9 +61,7 @@ def opt_out(
         experts=tuple(expert for expert in manifest.experts if expert.name not in names),
         tuned=manifest.tuned if together or (trained and not restore) else None,
     )
-    guarantee = (
-        REMOVED_ONLY if together else EXACT if not trained else ROUTER_RETURNED if restore else ROUTER_KEPT
-    )
+    guarantee = REMOVED_ONLY if together else EXACT if not trained else ROUTER_RETURNED if restore else ROUTER_KEPT
     certificate = {
         "removed": [{"name": e.name, "digest": e.digest} for e in manifest.experts if e.name in names],
         "remaining": [{"name": e.name, "digest": e.digest} for e in remaining.experts],
@@ -96,7 +94,5 @@ def _with_merged_router(model: epath.PathLike, manifest: directories.Model, expe
     merged = manifest.tuned["merged_router"]
     return dataclasses.replace(
         manifest,
-        experts=tuple(
-            directories.Expert(e.name, {**e.leaves, **merged[e.name]}, e.card) for e in manifest.experts
-        ),
+        experts=tuple(directories.Expert(e.name, {**e.leaves, **merged[e.name]}, e.card) for e in manifest.experts),
     )

@@ -102,9 +102,7 @@ class Mixture(nn.Module):
         stacked = self.layout.kind == "stacked"
         stack = (self.layout.num_experts,) if stacked else ()
         sets = [ExpertLeaves(self.architecture, stack, name=name)() for name in self.layout.sets]
-        row_ExD, bias_E = (
-            sets[0][leaf] if stacked else jnp.stack([s[leaf] for s in sets]) for leaf in ("row", "bias")
-        )
+        row_ExD, bias_E = (sets[0][leaf] if stacked else jnp.stack([s[leaf] for s in sets]) for leaf in ("row", "bias"))
         logits_BxSxE, weights_BxSxE = route(x_BxSxD, row_ExD, bias_E, expert_mask)
         kernels = [{leaf: s[leaf].astype(self.dtype) for leaf in ("gate", "up", "down")} for s in sets]
         x_BxSxD = x_BxSxD.astype(self.dtype)

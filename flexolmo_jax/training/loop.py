@@ -107,8 +107,8 @@ def _batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:
     ways = config.data.batch_size // batch_sharding.shard_shape((config.data.batch_size, 1))[0]
     if rows % ways:
         raise UserError(
-            f"--config.data.batch_size={config.data.batch_size}: its parts of {rows} rows do not divide over the {ways} "
-            "devices that share the batch; give a multiple"
+            f"--config.data.batch_size={config.data.batch_size}: its parts of {rows} rows do not divide over "
+            f"the {ways} devices that share the batch; give a multiple"
         )
     return batch_sharding
 

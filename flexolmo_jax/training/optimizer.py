@@ -20,7 +20,8 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     if not 0 <= config.warmup_steps < steps:
         raise UserError(
-            f"--config.optimizer.warmup_steps={config.warmup_steps}: must be at least 0 and below --config.steps={steps}"
+            f"--config.optimizer.warmup_steps={config.warmup_steps}: must be at least 0 and below "
+            f"--config.steps={steps}"
         )
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
     after = steps - config.warmup_steps

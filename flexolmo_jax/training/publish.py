@@ -47,7 +47,8 @@ def data_card(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
 
 def _write_contribution(product: epath.Path, config: ConfigDict, inputs: Inputs, tree: Leaves) -> epath.Path:
     slices = {
-        directories.digest_name(path): Slice(leaf, None, f"the trained leaf {path}") for path, leaf in sorted(tree.items())
+        directories.digest_name(path): Slice(leaf, None, f"the trained leaf {path}")
+        for path, leaf in sorted(tree.items())
     }
     with atomic_directory(product, flag="--workdir") as directory:
         digests = write_tree(directory / directories.PARAMS, slices, digest_name=lambda leaf: leaf)
@@ -63,10 +64,7 @@ def _write_model(product: epath.Path, config: ConfigDict, inputs: Inputs, tree: 
         digests = write_tree(directory / directories.PARAMS, content, directories.digest_name)
         shared_digests, expert_digests = directories.split_digests(digests, inputs.roster)
         before = inputs.manifest
-        if before:
-            cards = [expert.card for expert in before.experts]
-        else:
-            cards = [data_card(config, inputs)]
+        cards = [expert.card for expert in before.experts] if before else [data_card(config, inputs)]
         tuned = None
         if before and len(before.experts) > 1:
             tuned = {

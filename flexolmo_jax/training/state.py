@@ -45,13 +45,14 @@ def initial_leaves(
         leaves = {path: leaf.astype(dtypes[path]) for path, leaf in leaves.items()}
     else:
         stored = directories.open_params(config.start_from)
-        leaves = {path: _read(config, stored, path, leaf.shape, dtypes[path], where[path]) for path, leaf in inputs.model.abstract().items()}
+        leaves = {
+            path: _read(config, stored, path, leaf.shape, dtypes[path], where[path])
+            for path, leaf in inputs.model.abstract().items()
+        }
     return partition.split(leaves, inputs.trainable)
 
 
-def initial_state(
-    trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def initial_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Step 0: optimizer state lies where its leaves do, scalars on every device."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     state = TrainState(jnp.zeros((), jnp.int32), trainable, jax.jit(optimizer.init)(trainable))

@@ -35,8 +35,9 @@ def make_train_step(
     exists. The batch is computed in `accumulate` parts whose sums are added, so the gradient is that of
     the mean over all tokens of the batch, however it is divided (load balancing is computed per part).
 
-    Metrics, as float32 scalars: `loss`, `cross_entropy`, `z_loss`, `router_z_loss`, `load_balancing` (means per
-    token), `gradient_norm` before clipping, `learning_rate` (of `schedule`, for the log), `tokens`, and `routing_E`, each expert's share of the routing weight.
+    Metrics, float32: `loss`, `cross_entropy`, `z_loss`, `router_z_loss`, `load_balancing` (means per token),
+    `gradient_norm` before clipping, `learning_rate` (of `schedule`, for the log), `tokens`, and `routing_E`, each
+    expert's share of the routing weight.
     """
 
     def part_gradient(trainable: Leaves, frozen: Leaves, part: Batch):

@@ -1,0 +1,102 @@
+"""What a directory is, and whether its content is what its manifest says."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.tree import Slice, digest_slice
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.merging.merge import check_digests, check_leaves
+
+
+def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table | None]:
+    """Reads a directory's manifest and, with `check`, all of its content.
+
+    Returns:
+      ({fact: value} of the whole, a table with a row for each expert, or None for a corpus).
+
+    Raises:
+      UserError: not one of our directories, or its content is not what its manifest says.
+    """
+    kind = directories.kind_of(path)
+    if kind is None:
+        raise UserError(f"{path}: neither a model, a contribution nor a corpus; give one of these directories")
+    facts, table = {"model": _model, "contribution": _contribution, "corpus": _corpus}[kind](path, check)
+    return {"directory": f"{path}: a {kind}", **facts, "digests": "hold" if check else "not checked"}, table
+
+
+def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
+    manifest = directories.Model.read(path, flag="inspect")
+    tree = directories.open_params(path)
+    shared, experts = directories.model_slices(tree, manifest.roster, str(path))
+    check_leaves(shared, manifest.shared, str(path))
+    for expert in manifest.experts:
+        check_leaves(experts[expert.name], expert.leaves, f"{path}: expert {expert.name}")
+    if check:
+        named = {"shared": manifest.shared, **{expert.name: expert.leaves for expert in manifest.experts}}
+        _check_content({"shared": shared, **experts}, named)
+    facts = {
+        "architecture": _architecture(manifest.architecture),
+        "anchor digest": manifest.anchor_digest,
+        "shared leaves": f"{_parameters(shared):,} parameters",
+        "experts per token": f"{min(manifest.top_k, len(manifest.experts))} of {len(manifest.experts)}",
+        "tuned since": ", ".join(manifest.tuned["leaves"]) if manifest.tuned else "nothing",
+    }
+    return facts, _roster([(expert, experts[expert.name]) for expert in manifest.experts])
+
+
+def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
+    contribution = directories.Contribution.read(path, flag="inspect")
+    leaves = {leaf: Slice(s, None, f"{path}: leaf {leaf}") for leaf, s in directories.open_params(path).items()}
+    check_leaves(leaves, contribution.expert.leaves, str(path))
+    if check:
+        _check_content({"expert": leaves}, {"expert": contribution.expert.leaves})
+    facts = {"architecture": _architecture(contribution.architecture), "anchor digest": contribution.anchor_digest}
+    return facts, _roster([(contribution.expert, leaves)])
+
+
+def _corpus(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], None]:
+    corpus = Corpus.open(path)
+    if check:
+        corpus.verify()
+    facts = {
+        "documents": f"{corpus.documents:,}",
+        "tokens": f"{corpus.tokens:,}",
+        "bytes of text": f"{corpus.bytes:,}",
+        "tokenizer digest": corpus.tokenizer_digest,
+    }
+    return facts, None
+
+
+def _check_content(groups: Mapping[str, Mapping[str, Slice]], named: Mapping[str, Mapping[str, str]]) -> None:
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("digests", total=sum(map(len, groups.values())))
+        for group, leaves in groups.items():
+            for leaf, part in leaves.items():
+                check_digests({leaf: digest_slice(part, directories.digest_name(leaf))}, named[group], leaves)
+                progress.advance(task)
+
+
+def _roster(members: list[tuple[directories.Expert, Mapping[str, Slice]]]) -> Table:
+    table = Table("expert", "digest", "parameters", "trained tokens", "data")
+    for expert, leaves in members:
+        card = expert.card
+        trained = f"{card['trained_tokens']:,}" if "trained_tokens" in card else "-"
+        said = "; ".join(card[key] for key in ("description", "license") if card.get(key)) or "-"
+        table.add_row(expert.name, expert.digest[:12], f"{_parameters(leaves):,}", trained, said)
+    return table
+
+
+def _parameters(leaves: Mapping[str, Slice]) -> int:
+    return sum(math.prod(part.shape) for part in leaves.values())
+
+
+def _architecture(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in fields.items())
