@@ -21,35 +21,34 @@ def get_config() -> ConfigDict:
 
     config.seed = 0  # of initialisation and of the order of the data
     config.steps = 0  # optimizer steps of the whole run
-    config.start_from = (
-        ""  # model directory to start from (an owner's anchor, a coordinator's merge); "": fresh weights
-    )
+    # Model directory to start from (an owner's anchor, a coordinator's merge); "": fresh weights.
+    config.start_from = ""
     config.expert = ""  # name of the expert to train against start_from; "": train the model itself
     # Ordered (regular expression of a leaf's whole path, "trainable" or "frozen"); the first match decides.
     config.partition = ((".*", "trainable"),)
 
     config.model = ConfigDict()  # architecture of fresh weights; start_from brings its own
     config.model.vocab_size = 0  # token ids
-    config.model.num_layers = 0
-    config.model.d_model = 0
-    config.model.num_heads = 0
+    config.model.num_layers = 0  # blocks
+    config.model.d_model = 0  # width of the residual stream
+    config.model.num_heads = 0  # query heads of a block
     config.model.num_kv_heads = 0  # below num_heads: grouped-query attention
     config.model.d_ff = 0  # hidden units of one expert
     config.model.rope_theta = 500_000.0  # base of the rotary frequencies
-    config.model.norm_eps = 1e-6
+    config.model.norm_eps = 1e-6  # added to the mean square of an RMSNorm
 
     config.init = ConfigDict()  # a new expert's leaves besides its copy of the anchor's feed-forward
     config.init.row_file = ""  # .npy of [d_model] or [layers, d_model]: the router row; "": truncated normal
     config.init.row_stddev = 0.002  # of the truncated normal
     config.init.bias = -0.1  # b of every layer; its effect on the logit is -|b|, and at exactly 0 it stays 0
 
-    config.compute = ConfigDict()
+    config.compute = ConfigDict()  # how steps are computed
     config.compute.dtype = "float32"  # activations and matmuls: "float32" or "bfloat16"
     config.compute.frozen_dtype = "float32"  # how frozen leaves are held in memory
     config.compute.remat = "none"  # what the backward pass recomputes: "none", "dots" (keep matmuls), "full"
     config.compute.unroll = 1  # blocks per iteration of the scan over layers
 
-    config.data = ConfigDict()
+    config.data = ConfigDict()  # what is trained on, and in which batches
     config.data.train = ""  # corpus directory, or several with commas between
     config.data.public_share = 0.0  # share of rows drawn from public data instead of data.train
     config.data.public = ""  # corpus directory of public data; "": the sample that came with start_from
@@ -57,47 +56,47 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 0  # rows in a step, over all devices
     config.data.accumulate = 1  # parts a step's rows are computed in, one after another
 
-    config.evaluation = ConfigDict()
+    config.evaluation = ConfigDict()  # held-out losses while training
     config.evaluation.data = ""  # held-out corpus directories, commas between; "": no evaluation while training
     config.evaluation.every = 0  # steps between evaluations; the last step is always evaluated
     config.evaluation.batches = 0  # batches of each corpus; 0: all of it
 
-    config.optimizer = ConfigDict()
+    config.optimizer = ConfigDict()  # AdamW, on trainable leaves alone
     config.optimizer.learning_rate = 9e-4  # peak
-    config.optimizer.warmup_steps = 0
+    config.optimizer.warmup_steps = 0  # steps of the linear rise from 0 to the peak
     config.optimizer.schedule = "cosine"  # "cosine", or "wsd": constant, then linear decay
     config.optimizer.decay_fraction = 0.2  # of all steps, the share that decays ("wsd")
     config.optimizer.final_fraction = 0.1  # of the peak, where the schedule ends
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.95
-    config.optimizer.epsilon = 1e-8
+    config.optimizer.beta1 = 0.9  # decay of the mean of gradients, per step
+    config.optimizer.beta2 = 0.95  # decay of the mean of squared gradients, per step
+    config.optimizer.epsilon = 1e-8  # added to the root of the mean of squares
     config.optimizer.weight_decay = 0.0  # per step, times the learning rate
     config.optimizer.no_decay = (".*(scale|bias|row)", "embedding")  # patterns of paths that never decay
     config.optimizer.clip_norm = 1.0  # global norm of the gradient of trainable leaves; 0: no clipping
 
     config.loss = ConfigDict()  # weights of the terms beside the cross-entropy, per token
-    config.loss.z_loss = 1e-5
-    config.loss.router_z_loss = 0.0
-    config.loss.load_balancing = 0.0
+    config.loss.z_loss = 1e-5  # squared log partition function of the logits
+    config.loss.router_z_loss = 0.0  # the same of the router's logits, mean over layers
+    config.loss.load_balancing = 0.0  # Switch Transformer's; top-k when routing is uniform
 
     config.mesh = ConfigDict()  # devices along each axis; one of them may be -1: all that are left
     config.mesh.data = -1  # copies of the parameters, each with its rows of the batch
     config.mesh.fsdp = 1  # parameters split over rows' devices
     config.mesh.expert = 1  # stacked experts split over devices
     config.mesh.tensor = 1  # heads, hidden units and vocabulary split
-    config.sharding_rules = SHARDING_RULES
+    config.sharding_rules = SHARDING_RULES  # logical axis -> mesh axes
 
-    config.checkpoint = ConfigDict()
+    config.checkpoint = ConfigDict()  # what an interrupted run goes on from
     config.checkpoint.every = 1000  # steps between checkpoints; the last step is always saved
     config.checkpoint.keep = 2  # most recent checkpoints kept
 
-    config.log = ConfigDict()
+    config.log = ConfigDict()  # metrics of training steps
     config.log.every = 10  # steps between lines of metrics.jsonl and TensorBoard points
 
-    config.publish = ConfigDict()
+    config.publish = ConfigDict()  # what goes into the product besides weights
     config.publish.public_documents = 0  # documents of data.train shipped with an anchor, for owners to mix in
 
     config.card = ConfigDict()  # what a data owner says of the data; it travels with the weights
-    config.card.description = ""
-    config.card.license = ""
+    config.card.description = ""  # in words
+    config.card.license = ""  # under which the data may be used
     return config.lock()

@@ -8,6 +8,7 @@ and in every model it is merged into.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,20 @@ TOKENIZER_FILE = "tokenizer.json"
 # A model that was tuned after its merge keeps the router as the merge made it, in a tree of its own.
 MERGED_ROUTER = "merged_router"
 ROUTER_LEAVES = (MIXTURE + "experts/row", MIXTURE + "experts/bias")
+
+
+NAME_RULE = f"use lower-case letters, digits, - and _, and not '{ANCHOR_NAME}'"
+
+# What a manifest holds: {key: type}.
+_MODEL = {"architecture": dict, "experts": list, "shared": dict, "top_k": int, "tokenizer_digest": str}
+_TUNED = {"leaves": list, "merged_router": dict}
+_EXPERT = {"name": str, "leaves": dict, "card": dict}
+_CONTRIBUTION = {"expert": str, "leaves": dict, "card": dict, "anchor_digest": str, "architecture": dict}
+
+
+def is_expert_name(name: str) -> bool:
+    """Whether a contributed expert can have that name (`NAME_RULE`)."""
+    return re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) is not None and name != ANCHOR_NAME
 
 
 def digest_name(path: str) -> str:
@@ -57,7 +72,8 @@ class Model:
       shared: {path: digest} of the leaves that all experts share.
       top_k: how many experts compute each token (all of them, where the roster is shorter).
       tokenizer_digest: digest of the `tokenizer.json` it was trained with.
-      tuned: None, or what was trained after the merge: {"leaves": [...], "steps": ..., "data": ...}.
+      tuned: None, or what was trained after the merge: {"leaves": [paths], "merged_router": {expert: {leaf: digest}
+        of the router as merged, which lies in `merged_router/`}, "card": of the data}.
     """
 
     architecture: Mapping[str, Any]
@@ -94,7 +110,19 @@ class Model:
         """
         document = _read_manifest(epath.Path(directory), MODEL_FILE, "model", flag)
         try:
+            _check_types(document, _MODEL)
+            for record in document["experts"]:
+                _check_types(record, _EXPERT)
             experts = tuple(Expert(e["name"], e["leaves"], e["card"]) for e in document["experts"])
+            names = [expert.name for expert in experts]
+            if names[:1] != [ANCHOR_NAME] or len(set(names)) < len(names) or not all(map(is_expert_name, names[1:])):
+                raise ValueError(f"a roster of {names}")
+            if document["top_k"] < 1:
+                raise ValueError(f"top_k {document['top_k']}")
+            if document["tuned"] is not None:
+                _check_types(document["tuned"], _TUNED)
+                for name in names:
+                    _check_types({"leaves": document["tuned"]["merged_router"][name]}, {"leaves": dict})
             return cls(
                 architecture=document["architecture"],
                 experts=experts,
@@ -103,7 +131,7 @@ class Model:
                 tokenizer_digest=document["tokenizer_digest"],
                 tuned=document["tuned"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise _damaged(epath.Path(directory) / MODEL_FILE, error) from None
 
 
@@ -134,9 +162,12 @@ class Contribution:
         """Reads a manifest; raises UserError as `Model.read` does."""
         document = _read_manifest(epath.Path(directory), CONTRIBUTION_FILE, "contribution", flag)
         try:
+            _check_types(document, _CONTRIBUTION)
+            if not is_expert_name(document["expert"]):
+                raise ValueError(f"an expert named '{document['expert']}'; {NAME_RULE}")
             expert = Expert(document["expert"], document["leaves"], document["card"])
             return cls(expert, document["anchor_digest"], document["architecture"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise _damaged(epath.Path(directory) / CONTRIBUTION_FILE, error) from None
 
 
@@ -214,6 +245,18 @@ def _read_manifest(directory: epath.Path, file: str, kind: str, flag: str) -> di
     if version != FORMAT:
         raise UserError(f"{directory / file}: format {version}; this version reads format {FORMAT}")
     return document
+
+
+def _check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Raises KeyError or TypeError unless a record has these keys, with values of these types."""
+    for key, expected in types.items():
+        if not isinstance(record[key], expected):
+            raise TypeError(f"{key} is no {expected.__name__}")
+    for key in ("leaves", "shared"):
+        if types.get(key) is dict and not all(isinstance(digest, str) for digest in record[key].values()):
+            raise TypeError(f"{key}: a digest is no str")
+    if "architecture" in types and not all(isinstance(x, int | float) for x in record["architecture"].values()):
+        raise TypeError("architecture: a size is no number")
 
 
 def _damaged(file: epath.Path, error: Exception) -> UserError:

@@ -124,13 +124,15 @@ def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
         names = ["/".join(k["key"] for k in e["key_metadata"]) for e in index["tree_metadata"].values()]
     except FileNotFoundError:
         raise UserError(f"{path}: no parameters here ({METADATA} is missing); is the copy complete?") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / METADATA}: damaged; copy the directory again from its source") from None
     if index.get("use_ocdbt") or not index.get("use_zarr3"):
         raise UserError(f"{path}: not in zarr3 layout without OCDBT, the only one read here")
     leaves = {}
     for name in names:
+        # A block that is missing must not be read as zeros.
         spec = {"driver": "zarr3", "kvstore": _kvstore(path, name), "open": True, "context": _context()}
+        spec["fill_missing_data_reads"] = False
         try:
             leaves[name] = ts.open(spec).result()
         except ValueError as error:

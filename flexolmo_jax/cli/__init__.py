@@ -38,22 +38,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.use_absl_handler()
         logging.set_verbosity(logging.WARNING)
         module.run(*positional)
-    except UserError as error:
-        sys.stderr.write(f"{PROGRAM} {verb}: {' '.join(str(error).split())}\n")
+    except (UserError, OSError) as error:
+        text = str(error) if isinstance(error, UserError) else _reason(error)
+        sys.stderr.write(f"{PROGRAM} {verb}: {' '.join(text.split())}\n")
         sys.exit(2)
 
 
 def _parse(verb: str, arguments: Sequence[str]) -> list[str]:
     """Parses the flags; returns what is not a flag."""
-    # Reading a configuration file runs it, and overriding its keys goes through ml_collections: what
-    # either raises is about what the user typed.
     try:
         positional = flags.FLAGS([f"{PROGRAM} {verb}", *arguments])[1:]
-    except (flags.Error, AttributeError, ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
-        raise UserError(f"{error} (see `{PROGRAM} {verb} --help`)") from error
+    except flags.Error as error:
+        raise UserError(f"{_reason(error)} (see `{PROGRAM} {verb} --help`)") from error
+    except Exception as error:  # reading a configuration file runs it, so it may be anything
+        config = next((argument for argument in arguments if argument.startswith("--config=")), "--config")
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        raise UserError(f"{config}: {reason}; the keys of a configuration are those of configs/base.py") from error
     if positional and verb != "inspect":
         raise UserError(f"'{positional[0]}' is not a flag; write --name=value (see `{PROGRAM} {verb} --help`)")
     return positional
+
+
+def _reason(error: Exception) -> str:
+    """What an error of a library says, without the traceback that ml_collections puts in the middle."""
+    lines = str(error).strip().splitlines() or [""]
+    return " ".join(dict.fromkeys((lines[0], lines[-1])))
 
 
 def _overview() -> str:

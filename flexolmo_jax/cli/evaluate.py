@@ -31,8 +31,12 @@ def run() -> None:
         raise UserError("--data: none given; give the flag once for each corpus directory")
     corpora = open_corpora(_DATA.value)
     model = load(_MODEL.value, _DTYPE.value)
-    losses = evaluate_shown(model, corpora, without=_WITHOUT.value, length=_LENGTH.value, batch_size=_BATCH_SIZE.value)
+    losses = evaluate_shown(
+        model, corpora, title="evaluate", without=_WITHOUT.value, length=_LENGTH.value, batch_size=_BATCH_SIZE.value
+    )
     rows = {label: loss.as_dict() for label, loss in losses.items()}
     show(loss_table(rows))
     if _JSON.value:
-        epath.Path(_JSON.value).write_text(json.dumps(rows, indent=2) + "\n")
+        file = epath.Path(_JSON.value)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows, indent=2) + "\n")

@@ -10,7 +10,7 @@ _PROMPTS = flags.DEFINE_multi_string("prompt", [], "Text to continue; give the f
 _WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens written at most.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0: always the likeliest token.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 flags.mark_flags_as_required(["model"])
 

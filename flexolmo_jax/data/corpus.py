@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from rich.progress import SpinnerColumn, TimeElapsedColumn
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.data.token_files import TokenFileWriter, find_document_ends, map_token_file
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.progress import progress_bar
 
 FORMAT_VERSION = 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -156,7 +156,7 @@ def write_corpus(
       UserError: `out` exists, or there is no document.
     """
     columns = (SpinnerColumn(), "{task.description} {task.completed} documents", TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with progress_bar(*columns, shown=progress) as bar:
         encoded = (
             (np.append(ids, tokenizer.eos_id), len(text.encode()))
             for texts in _batches(bar.track(documents, description="Tokenized"))

@@ -1,6 +1,7 @@
 """A model in memory, for notebooks and other programs: `flexolmo_jax.load`."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,10 @@ class Model:
         """Expert names, the anchor first, in the order of the router's logits."""
         return self.manifest.roster
 
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the parameters, {path: leaf}, as the manifest has them."""
+        return self._decoder.abstract()
+
     def expert_mask(self, without: Sequence[str]) -> np.ndarray:
         """Bool [experts]: False for the experts to leave out.
 
@@ -77,6 +82,8 @@ class Model:
           without: names of experts to leave out, as if they had opted out.
           top_k: experts per token; by default what the model says.
         """
+        if top_k is not None and top_k < 1:
+            raise UserError(f"logits: top_k is {top_k}; it must be at least 1")
         decoder = self._decoder
         if top_k is not None and decoder.layout.kind == "stacked":
             decoder = decoder.clone(layout=Layout.of_roster(len(self.roster), top_k))
@@ -105,8 +112,10 @@ class Model:
         """
         if self.tokenizer is None:
             raise UserError("generate: the model has no tokenizer.json; text needs one")
-        if max_new_tokens < 1 or temperature < 0:
-            raise UserError("generate: max_new_tokens must be at least 1 and temperature at least 0")
+        if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+            raise UserError("max_new_tokens must be at least 1, temperature at least 0 and finite")
+        if not prompts:
+            return []
         eos = self.tokenizer.eos_id
         encoded = [[eos, *self.tokenizer.encode(prompt).tolist()] for prompt in prompts]
         starts_B = np.array([len(ids) for ids in encoded])
@@ -148,13 +157,16 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
       UserError: not a model directory, or a damaged one.
     """
     manifest = directories.Model.read(path, flag="--model")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = {
-        name: tree.read_leaf(leaf, device, jnp.dtype(dtype), f"--model={path}: leaf {name}")
-        for name, leaf in directories.open_params(path).items()
-    }
+    stored = directories.open_params(path)
     file = epath.Path(path) / directories.TOKENIZER_FILE
-    return Model(manifest, params, load_tokenizer(file) if file.exists() else None, dtype)
+    model = Model(manifest, {}, load_tokenizer(file) if file.exists() else None, dtype)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for name, leaf in model.abstract().items():
+        label = f"--model={path}: leaf {name}"
+        if name not in stored or tuple(stored[name].shape) != leaf.shape:
+            raise UserError(f"{label} is missing or misshapen; copy the directory again from its source")
+        model.params[name] = tree.read_leaf(stored[name], device, jnp.dtype(dtype), label)
+    return model
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.pipeline import evaluation_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.api import Model
+from flexolmo_jax.progress import progress_bar
 
 
 class Loss(NamedTuple):
@@ -90,11 +89,18 @@ def evaluate(
     return losses
 
 
-def evaluate_shown(model: Model, corpora: Mapping[str, Corpus], *, length: int, batch_size: int, **kwargs) -> dict:
-    """`evaluate` behind a progress bar on standard error."""
+def evaluate_shown(
+    model: Model, corpora: Mapping[str, Corpus], *, title: str, without: Sequence[str], length: int, batch_size: int
+) -> dict[str, Loss]:
+    """`evaluate`, with a progress bar on standard error."""
     batches = sum(math.ceil(corpus.tokens / length / batch_size) for corpus in corpora.values())
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("evaluate", total=batches)
+    with progress_bar() as progress:
+        task = progress.add_task(title, total=batches)
         return evaluate(
-            model, corpora, length=length, batch_size=batch_size, advance=lambda: progress.advance(task), **kwargs
+            model,
+            corpora,
+            without=without,
+            length=length,
+            batch_size=batch_size,
+            advance=lambda: progress.advance(task),
         )

@@ -116,7 +116,7 @@ def _opt_outs(rows: Scores, certificate: Mapping[str, Any]) -> str:
     if certificate:
         facts = {
             "expert removed": certificate["expert"],
-            "leaves compared": certificate["leaves"],
+            "files compared": certificate["files"],
             "identical to the merge that never had it": "yes" if certificate["identical"] else "NO",
             "guarantee": certificate["guarantee"],
         }

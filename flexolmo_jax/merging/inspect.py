@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.tree import Slice, digest_slice
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.merging.merge import check_digests, check_leaves
+from flexolmo_jax.progress import progress_bar
 
 
 def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table | None]:
@@ -76,7 +76,7 @@ def _corpus(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], None]:
 
 
 def _check_content(groups: Mapping[str, Mapping[str, Slice]], named: Mapping[str, Mapping[str, str]]) -> None:
-    with Progress(console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("digests", total=sum(map(len, groups.values())))
         for group, leaves in groups.items():
             for leaf, part in leaves.items():
@@ -88,9 +88,11 @@ def _roster(members: list[tuple[directories.Expert, Mapping[str, Slice]]]) -> Ta
     table = Table("expert", "digest", "parameters", "trained tokens", "data")
     for expert, leaves in members:
         card = expert.card
-        trained = f"{card['trained_tokens']:,}" if "trained_tokens" in card else "-"
-        said = "; ".join(card[key] for key in ("description", "license") if card.get(key)) or "-"
-        table.add_row(expert.name, expert.digest[:12], f"{_parameters(leaves):,}", trained, said)
+        tokens = card.get("trained_tokens")
+        trained = f"{tokens:,}" if isinstance(tokens, int) else "-"
+        said = "; ".join(str(card[key]) for key in ("description", "license") if card.get(key)) or "-"
+        # Text: what an owner wrote is no markup.
+        table.add_row(expert.name, expert.digest[:12], f"{_parameters(leaves):,}", trained, Text(said))
     return table
 
 

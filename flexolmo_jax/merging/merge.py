@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from etils import epath
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, write_tree
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.merging.contribution import Member, open_contribution, size
+from flexolmo_jax.progress import progress_bar
 
 
 def merge(
@@ -72,7 +72,7 @@ def assemble(
     """
     total = sum(size(leaves) for leaves in (shared, *experts.values()))
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
+    with progress_bar(TextColumn("{task.description}"), *columns) as progress:
         task = progress.add_task(f"{len(experts)} experts", total=total)
         digests = write_tree(
             directory / directories.PARAMS,

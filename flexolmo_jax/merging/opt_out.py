@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from etils import epath
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.tree import open_tree
+from flexolmo_jax.checkpoint.tree import Slice, open_tree, write_tree
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.merging.merge import assemble, check_leaves, copy_tokenizer
+from flexolmo_jax.merging.merge import assemble, check_digests, check_leaves, copy_tokenizer
 
 CERTIFICATE_FILE = "certificate.json"
 EXACT = "exact: every leaf equals, byte for byte, the merge that never had the removed experts"
@@ -52,26 +52,24 @@ def opt_out(
     for expert in manifest.experts:
         check_leaves(experts[expert.name], expert.leaves, f"--model={model}: expert {expert.name}")
     trained = set(manifest.tuned["leaves"]) if manifest.tuned else set()
-    together = sorted(trained - set(directories.ROUTER_LEAVES))
-    restore = bool(trained) and not keep_tuned_router
-    if restore:
-        manifest = _with_merged_router(model, manifest, experts)
-    remaining = dataclasses.replace(
-        manifest,
-        experts=tuple(expert for expert in manifest.experts if expert.name not in names),
-        tuned=manifest.tuned if together or (trained and not restore) else None,
-    )
-    guarantee = REMOVED_ONLY if together else EXACT if not trained else ROUTER_RETURNED if restore else ROUTER_KEPT
+    together = trained if keep_tuned_router else trained - set(directories.ROUTER_LEAVES)
+    routers = _merged_router(model, manifest) if trained else {}
+    if trained and not keep_tuned_router:
+        experts = {name: leaves | routers[name] for name, leaves in experts.items()}
+        manifest = _with_merged_router(manifest)
+    remaining = _without(manifest, names, together)
     certificate = {
         "removed": [{"name": e.name, "digest": e.digest} for e in manifest.experts if e.name in names],
         "remaining": [{"name": e.name, "digest": e.digest} for e in remaining.experts],
         "anchor_digest": remaining.anchor_digest,
-        "guarantee": guarantee,
-        "trained_together": together,
+        "guarantee": _guarantee(trained, together),
+        "trained_together": sorted(together),
     }
     with atomic_directory(out) as directory:
         assemble(directory, remaining, shared, {e.name: experts[e.name] for e in remaining.experts})
         copy_tokenizer(model, directory)
+        if remaining.tuned:
+            _keep_merged_router(directory, remaining, routers)
         (directory / CERTIFICATE_FILE).write_text(json.dumps(certificate, indent=2) + "\n")
     return certificate
 
@@ -85,14 +83,46 @@ def check_removable(names: Sequence[str], roster: Sequence[str], flag: str) -> N
             raise UserError(f"{flag}={name}: {what}; contributed experts: {known}")
 
 
-def _with_merged_router(model: epath.PathLike, manifest: directories.Model, experts: dict) -> directories.Model:
-    """Points the experts' router leaves at the ones the merge made; returns the manifest that describes them."""
+def _guarantee(trained: Set[str], together: Set[str]) -> str:
+    """Which guarantee holds, by what was trained after the merge, and what of it the result still holds."""
+    if not together:
+        return ROUTER_RETURNED if trained else EXACT
+    return ROUTER_KEPT if together <= set(directories.ROUTER_LEAVES) else REMOVED_ONLY
+
+
+def _without(manifest: directories.Model, names: Sequence[str], together: Set[str]) -> directories.Model:
+    """The manifest without some experts, in which the leaves `together` are tuned."""
+    experts = tuple(expert for expert in manifest.experts if expert.name not in names)
+    tuned = None
+    if together:
+        merged_router = {expert.name: manifest.tuned["merged_router"][expert.name] for expert in experts}
+        tuned = {**manifest.tuned, "leaves": sorted(together), "merged_router": merged_router}
+    # An anchor alone is the anchor again, as it was published.
+    top_k = manifest.top_k if len(experts) > 1 else 1
+    return dataclasses.replace(manifest, experts=experts, tuned=tuned, top_k=top_k)
+
+
+def _merged_router(model: epath.PathLike, manifest: directories.Model) -> dict[str, dict[str, Slice]]:
+    """The router as the merge made it, {expert: {leaf: slice}}, which a tuned model keeps beside its own."""
     path = epath.Path(model) / directories.MERGED_ROUTER
-    _, routers = directories.model_slices(open_tree(path), manifest.roster, f"--model={model}: {path.name}")
+    _, routers = directories.model_slices(open_tree(path), manifest.roster, f"--model={path}")
     for name, router in routers.items():
-        experts[name] = {**experts[name], **router}
+        check_leaves(router, manifest.tuned["merged_router"][name], f"--model={path}: expert {name}")
+    return routers
+
+
+def _with_merged_router(manifest: directories.Model) -> directories.Model:
+    """The manifest that describes the experts with the merge's router in place of the tuned one."""
     merged = manifest.tuned["merged_router"]
-    return dataclasses.replace(
-        manifest,
-        experts=tuple(directories.Expert(e.name, {**e.leaves, **merged[e.name]}, e.card) for e in manifest.experts),
-    )
+    experts = tuple(directories.Expert(e.name, {**e.leaves, **merged[e.name]}, e.card) for e in manifest.experts)
+    return dataclasses.replace(manifest, experts=experts)
+
+
+def _keep_merged_router(
+    directory: epath.Path, manifest: directories.Model, routers: Mapping[str, Mapping[str, Slice]]
+) -> None:
+    """Hands the remaining experts' merged router on, so that a later opt-out can return to it."""
+    content = directories.model_leaves({}, {name: routers[name] for name in manifest.roster})
+    digests = write_tree(directory / directories.MERGED_ROUTER, content, directories.digest_name)
+    for name, found in zip(manifest.roster, directories.split_digests(digests, manifest.roster)[1], strict=True):
+        check_digests(found, manifest.tuned["merged_router"][name], routers[name])

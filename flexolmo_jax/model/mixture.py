@@ -35,7 +35,8 @@ def route(
       (logits_BxSxE before the mask, weights_BxSxE that sum to 1 over the experts that are on).
     """
     logits = jnp.einsum("BSD,ED->BSE", x_BxSxD.astype(jnp.float32), row_ExD.astype(jnp.float32))
-    logits = logits - jnp.abs(bias_E.astype(jnp.float32))
+    bias_E = bias_E.astype(jnp.float32)
+    logits = logits - bias_E * jnp.sign(bias_E)  # |b|, with the gradient of 0 at 0 that jnp.abs has not
     if expert_mask is None:
         return logits, jax.nn.softmax(logits, axis=-1)
     expert_mask = jnp.atleast_2d(expert_mask)[:, None, :]

@@ -1,7 +1,6 @@
 """What a run reads: configuration, start, and corpora, checked before any time is spent on it."""
 
 import os
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
 from flexolmo_jax.training.partition import trainable_paths
 
+EXPERT = directories.MIXTURE + "expert/"  # where the leaves of the expert in training lie
 PUBLIC = "public"  # in a model directory: the sample of public data that came with an anchor
 _CHOICES = {
     ("compute", "dtype"): ("float32", "bfloat16"),
@@ -31,6 +31,7 @@ _POSITIVE = (
     ("checkpoint", "keep"),
     ("log", "every"),
 )
+_NOT_NEGATIVE = (("evaluation", "every"), ("evaluation", "batches"), ("publish", "public_documents"))
 
 
 class Inputs(NamedTuple):
@@ -81,6 +82,9 @@ def read_inputs(config: ConfigDict) -> Inputs:
     """Reads and checks everything but weights; raises UserError naming the key that is wrong."""
     model, manifest = build_model(config)
     trainable = trainable_paths(model.abstract(), config.partition)
+    others = sorted(path for path in trainable if config.expert and not path.startswith(EXPERT))
+    if others:
+        raise UserError(f"--config.partition: trains {others[0]}, and an expert ships {EXPERT}* alone; freeze the rest")
     corpora = _training_corpora(config)
     held_out = open_corpora(split_paths(config.evaluation.data))
     everything = [corpus for group, _ in corpora for corpus in group] + list(held_out.values())
@@ -103,8 +107,8 @@ def open_corpora(paths: Sequence[str]) -> dict[str, Corpus]:
     """Opens corpora under labels: what distinguishes their paths, or the name of a single one."""
     if not paths:
         return {}
-    parent = os.path.commonpath([os.path.dirname(os.path.normpath(path)) for path in paths])
-    return {os.path.relpath(os.path.normpath(path), parent): Corpus.open(path) for path in paths}
+    parent = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return {os.path.relpath(path, parent): Corpus.open(path) for path in paths}
 
 
 def split_paths(value: str) -> list[str]:
@@ -138,6 +142,14 @@ def _check_values(config: ConfigDict) -> None:
     for section, key in _POSITIVE:
         if config[section][key] < 1:
             raise UserError(f"--config.{section}.{key}={config[section][key]}: must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"--config.seed={config.seed}: must be at least 0 and below 2**32")
+    for key in ("partition", "sharding_rules"):
+        if not all(isinstance(rule, Sequence) and len(rule) == 2 for rule in config[key]):
+            raise UserError(f"--config.{key}={config[key]}: must hold pairs; write them in a configuration file")
+    for section, key in _NOT_NEGATIVE:
+        if config[section][key] < 0:
+            raise UserError(f"--config.{section}.{key}={config[section][key]}: must be at least 0")
     if config.steps < 1:
         raise UserError(f"--config.steps={config.steps}: must be at least 1")
     if config.data.batch_size % config.data.accumulate:
@@ -148,11 +160,8 @@ def _check_values(config: ConfigDict) -> None:
 
 
 def _check_expert(config: ConfigDict, manifest: directories.Model | None) -> None:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", config.expert) or config.expert == directories.ANCHOR_NAME:
-        raise UserError(
-            f"--config.expert={config.expert}: becomes the expert's name; use lower-case letters, digits, - and _, "
-            f"and not '{directories.ANCHOR_NAME}'"
-        )
+    if not directories.is_expert_name(config.expert):
+        raise UserError(f"--config.expert={config.expert}: becomes the expert's name; {directories.NAME_RULE}")
     if manifest is None:
         raise UserError("--config.start_from: empty; an expert starts from an anchor, give its model directory")
     if len(manifest.experts) > 1:

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
+from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.manager import Checkpoints
+from flexolmo_jax.checkpoint.tree import combined_digest
 from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.inputs import Inputs, read_inputs
@@ -68,12 +71,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> epath.Path | None:
             for step in range(first + 1, config.steps + 1):
                 state, metrics = train_step(state, frozen, _place(next(batches), batch_sharding))
                 reporter.step(step, metrics)
-                stop, done = terminated(), step == config.steps
-                if stop or done or step % config.checkpoint.every == 0:
-                    checkpoints.save(step, state, batches.get_state())
+                done = step == config.steps
                 if inputs.held_out and (done or (config.evaluation.every and step % config.evaluation.every == 0)):
                     params = {**frozen, **state.trainable}
                     reporter.evaluation(step, _held_out_losses(config, inputs, loss_step, params, batch_sharding))
+                stop = terminated()
+                if stop or done or step % config.checkpoint.every == 0:
+                    reporter.flush()  # before the checkpoint is there: a rerun reports only the steps after it
+                    checkpoints.save(step, state, batches.get_state())
                 if stop and not done:
                     return None
         return publish(product, config, inputs, {**frozen, **state.trainable})
@@ -88,7 +93,7 @@ def _held_out_losses(
         batches = evaluation_batches(corpus, config.data.sequence_length, config.data.batch_size)
         batches = itertools.islice(batches, config.evaluation.batches or None)
         sums = jax.device_get([loss_step(params, _place(batch, batch_sharding)) for batch in batches])
-        losses[label] = float(sum(s["cross_entropy"] for s in sums) / sum(s["tokens"] for s in sums))
+        losses[label] = sum(float(s["cross_entropy"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
     return losses
 
 
@@ -116,24 +121,37 @@ def _batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:
 def _claim(workdir: epath.Path, config: ConfigDict, inputs: Inputs) -> None:
     """Writes `config.json`, or checks that the one that is there describes the same run."""
     record = json.loads(config.to_json())
-    record["start_digest"] = inputs.manifest.anchor_digest if inputs.manifest else ""
+    corpora = itertools.chain(*(group for group, _ in inputs.corpora), inputs.held_out.values())
+    files = {f"{corpus.path}/{file['name']}": file["sha256"] for corpus in corpora for file in corpus.files}
+    record["content of start_from"] = _start_digest(inputs.manifest) if inputs.manifest else ""
+    record["content of the corpora"] = combined_digest(files)
     file = workdir / CONFIG_FILE
     if not file.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=2) + "\n")
+        temporary = file.with_name(f".{CONFIG_FILE}.incomplete")
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.replace(file)
         return
     try:
-        before = json.loads(file.read_text())
-    except ValueError:
+        before = flatten_dict(json.loads(file.read_text()), sep=".")
+    except (ValueError, AssertionError):
         raise UserError(f"{file}: damaged; remove the workdir to start anew") from None
+    record = flatten_dict(record, sep=".")
     changed = sorted(
-        key for key in record.keys() | before.keys() if key not in MAY_CHANGE and record.get(key) != before.get(key)
+        key
+        for key in record.keys() | before.keys()
+        if key.split(".")[0] not in MAY_CHANGE and record.get(key) != before.get(key)
     )
     if changed:
         raise UserError(
             f"--workdir={workdir}: holds another run (config.json differs in: {', '.join(changed)}); "
             "name another workdir, or repeat that run's flags"
         )
+
+
+def _start_digest(manifest: directories.Model) -> str:
+    """Of all leaves of all experts, whatever the path of the model directory."""
+    return combined_digest({**manifest.shared, **{expert.name: expert.digest for expert in manifest.experts}})
 
 
 @contextlib.contextmanager

@@ -39,7 +39,9 @@ class Reporter:
         self._file = workdir / METRICS_FILE
         if self._file.exists():
             kept = [line for line in self._file.read_text().splitlines() if _step_of(line) <= first]
-            self._file.write_text("".join(f"{line}\n" for line in kept))
+            temporary = self._file.with_name(f".{METRICS_FILE}.incomplete")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(self._file)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
         self._bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
@@ -90,11 +92,13 @@ class Reporter:
 
     def __exit__(self, *exception) -> None:
         """Reports the last step, ends the progress bar, and closes the logs."""
-        if exception[0] is None:
-            self.flush()
-        if self._primary:
-            self._bar.stop()
-            self._board.close()
+        try:
+            if exception[0] is None:
+                self.flush()
+        finally:
+            if self._primary:
+                self._bar.stop()
+                self._board.close()
 
 
 def _step_of(line: str) -> float:

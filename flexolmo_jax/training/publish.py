@@ -11,8 +11,7 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, open_tree, write_tree
 from flexolmo_jax.data.corpus import Corpus, copy_documents
-from flexolmo_jax.training.inputs import PUBLIC, Inputs
-from flexolmo_jax.training.state import EXPERT
+from flexolmo_jax.training.inputs import EXPERT, PUBLIC, Inputs
 from flexolmo_jax.training.step import Leaves
 
 
@@ -24,10 +23,10 @@ def publish(product: epath.Path, config: ConfigDict, inputs: Inputs, leaves: Lea
     Raises:
       UserError: a trained leaf is not finite.
     """
-    tree: dict[str, Any] = {path: leaves[path] for path in inputs.trainable}
     if config.expert:
-        tree = {path: tree[path] for path in tree if path.startswith(EXPERT)}
-        return _write_contribution(product, config, inputs, tree)
+        own = {path: leaf for path, leaf in leaves.items() if path.startswith(EXPERT)}
+        return _write_contribution(product, config, inputs, own)
+    tree: dict[str, Any] = {path: leaves[path] for path in inputs.trainable}
     stored = directories.open_params(config.start_from) if inputs.manifest else leaves
     tree |= {path: stored[path] for path in leaves.keys() - inputs.trainable}
     return _write_model(product, config, inputs, tree)

@@ -16,10 +16,8 @@ from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories, tree
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import partition
-from flexolmo_jax.training.inputs import Inputs
+from flexolmo_jax.training.inputs import EXPERT, Inputs
 from flexolmo_jax.training.step import TrainState
-
-EXPERT = directories.MIXTURE + "expert/"
 
 
 def shardings(inputs: Inputs, mesh: Mesh, rules: sharding.Rules) -> dict[str, NamedSharding]:
@@ -30,21 +28,19 @@ def shardings(inputs: Inputs, mesh: Mesh, rules: sharding.Rules) -> dict[str, Na
 def initial_leaves(
     config: ConfigDict, inputs: Inputs, where: Mapping[str, NamedSharding]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The leaves a run begins with, on their devices, as (trainable in float32, frozen in `frozen_dtype`).
+    """The leaves a run begins with, on their devices, as (trainable, frozen).
 
     Fresh weights are drawn from the seed. Otherwise leaves are read from `start_from`, and a new expert
-    gets the anchor's feed-forward, a router row of its own and its bias (method.md, "Formulas").
+    gets the anchor's feed-forward, a router row of its own and its bias (method.md, "Formulas"). What the
+    run will publish from memory is float32; the other frozen leaves are held in `frozen_dtype`.
     """
-    dtypes = {
-        path: np.dtype(np.float32 if path in inputs.trainable else jnp.dtype(config.compute.frozen_dtype))
-        for path in where
-    }
     if inputs.manifest is None:
         key = jax.random.key(config.seed)
         leaves = jax.jit(inputs.model.init_flat, out_shardings=dict(where))(key)
-        leaves = {path: leaf.astype(dtypes[path]) for path, leaf in leaves.items()}
     else:
         stored = directories.open_params(config.start_from)
+        published = inputs.trainable | {path for path in where if path.startswith(EXPERT)}
+        dtypes = {path: jnp.dtype("float32" if path in published else config.compute.frozen_dtype) for path in where}
         leaves = {
             path: _read(config, stored, path, leaf.shape, dtypes[path], where[path])
             for path, leaf in inputs.model.abstract().items()

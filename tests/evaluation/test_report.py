@@ -21,7 +21,7 @@ SHARES = {"anchor": 0.25, "code": 0.45, "news": 0.3}
 RESULTS = {
     "bits_per_byte": BITS,
     "routing": {domain: SHARES for domain in DOMAINS},
-    "opt_out": {"expert": "news", "leaves": 12345, "identical": True, "guarantee": "exact, before any tuning"},
+    "opt_out": {"expert": "news", "files": 12345, "identical": True, "guarantee": "exact, before any tuning"},
     "samples": [{"domain": "code", "prompt": "def f", "text": "(x):\n    return x", "experts": SHARES}],
     "settings": {"d_model": 128, "tokens": 1_228_800, "device": "CPU"},
 }
@@ -153,7 +153,7 @@ def test_hostile_text_is_only_text(tmp_path):
     results = {
         "bits_per_byte": bits,
         "routing": {name: {name: 1.0}},
-        "opt_out": {"expert": name, "leaves": 1, "identical": False, "guarantee": HOSTILE},
+        "opt_out": {"expert": name, "files": 1, "identical": False, "guarantee": HOSTILE},
         "samples": [{"domain": name, "prompt": HOSTILE, "text": HOSTILE, "experts": {name: 1.0}}],
         "settings": {HOSTILE: HOSTILE},
     }

@@ -1,0 +1,204 @@
+"""The whole journey on one machine, on text that is on it: corpora, anchor, experts, merge, opt-out, report.
+
+    python examples/quickstart.py runs/quickstart
+
+Everything an owner or a coordinator would do runs as the `flexolmo` command they would type, in a process of its
+own; each command is printed. An expert's process is given the anchor's directory and its own corpora, nothing else.
+"""
+
+import argparse
+import filecmp
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import local_texts
+from rich.console import Console
+
+import flexolmo_jax
+from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.evaluation.loss import evaluate_shown
+from flexolmo_jax.evaluation.report import read_curve, write_report
+from flexolmo_jax.evaluation.tables import bits_per_byte_table, show
+from flexolmo_jax.merging.opt_out import CERTIFICATE_FILE
+
+PUBLIC, OWNERS = "public", ("code", "headers", "legal")
+DOMAINS = (PUBLIC, *OWNERS)
+LEAVES = "code"  # the owner who opts out
+LENGTH = 256  # tokens of a row
+PROMPT_CHARACTERS = 64
+SIZES = {
+    "full": {"train_bytes": 2_500_000, "heldout_bytes": 40_000, "anchor": [], "expert": []},
+    # Enough to see that every step runs; the figures mean nothing.
+    "small": {
+        "train_bytes": 100_000,
+        "heldout_bytes": 4_000,
+        "anchor": ["--config.steps=4", "--config.optimizer.warmup_steps=1"],
+        "expert": ["--config.steps=4", "--config.optimizer.warmup_steps=1"],
+    },
+}
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Runs every step, and leaves `results.json` and `report.html` in the output folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
+    parser.add_argument("--size", choices=SIZES, default="full", help="'small' only shows that every step runs")
+    arguments = parser.parse_args()
+    out, size = arguments.out, SIZES[arguments.size]
+    if out.exists():
+        sys.exit(f"quickstart.py: {out} exists already; name a new folder, or remove this one first")
+    started = time.monotonic()
+
+    _title("1. Corpora from text on this machine")
+    make_corpora(out, size["train_bytes"], size["heldout_bytes"])
+
+    _title("2. The anchor is trained on the public corpus, then each owner trains an expert alone")
+    train(out, "anchor", "configs/anchor.py:tiny", PUBLIC, size["anchor"])
+    for owner in OWNERS:
+        start = [f"--config.start_from={out}/anchor/model", f"--config.expert={owner}"]
+        train(out, owner, "configs/expert.py:tiny", owner, [*start, *size["expert"]])
+
+    _title("3. The contributions are merged, and compared on held-out text")
+    merge(out, "merged", OWNERS)
+    for owner in OWNERS:
+        merge(out, f"pair-{owner}", [owner])
+    held_out = {domain: Corpus.open(out / "corpora" / domain / "heldout") for domain in DOMAINS}
+    bits_per_byte, routing = compare(out, held_out)
+
+    _title(f"4. The owner of '{LEAVES}' opts out")
+    opt_out = leave(out)
+
+    _title("5. What the merged model writes")
+    samples = continue_prompts(out, held_out)
+
+    results = {
+        "bits_per_byte": bits_per_byte,
+        "routing": routing,
+        "opt_out": opt_out,
+        "samples": samples,
+        "settings": settings(out, time.monotonic() - started),
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    curves = {run: read_curve(out / run / "metrics.jsonl") for run in ("anchor", *OWNERS)}
+    write_report(out / "report.html", results, curves)
+
+    _title("Bits per byte of held-out text (lower is better)")
+    show(bits_per_byte_table(bits_per_byte, DOMAINS))
+    print(f"opting out: {opt_out['guarantee']}")
+    print(f"compared with the merge that never had '{LEAVES}': {'identical' if opt_out['identical'] else 'DIFFERENT'}")
+    print(f"{results['settings']['seconds']} seconds; see {out}/report.html and {out}/results.json")
+    if not opt_out["identical"]:
+        sys.exit(1)
+
+
+def make_corpora(out: pathlib.Path, train_bytes: int, heldout_bytes: int) -> None:
+    """Writes `out/corpora/DOMAIN/{train,heldout}`; no document is in two of them."""
+    tokenizer = byte_tokenizer()
+    for domain, splits in local_texts.gather(train_bytes, heldout_bytes).items():
+        for split, texts in splits.items():
+            corpus = write_corpus(out / "corpora" / domain / split, texts, tokenizer)
+            print(f"{domain:<8} {split:<8} {corpus.documents:>5} documents {corpus.bytes:>10,} bytes")
+
+
+def train(out: pathlib.Path, run: str, config: str, domain: str, flags: Sequence[str]) -> None:
+    """Trains in a process of its own."""
+    corpora = out / "corpora" / domain
+    data = [f"--config.data.train={corpora}/train", f"--config.evaluation.data={corpora}/heldout"]
+    flexolmo("train", f"--config={config}", f"--workdir={out}/{run}", *data, *flags)
+
+
+def merge(out: pathlib.Path, name: str, owners: Sequence[str]) -> None:
+    """Merges the contributions of some owners into `out/models/NAME`."""
+    contributions = [f"--contribution={out}/{owner}/contribution" for owner in owners]
+    flexolmo("merge", f"--anchor={out}/anchor/model", *contributions, f"--out={out}/models/{name}")
+
+
+def compare(
+    out: pathlib.Path, held_out: Mapping[str, Corpus]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Evaluates every model on every domain.
+
+    Returns:
+      ({model: {domain: bits per byte}}, {domain: {expert: share of the merged model's routing weight}}).
+    """
+    merged = flexolmo_jax.load(out / "models" / "merged")
+    jobs = [("anchor", flexolmo_jax.load(out / "anchor" / "model"), ())]
+    jobs += [(f"pair:{owner}", flexolmo_jax.load(out / "models" / f"pair-{owner}"), ()) for owner in OWNERS]
+    jobs += [("merged", merged, ())]
+    jobs += [(f"merged-without:{owner}", merged, (owner,)) for owner in OWNERS]
+    losses = {}
+    for name, model, without in jobs:
+        losses[name] = evaluate_shown(model, held_out, title=name, without=without, length=LENGTH, batch_size=16)
+    bits = {name: {d: loss.bits_per_byte for d, loss in row.items()} for name, row in losses.items()}
+    return bits, {domain: dict(loss.routing) for domain, loss in losses["merged"].items()}
+
+
+def leave(out: pathlib.Path) -> dict[str, Any]:
+    """Opts an owner out, and compares every file with the merge that never had that owner."""
+    without, never = out / "models" / f"without-{LEAVES}", out / "models" / f"never-{LEAVES}"
+    flexolmo("opt-out", f"--model={out}/models/merged", f"--expert={LEAVES}", f"--out={without}")
+    merge(out, never.name, [owner for owner in OWNERS if owner != LEAVES])
+    files = {path.relative_to(never) for path in never.rglob("*") if path.is_file()}
+    left = {path.relative_to(without) for path in without.rglob("*") if path.is_file()} - {
+        pathlib.Path(CERTIFICATE_FILE)
+    }
+    same, _, _ = filecmp.cmpfiles(without, never, sorted(files), shallow=False)
+    certificate = json.loads((without / CERTIFICATE_FILE).read_text())
+    return {
+        "expert": LEAVES,
+        "files": len(files),
+        "identical": left == files and len(same) == len(files),
+        "guarantee": certificate["guarantee"],
+    }
+
+
+def continue_prompts(out: pathlib.Path, held_out: Mapping[str, Corpus]) -> list[dict[str, Any]]:
+    """Continues the beginning of a held-out document of each domain."""
+    model = flexolmo_jax.load(out / "models" / "merged")
+    prompts = [corpus.tokenizer().decode(corpus[0][:PROMPT_CHARACTERS]) for corpus in held_out.values()]
+    continuations = model.generate(prompts, max_new_tokens=96)
+    samples = []
+    for domain, prompt, continuation in zip(held_out, prompts, continuations, strict=True):
+        samples.append({"domain": domain, "prompt": prompt, "text": continuation.text, "experts": continuation.experts})
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in continuation.experts.items())
+        print(f"--- {domain} [{shares}]\n{prompt}|{continuation.text}")
+    return samples
+
+
+def settings(out: pathlib.Path, seconds: float) -> dict[str, Any]:
+    """What the figures depend on."""
+    config = json.loads((out / "anchor" / "config.json").read_text())
+    expert = json.loads((out / OWNERS[0] / "config.json").read_text())
+    return {
+        "layers": config["model"]["num_layers"],
+        "d_model": config["model"]["d_model"],
+        "steps of the anchor": config["steps"],
+        "steps of an expert": expert["steps"],
+        "tokens per step": config["data"]["batch_size"] * config["data"]["sequence_length"],
+        "public share of an expert's rows": expert["data"]["public_share"],
+        "seconds": round(seconds),
+    }
+
+
+def flexolmo(*arguments: str) -> None:
+    """Prints and runs one `flexolmo` command; its failure ends the quickstart."""
+    _console.print("$ " + shlex.join(["flexolmo", *arguments]), style="dim")
+    code = subprocess.run([sys.executable, "-m", "flexolmo_jax", *arguments], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def _title(text: str) -> None:
+    _console.print(f"\n{text}", style="bold")
+
+
+if __name__ == "__main__":
+    main()

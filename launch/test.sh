@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Style, import order and tests.
+set -euo pipefail
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+  cat <<'HELP'
+usage: bash launch/test.sh [PYTEST ARGUMENTS]
+
+Installs what it needs into .venv (once), then checks style (ruff) and the order of imports (import-linter),
+and runs the tests on two processes. Arguments go to pytest: `bash launch/test.sh tests/merging -k order`.
+
+  PYTHON=...     interpreter for the environment: Python 3.11 or 3.12
+HELP
+  exit 0
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_environment requirements-test.txt
+cd "$root"
+ruff check
+ruff format --check
+lint-imports
+exec python -m pytest -n 2 "$@"

@@ -1,0 +1,45 @@
+"""Directories that are complete or absent."""
+
+import pytest
+
+from flexolmo_jax.checkpoint.atomic import atomic_directory
+from flexolmo_jax.errors import UserError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_takes_its_name_only_when_the_block_ends(tmp_path):
+    with atomic_directory(tmp_path / "new" / "out") as directory:
+        (directory / "file").write_text("whole")
+        assert not (tmp_path / "new" / "out").exists()
+    assert names(tmp_path / "new") == ["out"]
+    assert (tmp_path / "new" / "out" / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_leaves_nothing_when_the_block_raises(tmp_path, error):
+    with pytest.raises(error), atomic_directory(tmp_path / "out") as directory:
+        (directory / "folder").mkdir()
+        (directory / "folder" / "file").write_text("half")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_removes_what_a_killed_attempt_left(tmp_path):
+    killed = atomic_directory(tmp_path / "out")
+    (killed.__enter__() / "stale").write_text("half")
+    assert names(tmp_path) == [".out.incomplete"]
+    with atomic_directory(tmp_path / "out") as directory:
+        (directory / "file").write_text("whole")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["file"]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text("mine")])
+def test_refuses_a_name_that_is_taken(tmp_path, make):
+    make(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--workdir=.*/out: exists already"):
+        atomic_directory(tmp_path / "out", flag="--workdir").__enter__()
+    assert names(tmp_path) == ["out"]

@@ -1,0 +1,168 @@
+"""Trees on disk: against Orbax, hashlib and plain numpy."""
+
+import hashlib
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from flexolmo_jax.checkpoint import tree
+from flexolmo_jax.checkpoint.tree import Slice, digest_slice, open_tree, read_block, read_leaf, write_tree
+from flexolmo_jax.errors import UserError
+
+DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
+SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (5, 1, 3, 2), (1, 40), (2, 1, 33)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Leaves of a few numbers take several blocks."""
+    monkeypatch.setattr(tree, "BLOCK_BYTES", 64)
+
+
+def array(shape, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def whole(leaf):
+    return read_block(leaf, (slice(None),) * len(leaf.shape), "leaf")
+
+
+def unnamed(path):
+    return path
+
+
+def plain_digest(name, values):
+    header = json.dumps([name, values.dtype.name, list(values.shape)]).encode() + b"\n"
+    return hashlib.sha256(header + values.astype(values.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_cover_an_array_once_in_c_order(shape, itemsize):
+    numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    block = tree.block_shape(shape, itemsize)
+    assert np.prod(block, dtype=int) * itemsize <= tree.BLOCK_BYTES
+    parts = [numbers[index].ravel() for index in tree.blocks(shape, block)]
+    np.testing.assert_array_equal(np.concatenate(parts), numbers.ravel())
+    # Blocks are no smaller than they must be: two of them would be too big for one.
+    if len(parts) > 1:
+        assert len(parts[0]) * 2 * itemsize > tree.BLOCK_BYTES // 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_orbax_restores_what_is_written(tmp_path, dtype):
+    leaves = {f"blocks/deep/x{i}": array(shape, dtype, seed=i) for i, shape in enumerate(SHAPES[1:])}
+    leaves["embedding"] = array((9, 4), dtype)
+    leaves["zeros"] = np.zeros((5, 6), dtype)
+    stack = [array((2, 3, 8), dtype, seed=i) for i in range(3)]
+    content = {path: Slice(values, None, path) for path, values in leaves.items()}
+    content["blocks/stack"] = [Slice(part, None, "stack") for part in stack]
+    write_tree(tmp_path / "tree", content, unnamed)
+    restored = ocp.PyTreeCheckpointer().restore(tmp_path / "tree")
+    expected = leaves | {"blocks/stack": np.stack(stack, axis=1)}
+    flat = {
+        "/".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(restored)[0]
+    }
+    assert flat.keys() == expected.keys() == open_tree(tmp_path / "tree").keys()
+    for path, leaf in open_tree(tmp_path / "tree").items():
+        for found in (flat[path], whole(leaf)):
+            assert found.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(found), expected[path])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_digests_are_those_of_hashlib_in_every_layout(tmp_path, dtype):
+    parts = [array((2, 3, 8), dtype, seed=i) for i in range(2)]
+    content = {"a/one": Slice(parts[0], None, ""), "a/both": [Slice(part, None, "") for part in parts]}
+    digests = write_tree(tmp_path / "tree", content, digest_name=lambda path: "gate")
+    expected = [plain_digest("gate", part) for part in parts]
+    assert digests == {"a/one": expected[0], "a/both": expected}
+    stored = open_tree(tmp_path / "tree")["a/both"]
+    assert [digest_slice(Slice(stored, i, ""), "gate") for i in range(2)] == expected
+    assert [digest_slice(Slice(jax.numpy.asarray(part), None, ""), "gate") for part in parts] == expected
+
+
+def test_digest_depends_on_name_dtype_shape_and_every_value():
+    values = array((2, 3))
+    changed = values.copy()
+    changed[1, 2] = np.nextafter(changed[1, 2], np.float32(9))
+    variants = [("a", values), ("b", values), ("a", values.T), ("a", values.view(np.int32)), ("a", changed)]
+    assert len({digest_slice(Slice(array, None, ""), name) for name, array in variants}) == len(variants)
+
+
+def test_digest_does_not_depend_on_the_size_of_blocks(monkeypatch):
+    part = Slice(array((4, 5, 6)), None, "")
+    small = digest_slice(part, "gate")
+    monkeypatch.setattr(tree, "BLOCK_BYTES", 2**20)
+    assert digest_slice(part, "gate") == small
+
+
+def test_combined_digest_is_that_of_the_sorted_pairs():
+    leaves = {"up": "12", "gate": "34"}
+    plain = hashlib.sha256(b'[["gate", "34"], ["up", "12"]]').hexdigest()
+    assert tree.combined_digest(leaves) == tree.combined_digest(dict(sorted(leaves.items()))) == plain
+
+
+def test_devices_read_their_shards_and_cast(tmp_path):
+    values = array((8, 6))
+    write_tree(tmp_path / "tree", {"x": Slice(values, None, "x")}, unnamed)
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    read = read_leaf(open_tree(tmp_path / "tree")["x"], sharding, np.dtype(ml_dtypes.bfloat16), "x")
+    assert read.sharding == sharding
+    np.testing.assert_array_equal(np.asarray(read), values.astype(ml_dtypes.bfloat16))
+
+
+def test_progress_adds_up_to_the_bytes_written(tmp_path):
+    written = []
+    content = {"x": Slice(array((8, 6)), None, ""), "y": [Slice(array((2, 5)), None, "")] * 3}
+    write_tree(tmp_path / "tree", content, unnamed, advance=written.append)
+    assert sum(written) == 4 * (8 * 6 + 3 * 2 * 5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_refuses_values_that_are_not_finite(tmp_path, dtype, value):
+    values = array((4, 8), dtype)
+    values[3, 7] = value
+    with pytest.raises(UserError, match="the last leaf: holds values that are not finite"):
+        write_tree(tmp_path / "tree", {"x": Slice(values, None, "the last leaf")}, unnamed)
+    assert not (tmp_path / "tree" / tree.METADATA).exists()
+
+
+CHUNK = "x/c/1/0"
+DAMAGES = {
+    "missing block": lambda path: (path / CHUNK).unlink(),
+    "truncated block": lambda path: (path / CHUNK).write_bytes((path / CHUNK).read_bytes()[:-1]),
+    "empty block": lambda path: (path / CHUNK).write_bytes(b""),
+    "longer block": lambda path: (path / CHUNK).write_bytes((path / CHUNK).read_bytes() + b"0"),
+    "missing leaf": lambda path: shutil.rmtree(path / "x"),
+    "missing leaf metadata": lambda path: (path / "x" / "zarr.json").unlink(),
+    "damaged leaf metadata": lambda path: (path / "x" / "zarr.json").write_text("{"),
+    "other leaf metadata": lambda path: (path / "x" / "zarr.json").write_text("[]"),
+    "missing index": lambda path: (path / tree.METADATA).unlink(),
+    "missing directory": shutil.rmtree,
+}
+INDICES = ["{", "[]", "3", "null", "{}", '{"tree_metadata": []}', '{"tree_metadata": {"a": 3}}', "\udcff"]
+DAMAGES |= {
+    f"index {i}": lambda path, text=text: (path / tree.METADATA).write_bytes(text.encode(errors="surrogateescape"))
+    for i, text in enumerate(INDICES)
+}
+DAMAGES["other layout"] = lambda path: (path / tree.METADATA).write_text(
+    (path / tree.METADATA).read_text().replace('"use_zarr3": true', '"use_zarr3": false')
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_an_error_that_names_the_place(tmp_path, damage):
+    write_tree(tmp_path / "tree", {"x": Slice(array((4, 8)), None, "x")}, unnamed)
+    assert (tmp_path / "tree" / CHUNK).exists()
+    DAMAGES[damage](tmp_path / "tree")
+    with pytest.raises(UserError, match=r"/tree|leaf x") as caught:
+        read_block(open_tree(tmp_path / "tree")["x"], (slice(None), slice(None)), f"{tmp_path}/tree: leaf x")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,75 @@
+"""`flexolmo inspect` says what a directory is, and finds what was altered."""
+
+import pytest
+import small
+from small import assert_refused, flexolmo
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("inspect")
+    small.corpus(home / "corpus")
+    small.anchor(home / "anchor")
+    small.contribution(home / "news", home / "anchor", seed=1)
+    flexolmo("merge", f"--anchor={home}/anchor", f"--contribution={home}/news", f"--out={home}/merged")
+    small.tuned(home / "tuned", home / "merged", home / "corpus")
+    return home
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("anchor", ["a model", "d_model 16", "1 of 1", "anchor", "2,338"]),
+        ("merged", ["a model", "2 of 2", "news", "data of news; none", "tuned since         nothing"]),
+        ("tuned", ["a model", "tuned since         blocks/mixture/experts/bias, blocks/mixture/experts/row"]),
+        ("news", ["a contribution", "news", "2,338", "20"]),
+        ("corpus", ["a corpus", "documents         4", "tokens            88", "bytes of text     84"]),
+    ],
+)
+def test_says_what_a_directory_is(home, name, words):
+    result = flexolmo("inspect", home / name)
+    assert (result.status, result.err) == (0, "")
+    for word in [*words, f"{home / name}: ", "hold"]:
+        assert word in result.out
+    assert "not checked" in flexolmo("inspect", home / name, "--nocheck").out
+
+
+def test_describes_several_directories(home):
+    result = flexolmo("inspect", home / "news", home / "corpus")
+    assert "a contribution" in result.out
+    assert "a corpus" in result.out
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("merged", "params/blocks.mixture.experts.up/c/0/1/0/0"),
+        ("merged", "params/head/c/0/0"),
+        ("news", "params/down/c/0/0/0"),
+        ("corpus", "tokens-00000.npy"),
+    ],
+)
+def test_finds_one_altered_byte(home, name, file):
+    data = (home / name / file).read_bytes()
+    try:
+        (home / name / file).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        result = flexolmo("inspect", home / name)
+        assert_refused(result, "inspect", home / name, "again")
+    finally:
+        (home / name / file).write_bytes(data)
+
+
+def test_a_data_card_is_text_and_no_markup(home, tmp_path):
+    """An owner's words can neither break the table nor style it."""
+    small.contribution(tmp_path / "odd", home / "anchor", seed=1)
+    file = tmp_path / "odd" / "contribution.json"
+    file.write_text(file.read_text().replace('"data of odd"', '"[/b] [red]"').replace("20", '"many"'))
+    result = flexolmo("inspect", tmp_path / "odd")
+    assert result.status == 0
+    assert "[/b] [red]" in result.out
+
+
+def test_refuses_what_is_none_of_ours(home, tmp_path):
+    assert_refused(flexolmo("inspect"), "inspect", "no directory given")
+    for path in (tmp_path, tmp_path / "nosuch"):
+        assert_refused(flexolmo("inspect", path), "inspect", path, "neither a model, a contribution nor a corpus")

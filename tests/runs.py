@@ -1,0 +1,230 @@
+"""Tiny corpora and tiny runs, shared by the tests of training; each run is made once a process."""
+
+import functools
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from flexolmo_jax import cli
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.manager import Checkpoints
+from flexolmo_jax.checkpoint.tree import read_block
+from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.merging.merge import merge
+from flexolmo_jax.training import loop
+from flexolmo_jax.training.metrics import Reporter
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS, EVERY = 12, 3
+
+# Over configs/*.py:tiny, as the command line would give them.
+TINY = {
+    "model.num_layers": 2,
+    "model.d_model": 32,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 2,
+    "model.d_ff": 48,
+    "steps": STEPS,
+    "data.sequence_length": 32,
+    "data.batch_size": 8,
+    "optimizer.warmup_steps": 2,
+    "optimizer.weight_decay": 0.1,
+    "checkpoint.every": EVERY,
+    "log.every": 1,
+}
+
+
+def write_words(path, seed: int, documents: int = 48) -> Corpus:
+    """Writes a corpus of words drawn from twelve made-up ones; another seed has other words."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(chr(97 + letter) for letter in rng.integers(0, 26, size)) for size in rng.integers(2, 7, 12)]
+    texts = [" ".join(rng.choice(words, size)) for size in rng.integers(3, 30, documents)]
+    return write_corpus(path, texts, byte_tokenizer())
+
+
+def make_config(name: str, **overrides):
+    """configs/NAME.py:tiny made tinier; overrides are `section__key=value`."""
+    config = importlib.import_module(f"configs.{name}").get_config("tiny")
+    config.update_from_flattened_dict(TINY | {key.replace("__", "."): value for key, value in overrides.items()})
+    return config
+
+
+def as_flags(name: str, **overrides) -> list[str]:
+    """The same as `make_config`, as flags of `flexolmo train`."""
+    values = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
+    return [f"--config=configs/{name}.py:tiny", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+def read_metrics(workdir) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir) -> dict[int, float]:
+    """{step: loss}; a step that was reported twice is an error."""
+    lines = [line for line in read_metrics(workdir) if "loss" in line]
+    found = {line["step"]: line["loss"] for line in lines}
+    assert len(found) == len(lines), "a step was reported twice"
+    return found
+
+
+class Run(NamedTuple):
+    """A finished run: its configuration, workdir and product, and the leaves it ended with, {path: array}."""
+
+    config: object
+    workdir: pathlib.Path
+    product: pathlib.Path
+    leaves: dict[str, np.ndarray]
+
+
+def train(config, workdir) -> Run:
+    """Trains in this process, and keeps the leaves that went to `publish`."""
+    kept = {}
+
+    def publish(product, config, inputs, leaves):
+        kept.update(jax.device_get(leaves))
+        return original(product, config, inputs, leaves)
+
+    original = loop.publish
+    with mock.patch.object(loop, "publish", publish):
+        product = loop.train(config, workdir)
+    return Run(config, pathlib.Path(workdir), pathlib.Path(product), kept)
+
+
+def read_params(directory) -> dict[str, np.ndarray]:
+    """{path: array} of a model or a contribution."""
+    stored = directories.open_params(directory)
+    return {path: read_block(leaf, (slice(None),) * len(leaf.shape), path) for path, leaf in stored.items()}
+
+
+class Runs:
+    """A small journey, each part made when first asked for: corpora, anchor, expert, merge, tuned router."""
+
+    def __init__(self, root: pathlib.Path, compilations: pathlib.Path):
+        """Keeps everything under `root`, and compiled programs in `compilations`, for subprocesses as well."""
+        self.root = root
+        self.environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(compilations),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        jax.config.update("jax_compilation_cache_dir", str(compilations))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        compilation_cache.reset_cache()
+
+    @functools.cached_property
+    def public(self) -> Corpus:
+        return write_words(self.root / "corpora" / "public", 0)
+
+    @functools.cached_property
+    def own(self) -> Corpus:
+        return write_words(self.root / "corpora" / "own", 1)
+
+    @functools.cached_property
+    def held_out(self) -> Corpus:
+        return write_words(self.root / "held_out", 2, documents=11)
+
+    @functools.cached_property
+    def anchor(self) -> Run:
+        return train(make_config("anchor", **self.anchor_values), self.root / "anchor")
+
+    @functools.cached_property
+    def expert(self) -> Run:
+        return train(make_config("expert", **self.expert_values), self.root / "expert")
+
+    @functools.cached_property
+    def merged(self) -> pathlib.Path:
+        """The anchor with the expert."""
+        merge(self.anchor.product, [self.expert.product], self.root / "merged", top_k=2)
+        return self.root / "merged"
+
+    @functools.cached_property
+    def router(self) -> Run:
+        values = {
+            "start_from": str(self.merged),
+            "data__train": str(self.public.path),
+            "compute__frozen_dtype": "bfloat16",
+            "optimizer__schedule": "wsd",
+            "optimizer__decay_fraction": 0.5,
+        }
+        return train(make_config("router", **values), self.root / "router")
+
+    @property
+    def anchor_values(self) -> dict:
+        return {
+            "data__train": str(self.public.path),
+            "evaluation__data": f"{self.held_out.path},{self.own.path}",
+            "evaluation__every": 8,
+            "publish__public_documents": 20,
+        }
+
+    @property
+    def expert_values(self) -> dict:
+        return {
+            "start_from": str(self.anchor.product),
+            "expert": "news",
+            "data__train": str(self.own.path),
+            "evaluation__data": str(self.held_out.path),
+            "evaluation__every": 6,
+        }
+
+
+@functools.cache
+def journey(base: pathlib.Path) -> Runs:
+    """The one journey of this process, under pytest's base directory."""
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (base / "journey").mkdir()
+    return Runs(base / "journey", shared / "compilations")
+
+
+def run_program(arguments, environment) -> subprocess.CompletedProcess:
+    """Runs Python on as many devices as the tests have."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment, "JAX_NUM_CPU_DEVICES": str(jax.device_count()), "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def interrupt(event: str, at: int, signum: int, checkpoint: int) -> None:
+    """The command line with this process's arguments, which sends itself a signal in the midst of training.
+
+    Args:
+      event: "step" (after step `at`), "save" (as soon as the checkpoint of step `at` is under way) or
+        "publish" (before the product is made).
+      at: a step.
+      signum: the signal.
+      checkpoint: a step; the signal waits until its checkpoint is there.
+    """
+    workdir = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+
+    def strike():
+        while not (workdir / "checkpoints" / str(checkpoint)).exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signum)
+
+    def strike_at_step(self, step, *rest):
+        original(self, step, *rest)
+        if step == at:
+            strike()
+
+    owner = {"step": Reporter, "save": Checkpoints, "publish": loop}[event]
+    original = getattr(owner, event)
+    setattr(owner, event, strike_at_step if event != "publish" else lambda *_: strike())
+    cli.main()

@@ -1,0 +1,175 @@
+"""Tiny corpora, anchors, contributions and models with random weights, written as the project writes them.
+
+Nothing here trains or compiles. `flexolmo` runs a verb of the command line in this process.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import pathlib
+import sys
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+from absl.testing import flagsaver
+from etils import epath
+
+from configs import router
+from flexolmo_jax import cli
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.atomic import atomic_directory
+from flexolmo_jax.checkpoint.tree import Slice, read_block, write_tree
+from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.model.architecture import ANCHOR, Architecture, Layout
+from flexolmo_jax.model.decoder import Decoder
+from flexolmo_jax.training import loop  # noqa: F401  grain defines flags of its own, once
+from flexolmo_jax.training.inputs import Inputs
+from flexolmo_jax.training.publish import publish
+
+ARCHITECTURE = Architecture(
+    vocab_size=260, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, d_ff=24, rope_theta=10_000.0, norm_eps=1e-6
+)
+TEXTS = ("the first document", "a second one", "naïve", "and the last of them, which is longer than a row")
+ROUTER = directories.ROUTER_LEAVES
+
+
+class Result(NamedTuple):
+    """What a run of the command line left: exit status, standard output and standard error."""
+
+    status: int
+    out: str
+    err: str
+
+
+def flexolmo(*arguments):
+    """Runs the command line in this process, as if it were the first time; returns a `Result`."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    verbs = [f"{cli.__name__}.{verb.replace('-', '_')}" for verb in cli.VERBS]
+    for module in verbs:
+        sys.modules.pop(module, None)
+    arguments = [str(argument) for argument in arguments]
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        flagsaver.flagsaver(),  # verbs define their flags when imported; it forgets them again
+        mock.patch.object(sys, "argv", ["flexolmo", *arguments]),  # where ml_collections looks for overrides
+    ):
+        try:
+            cli.main(arguments)
+        except SystemExit as exit_:
+            status = exit_.code
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def assert_refused(result, verb, *words):
+    """Exit status 2, and one line on standard error that begins with the verb and holds all the words."""
+    assert result.status == 2, result
+    assert result.out == ""
+    assert result.err.startswith(f"flexolmo {verb}: ")
+    assert result.err.count("\n") == 1
+    assert result.err.endswith("\n")
+    assert "Traceback" not in result.err
+    for word in words:
+        assert str(word) in result.err
+
+
+def corpus(path, texts=TEXTS, tokenizer=None):
+    """Writes a corpus of bytes; returns its directory."""
+    write_corpus(path, texts, tokenizer or byte_tokenizer())
+    return path
+
+
+@functools.cache
+def shapes(architecture=ARCHITECTURE, layout=ANCHOR):
+    """{path: shape} of a model's leaves."""
+    return {path: leaf.shape for path, leaf in Decoder(architecture, layout).abstract().items()}
+
+
+def random_leaves(seed, architecture=ARCHITECTURE, dtype=np.float32):
+    """{path: array} of an anchor: norm scales about 1, all else spread widely enough that logits differ."""
+    rng = np.random.default_rng(seed)
+    return {
+        path: (path.endswith("scale") + 0.3 * rng.standard_normal(shape)).astype(dtype)
+        for path, shape in shapes(architecture).items()
+    }
+
+
+def anchor(path, seed=0, architecture=ARCHITECTURE, leaves=None):
+    """Writes an anchor; returns its directory."""
+    leaves = random_leaves(seed, architecture) if leaves is None else leaves
+    shared, experts = directories.model_slices(leaves, [directories.ANCHOR_NAME], "the test")
+    with atomic_directory(path) as directory:
+        content = directories.model_leaves(shared, experts)
+        digests = write_tree(directory / directories.PARAMS, content, directories.digest_name)
+        shared, (own,) = directories.split_digests(digests, [directories.ANCHOR_NAME])
+        directories.Model(
+            architecture=dataclasses.asdict(architecture),
+            experts=(directories.Expert(directories.ANCHOR_NAME, own, {"tokens": 1000}),),
+            shared=shared,
+            top_k=1,
+            tokenizer_digest=byte_tokenizer().digest,
+        ).write(directory)
+        byte_tokenizer().save(directory / directories.TOKENIZER_FILE)
+    return path
+
+
+def expert_leaves(anchor_path, seed=None):
+    """{leaf: array} of an expert of that anchor: random, or the anchor's own where there is no seed."""
+    own = {
+        directories.digest_name(path): leaf
+        for path, leaf in read_params(anchor_path).items()
+        if path.startswith(directories.MIXTURE)
+    }
+    if seed is None:
+        return own
+    rng = np.random.default_rng(seed)
+    return {leaf: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype) for leaf, x in sorted(own.items())}
+
+
+def contribution(path, anchor_path, name=None, seed=None, leaves=None):
+    """Writes a contribution for that anchor; returns its directory."""
+    name = epath.Path(path).name if name is None else name
+    leaves = expert_leaves(anchor_path, seed) if leaves is None else leaves
+    before = directories.Model.read(anchor_path, flag="--anchor")
+    with atomic_directory(path) as directory:
+        slices = {leaf: Slice(array, None, leaf) for leaf, array in leaves.items()}
+        digests = write_tree(directory / directories.PARAMS, slices, digest_name=lambda leaf: leaf)
+        card = {"description": f"data of {name}", "license": "none", "tokens": 10, "trained_tokens": 20}
+        expert = directories.Expert(name, digests, card)
+        directories.Contribution(expert, before.anchor_digest, before.architecture).write(directory)
+    return path
+
+
+def tuned(path, model, corpus_path, leaves=ROUTER, seed=9):
+    """Publishes `model` as a run that trained `leaves` of it would: with random values there; returns `path`."""
+    config = router.get_config()
+    config.start_from, config.data.train, config.steps = str(model), str(corpus_path), 7
+    manifest = directories.Model.read(model, flag="--model")
+    decoder = Decoder(ARCHITECTURE, Layout.of_roster(len(manifest.experts), manifest.top_k))
+    inputs = Inputs(decoder, manifest, set(leaves), [([Corpus.open(corpus_path)], 1.0)], {})
+    rng = np.random.default_rng(seed)
+    values = read_params(model)
+    for leaf in sorted(leaves):
+        values[leaf] = (0.3 * rng.standard_normal(values[leaf].shape)).astype(np.float32)
+    publish(epath.Path(path), config, inputs, values)
+    return path
+
+
+def read_params(directory):
+    """{path: array} of a model or a contribution."""
+    stored = directories.open_params(directory)
+    return {path: read_block(leaf, (slice(None),) * len(leaf.shape), path) for path, leaf in stored.items()}
+
+
+def files(directory):
+    """{relative path: SHA-256 of the file} of everything in a directory."""
+    root = pathlib.Path(directory)
+    return {
+        str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(root.rglob("*"))
+        if file.is_file()
+    }

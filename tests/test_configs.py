@@ -1,0 +1,126 @@
+"""Every configuration file: it builds for every size, is locked, explains its keys, and its partition covers its model."""
+
+import importlib
+import math
+import pathlib
+import re
+
+import jax
+import pytest
+
+from configs import base, models
+from flexolmo_jax import sharding
+from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
+from flexolmo_jax.model.decoder import Compute, Decoder
+from flexolmo_jax.training.optimizer import make_schedule
+from flexolmo_jax.training.partition import trainable_paths
+
+CONFIGS = sorted(
+    path.stem for path in pathlib.Path(base.__file__).parent.glob("*.py") if "get_config(size" in path.read_text()
+)
+SIZES = tuple(models._SIZES)
+STACKED = Layout("stacked", 3, 2)
+# The layout each one trains, the leaves it trains, and the tokens of its published setting (method.md).
+TRAINS = {
+    "anchor": (ANCHOR, lambda path: not re.search("mixture/anchor/(row|bias)", path), 1e12),
+    "expert": (PAIR, lambda path: path.startswith("blocks/mixture/expert/"), 50e9),
+    "router": (STACKED, lambda path: path.endswith(("experts/row", "experts/bias")), 5e9),
+}
+
+
+def get_config(name, *size):
+    return importlib.import_module(f"configs.{name}").get_config(*size)
+
+
+def keys(config):
+    """{dotted key: value}, sections included."""
+    found = {}
+    for key, value in config.items():
+        inner = keys(value) if hasattr(value, "items") else {}
+        found |= {key: value, **{f"{key}.{name}": x for name, x in inner.items()}}
+    return found
+
+
+def test_every_configuration_is_known_here():
+    assert set(CONFIGS) == set(TRAINS), "add the new configuration to TRAINS"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CONFIGS)
+class TestEverySize:
+    def test_it_has_the_keys_of_base_and_no_other(self, name, size):
+        assert keys(get_config(name, size)).keys() == keys(base.get_config()).keys()
+
+    def test_it_is_locked_in_every_section(self, name, size):
+        config = get_config(name, size)
+        for section in (config, *(value for value in config.values() if hasattr(value, "items"))):
+            with pytest.raises((AttributeError, KeyError)):
+                section.no_such_key = 1
+
+    def test_its_partition_covers_its_model(self, name, size):
+        config = get_config(name, size)
+        layout, trains, _ = TRAINS[name]
+        paths = Decoder(Architecture(**config.model), layout).abstract()
+        assert trainable_paths(paths, config.partition) == {path for path in paths if trains(path)}
+
+    def test_its_model_divides_over_sixteen_devices(self, name, size):
+        config = get_config(name, size)
+        model = Decoder(Architecture(**config.model), TRAINS[name][0], Compute(config.compute.dtype))
+        shape = [16 if config.mesh[axis] == -1 else config.mesh[axis] for axis in sharding.MESH_AXES]
+        mesh = jax.sharding.AbstractMesh(tuple(shape), sharding.MESH_AXES)
+        sharding.leaf_shardings(model.abstract(), model.logical_axes(), mesh, config.sharding_rules)
+
+    def test_its_learning_rate_starts_at_nothing_and_ends_where_it_says(self, name, size):
+        config = get_config(name, size)
+        schedule, peak = make_schedule(config.optimizer, config.steps), config.optimizer.learning_rate
+        assert schedule(0) == 0
+        assert math.isclose(schedule(config.optimizer.warmup_steps), peak, rel_tol=1e-6)
+        assert math.isclose(schedule(config.steps), peak * config.optimizer.final_fraction, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_size_is_tiny_unless_another_is_named(name):
+    assert get_config(name).to_dict() == get_config(name, "tiny").to_dict()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_published_setting_has_the_published_number_of_tokens(name):
+    config = get_config(name, "7b")
+    tokens = config.steps * config.data.batch_size * config.data.sequence_length
+    assert math.isclose(tokens, TRAINS[name][2], rel_tol=1e-3)
+
+
+def test_the_largest_size_is_the_published_one():
+    decoder = Decoder(Architecture(**get_config("anchor", "7b").model), ANCHOR)
+    parameters = sum(math.prod(leaf.shape) for leaf in decoder.abstract().values())
+    assert round(parameters / 1e9, 1) == 7.3
+
+
+def test_an_unknown_size_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'huge'.*tiny, 190m, 1b, 7b"):
+        get_config("anchor", "huge")
+
+
+def test_base_is_locked():
+    assert base.get_config().is_locked
+    with pytest.raises(AttributeError):
+        base.get_config().data.sequnce_length = 8
+
+
+def test_every_key_is_explained_where_it_is_declared():
+    lines = pathlib.Path(base.__file__).read_text().splitlines()
+    declared = {}
+    for number, line in enumerate(lines):
+        if match := re.match(r"\s+config\.([\w.]+) = ", line):
+            comment = re.search(r"#\s*(\S.*)$", line) or re.match(r"\s*# (\S.*)$", lines[number - 1])
+            assert match[1] not in declared, f"configs/base.py:{number + 1}: {match[1]} is declared twice"
+            declared[match[1]] = comment
+    assert declared.keys() == keys(base.get_config()).keys()
+    unexplained = [key for key, comment in declared.items() if not comment]
+    assert not unexplained, f"configs/base.py: say what they mean and their unit, in a comment: {unexplained}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_docstring_holds_the_command(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    assert f"flexolmo train --config=configs/{name}.py:tiny" in text

@@ -1,0 +1,231 @@
+"""The training loop, on a small journey that every test here shares: anchor, expert, merge, tuned router."""
+
+import math
+import os
+import shutil
+import signal
+import struct
+import threading
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import runs
+from tensorboardX.proto.event_pb2 import Event
+
+import flexolmo_jax
+from flexolmo_jax.data.pipeline import evaluation_batches
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.evaluation.loss import evaluate
+from flexolmo_jax.training import loop
+from flexolmo_jax.training.metrics import Reporter
+
+GOLDEN_LOSSES = {1: 0.0, 4: 0.0, 8: 0.0, 12: 0.0}
+TOKENS = runs.TINY["data.batch_size"] * runs.TINY["data.sequence_length"]
+PEAK = 3e-3  # of the anchor
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return runs.journey(tmp_path_factory.getbasetemp())
+
+
+def losses_on_one_device(config, workdir, last):
+    """Trains on the first device until after step `last`; returns {step: line of metrics.jsonl}."""
+
+    def step_and_stop(self, step, metrics):
+        take(self, step, metrics)
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    take, one = Reporter.step, loop.sharding.make_mesh
+    with (
+        mock.patch.object(loop.sharding, "make_mesh", lambda sizes: one(sizes, jax.devices()[:1])),
+        mock.patch.object(Reporter, "step", step_and_stop),
+    ):
+        loop.train(config, workdir)
+    return {line["step"]: line for line in runs.read_metrics(workdir) if "loss" in line}
+
+
+def test_golden_losses(made):
+    found = runs.losses(made.anchor.workdir)
+    found = {step: round(found[step], 6) for step in GOLDEN_LOSSES}
+    assert found == pytest.approx(GOLDEN_LOSSES, rel=1e-3), (
+        f"the numbers of training have changed. If that is intended, set GOLDEN_LOSSES = {found} in {__file__} and say "
+        "in the commit why; if not, find the change in model, data order, initialisation, objective or optimizer."
+    )
+
+
+def test_the_loss_falls(made):
+    assert GOLDEN_LOSSES[12] < GOLDEN_LOSSES[1] - 0.3
+
+
+def test_every_step_is_reported_with_its_tokens_and_learning_rate(made):
+    lines = [line for line in runs.read_metrics(made.anchor.workdir) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, runs.STEPS + 1))
+    assert {line["tokens"] for line in lines} == {TOKENS}
+    warmup, end = 2, 0.1
+    for line in lines:
+        done = line["step"] - 1
+        fall = 0.5 * (1 + math.cos(math.pi * (done - warmup) / (runs.STEPS - warmup)))
+        expected = PEAK * (done / warmup if done < warmup else end + (1 - end) * fall)
+        assert line["learning_rate"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_wsd_run_stays_at_the_peak_and_then_falls_in_a_line(made):
+    rates = [line["learning_rate"] for line in runs.read_metrics(made.router.workdir)]
+    peak, fall = 2e-3, (1 - 0.1) / 6
+    expected = [0, peak / 2, *[peak] * 4, *(peak * (1 - fall * step) for step in range(6))]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_is_due_every_so_many_steps_and_at_the_end(made):
+    due = [line["step"] for line in runs.read_metrics(made.anchor.workdir) if "loss" not in line]
+    assert due == [8, 12]
+
+
+def test_evaluation_while_training_is_that_of_the_published_model(made):
+    model = flexolmo_jax.load(made.anchor.product)
+    corpora = {"held_out": made.held_out, "corpora/own": made.own}
+    expected = evaluate(model, corpora, length=32, batch_size=8)
+    line = runs.read_metrics(made.anchor.workdir)[-1]
+    assert line == {"step": 12, **{f"evaluation/{label}": line[f"evaluation/{label}"] for label in corpora}}
+    for label, loss in expected.items():
+        assert line[f"evaluation/{label}"] == pytest.approx(loss.nats / loss.tokens, rel=1e-5)
+
+
+def test_evaluation_of_an_expert_in_training_is_that_of_its_merge_with_the_anchor(made):
+    expected = evaluate(flexolmo_jax.load(made.merged), {"": made.held_out}, length=32, batch_size=8)[""]
+    line = runs.read_metrics(made.expert.workdir)[-1]
+    assert line["evaluation/held_out"] == pytest.approx(expected.nats / expected.tokens, rel=1e-5)
+
+
+def test_evaluation_can_stop_after_some_batches(made):
+    config = runs.make_config("anchor", **made.anchor_values, evaluation__batches=2)
+    inputs = loop.read_inputs(config)
+    per_row = jax.jit(lambda params, batch: {"tokens": jnp.float32(4), "cross_entropy": 1.0 * batch["tokens"].sum()})
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = loop._held_out_losses(config, inputs, per_row, {}, where)
+    first_two = [batch["tokens"].sum() for _, batch in zip(range(2), evaluation_batches(made.own, 32, 8), strict=False)]
+    assert found["corpora/own"] == sum(first_two) / 8
+
+
+@pytest.mark.parametrize("name", ["expert", "router"])
+def test_frozen_leaves_have_the_same_bits_after_a_run_with_weight_decay(made, name):
+    run = getattr(made, name)
+    assert run.config.optimizer.weight_decay > 0
+    before, trained = runs.read_params(run.config.start_from), loop.read_inputs(run.config).trainable
+    assert before.keys() - trained, "nothing is frozen"
+    for path in run.leaves.keys() - trained:
+        expected = before[path].astype(jnp.dtype(run.config.compute.frozen_dtype))
+        assert run.leaves[path].tobytes() == expected.tobytes(), path
+        assert run.leaves[path].dtype == expected.dtype
+
+
+@pytest.mark.parametrize("name", ["expert", "router"])
+def test_every_trainable_leaf_moves(made, name):
+    run = getattr(made, name)
+    before, trained = runs.read_params(run.config.start_from), loop.read_inputs(run.config).trainable
+    for path in trained:
+        start = before[path.replace("/expert/", "/anchor/")]
+        assert np.abs(run.leaves[path] - start).max() > 1e-5, path
+
+
+@pytest.mark.parametrize("name", ["expert", "router"])
+def test_checkpoints_hold_no_frozen_leaf(made, name):
+    run = getattr(made, name)
+    trained = loop.read_inputs(run.config).trainable
+    tree = ocp.StandardCheckpointer().metadata(run.workdir / "checkpoints" / "12" / "state").item_metadata.tree
+    leaves = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    named = {leaf for leaf in leaves if "/" in leaf}
+    assert all(any(f"'{path}'" in leaf for path in trained) for leaf in named), named
+    # A leaf, and its two moments.
+    assert len(named) == 3 * len(trained)
+    assert len(leaves - named) <= 3, "step counters only"
+
+
+def test_on_another_number_of_devices_a_run_goes_on_with_the_same_batches(made, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(made.anchor.workdir, workdir)
+    shutil.rmtree(workdir / "model")
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    assert jax.device_count() == 8
+    lines = losses_on_one_device(made.anchor.config, workdir, last=runs.STEPS)
+    assert sorted(lines) == list(range(1, runs.STEPS + 1))
+    expected = runs.losses(made.anchor.workdir)
+    for step in range(10, runs.STEPS + 1):
+        assert lines[step]["loss"] != 0
+        assert lines[step]["loss"] == pytest.approx(expected[step], rel=1e-5)
+    product, same = (runs.read_params(path / "model") for path in (workdir, made.anchor.workdir))
+    for path, leaf in product.items():
+        np.testing.assert_allclose(leaf, same[path], atol=1e-4, err_msg=path)
+
+
+def test_a_batch_in_parts_is_the_same_step_and_sigterm_stops_after_the_step_under_way(made, tmp_path):
+    config = runs.make_config("anchor", **made.anchor_values, data__accumulate=2)
+    handler = signal.getsignal(signal.SIGTERM)
+    lines = losses_on_one_device(config, tmp_path / "run", last=4)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert sorted(lines) == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "checkpoints" / "4").exists()
+    expected = {line["step"]: line for line in runs.read_metrics(made.anchor.workdir) if "loss" in line}
+    for step, line in lines.items():
+        for name in ("loss", "cross_entropy", "gradient_norm", "tokens"):
+            assert line[name] == pytest.approx(expected[step][name], rel=1e-4), (step, name)
+
+
+def test_an_implicit_transfer_in_the_loop_is_an_error(made, tmp_path):
+    config = runs.make_config("anchor", **made.anchor_values)
+    with (
+        mock.patch.object(loop, "_place", lambda batch, _: batch),
+        pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"),
+    ):
+        loop.train(config, tmp_path / "run")
+
+
+def test_an_error_in_the_loop_ends_the_progress_bar_and_leaves_no_product(made, tmp_path):
+    def refreshing():
+        return [thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"]
+
+    config = runs.make_config("anchor", **made.anchor_values)
+    with (
+        mock.patch.object(loop, "_place", side_effect=RuntimeError("no such batch")),
+        pytest.raises(RuntimeError, match="no such batch"),
+    ):
+        loop.train(config, tmp_path / "run")
+    assert not refreshing()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(made, tmp_path):
+    config = runs.make_config("anchor", **made.anchor_values, data__accumulate=2)
+    with pytest.raises(UserError, match=r"--config.data.batch_size=8: its parts of 4 rows .* 8 devices"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def read_events(workdir):
+    """{(tag, step): value} of TensorBoard's files: records of length, checksum, protobuf, checksum."""
+    scalars = {}
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            at += 16 + length
+    return scalars
+
+
+def test_tensorboard_gets_what_metrics_jsonl_gets(made):
+    expected = {
+        (name, line["step"]): value
+        for line in runs.read_metrics(made.anchor.workdir)
+        for name, value in line.items()
+        if name != "step"
+    }
+    assert len(expected) > 100
+    assert read_events(made.anchor.workdir) == pytest.approx(expected, rel=1e-6)
