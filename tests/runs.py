@@ -1,5 +1,7 @@
-"""Tiny corpora and tiny runs, shared by the tests of training; each run is made once a process."""
+"""Tiny corpora and tiny runs, shared by the tests of training; each is made once, whatever the number of workers."""
 
+import contextlib
+import fcntl
 import functools
 import importlib
 import json
@@ -13,6 +15,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from flax.serialization import msgpack_restore, msgpack_serialize
 from jax.experimental.compilation_cache import compilation_cache
 
 from flexolmo_jax import cli
@@ -50,7 +53,8 @@ def write_words(path, seed: int, documents: int = 48) -> Corpus:
     rng = np.random.default_rng(seed)
     words = ["".join(chr(97 + letter) for letter in rng.integers(0, 26, size)) for size in rng.integers(2, 7, 12)]
     texts = [" ".join(rng.choice(words, size)) for size in rng.integers(3, 30, documents)]
-    return write_corpus(path, texts, byte_tokenizer())
+    with once(path) as is_there:
+        return Corpus.open(path) if is_there else write_corpus(path, texts, byte_tokenizer())
 
 
 def make_config(name: str, **overrides):
@@ -87,18 +91,26 @@ class Run(NamedTuple):
     leaves: dict[str, np.ndarray]
 
 
-def train(config, workdir) -> Run:
-    """Trains in this process, and keeps the leaves that went to `publish`."""
-    kept = {}
+def train(config, workdir: pathlib.Path) -> Run:
+    """Trains in this process, keeping the leaves that go to `publish`; a run that is there already is read."""
+    kept = workdir.with_suffix(".leaves")
 
     def publish(product, config, inputs, leaves):
-        kept.update(jax.device_get(leaves))
+        kept.write_bytes(msgpack_serialize(jax.device_get(leaves)))
         return original(product, config, inputs, leaves)
 
     original = loop.publish
-    with mock.patch.object(loop, "publish", publish):
+    with once(workdir), mock.patch.object(loop, "publish", publish):
         product = loop.train(config, workdir)
-    return Run(config, pathlib.Path(workdir), pathlib.Path(product), kept)
+    return Run(config, workdir, pathlib.Path(product), msgpack_restore(kept.read_bytes()))
+
+
+@contextlib.contextmanager
+def once(path: pathlib.Path):
+    """Lets one worker at a time make `path`; yields whether it is there."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path.exists()
 
 
 def read_params(directory) -> dict[str, np.ndarray]:
@@ -110,18 +122,18 @@ def read_params(directory) -> dict[str, np.ndarray]:
 class Runs:
     """A small journey, each part made when first asked for: corpora, anchor, expert, merge, tuned router."""
 
-    def __init__(self, root: pathlib.Path, compilations: pathlib.Path):
-        """Keeps everything under `root`, and compiled programs in `compilations`, for subprocesses as well."""
+    def __init__(self, root: pathlib.Path):
+        """Keeps everything under `root`, compiled programs included, which subprocesses share."""
         self.root = root
-        self.environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(compilations),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        settings = {
+            "jax_compilation_cache_dir": str(root / "compilations"),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
         }
-        jax.config.update("jax_compilation_cache_dir", str(compilations))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        for name, value in settings.items():
+            jax.config.update(name, value)
         compilation_cache.reset_cache()
+        self.environment = {name.upper(): str(value) for name, value in settings.items()}
 
     @functools.cached_property
     def public(self) -> Corpus:
@@ -146,8 +158,11 @@ class Runs:
     @functools.cached_property
     def merged(self) -> pathlib.Path:
         """The anchor with the expert."""
-        merge(self.anchor.product, [self.expert.product], self.root / "merged", top_k=2)
-        return self.root / "merged"
+        anchor, contributions, out = self.anchor.product, [self.expert.product], self.root / "merged"
+        with once(out) as is_there:
+            if not is_there:
+                merge(anchor, contributions, out, top_k=2)
+        return out
 
     @functools.cached_property
     def router(self) -> Run:
@@ -182,10 +197,10 @@ class Runs:
 
 @functools.cache
 def journey(base: pathlib.Path) -> Runs:
-    """The one journey of this process, under pytest's base directory."""
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    (base / "journey").mkdir()
-    return Runs(base / "journey", shared / "compilations")
+    """The one journey under pytest's base directory, which the workers share."""
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "journey"
+    (root / "corpora").mkdir(parents=True, exist_ok=True)
+    return Runs(root)
 
 
 def run_program(arguments, environment) -> subprocess.CompletedProcess:

@@ -49,7 +49,7 @@ def flexolmo(*arguments):
     """Runs the command line in this process, as if it were the first time; returns a `Result`."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     verbs = [f"{cli.__name__}.{verb.replace('-', '_')}" for verb in cli.VERBS]
-    for module in verbs:
+    for module in (*verbs, "config_config"):  # the last is what ml_collections makes of --config=FILE
         sys.modules.pop(module, None)
     arguments = [str(argument) for argument in arguments]
     with (

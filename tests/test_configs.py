@@ -1,4 +1,4 @@
-"""Every configuration file: it builds for every size, is locked, explains its keys, and its partition covers its model."""
+"""Every configuration file builds for every size, is locked, and its partition covers its model."""
 
 import importlib
 import math
@@ -97,7 +97,7 @@ def test_the_largest_size_is_the_published_one():
 
 
 def test_an_unknown_size_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'huge'.*tiny, 190m, 1b, 7b"):
+    with pytest.raises(ValueError, match=r"'huge'.*tiny, 190m, 1b, 7b"):
         get_config("anchor", "huge")
 
 

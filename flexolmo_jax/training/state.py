@@ -51,13 +51,15 @@ def initial_leaves(
 def initial_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Step 0: optimizer state lies where its leaves do, scalars on every device."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, jax.jit(optimizer.init)(trainable))
-
-    def place(x):
-        like = [leaf.sharding for leaf in trainable.values() if leaf.shape == x.shape and leaf.ndim]
-        return jax.device_put(x, x.sharding if like and isinstance(x.sharding, NamedSharding) else everywhere)
-
-    return jax.tree.map(place, state)
+    where = optax.tree.map_params(
+        optimizer,
+        lambda _, leaf: leaf.sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: everywhere,
+    )
+    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    return TrainState(step, trainable, jax.jit(optimizer.init, out_shardings=where)(trainable))
 
 
 def _read(

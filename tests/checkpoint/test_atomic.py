@@ -20,10 +20,14 @@ def test_takes_its_name_only_when_the_block_ends(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_leaves_nothing_when_the_block_raises(tmp_path, error):
-    with pytest.raises(error), atomic_directory(tmp_path / "out") as directory:
-        (directory / "folder").mkdir()
-        (directory / "folder" / "file").write_text("half")
-        raise error
+    def half():
+        with atomic_directory(tmp_path / "out") as directory:
+            (directory / "folder").mkdir()
+            (directory / "folder" / "file").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        half()
     assert names(tmp_path) == []
 
 

@@ -49,9 +49,11 @@ def test_blocks_cover_an_array_once_in_c_order(shape, itemsize):
     assert np.prod(block, dtype=int) * itemsize <= tree.BLOCK_BYTES
     parts = [numbers[index].ravel() for index in tree.blocks(shape, block)]
     np.testing.assert_array_equal(np.concatenate(parts), numbers.ravel())
-    # Blocks are no smaller than they must be: two of them would be too big for one.
-    if len(parts) > 1:
-        assert len(parts[0]) * 2 * itemsize > tree.BLOCK_BYTES // 2
+    # Blocks are no smaller than they must be: one row more would be too much.
+    split = [axis for axis in range(len(shape)) if block[axis] < shape[axis]]
+    if split:
+        row_bytes = np.prod(shape[split[-1] + 1 :], dtype=int) * itemsize
+        assert (block[split[-1]] + 1) * row_bytes > tree.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,9 +18,10 @@ STRIKES = (
     ("step", 5, signal.SIGKILL, 3),  # between checkpoints
     ("save", 6, signal.SIGKILL, 3),  # while a checkpoint is being written
     ("step", 8, signal.SIGTERM, 6),
+    ("save", 9, signal.SIGKILL, 9),  # right after a checkpoint
     ("publish", 12, signal.SIGKILL, 12),  # between the last checkpoint and the product
 )
-LAST_CHECKPOINTS = (3, None, 8, 12)  # None: that of step 6 is there whole, or not at all
+LAST_CHECKPOINTS = (3, None, 8, 9, 12)  # None: that of step 6 is there whole, or not at all
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,9 @@ def last_checkpoint(workdir):
 
 
 @pytest.fixture(scope="module")
-def straight(made):
+def straight(made, tmp_path_factory):
     """The workdir of a run that nothing interrupts."""
-    workdir = made.root / "straight"
+    workdir = tmp_path_factory.mktemp("straight") / "run"
     result = runs.run_program(["-m", "flexolmo_jax", *command(made, workdir)], made.environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{workdir}/contribution\n"
@@ -47,9 +48,9 @@ def straight(made):
 
 
 @pytest.fixture(scope="module")
-def struck(made):
+def struck(made, tmp_path_factory):
     """The workdir of a run that every one of `STRIKES` befell, and the result of each start."""
-    workdir, results = made.root / "struck", []
+    workdir, results = tmp_path_factory.mktemp("struck") / "run", []
     for (event, at, signum, checkpoint), last in zip(STRIKES, LAST_CHECKPOINTS, strict=True):
         program = f"import runs; runs.interrupt({event!r}, {at}, {int(signum)}, {checkpoint})"
         results.append(runs.run_program(["-c", program, *command(made, workdir)], made.environment))
@@ -62,7 +63,7 @@ def struck(made):
 def test_each_start_ends_as_its_signal_says(struck):
     workdir, results = struck
     killed = -signal.SIGKILL
-    assert [result.returncode for result in results] == [killed, killed, 0, killed, 0], results[-1].stderr
+    assert [result.returncode for result in results] == [killed, killed, 0, killed, killed, 0], results[-1].stderr
     assert results[-1].stdout == f"{workdir}/contribution\n"
 
 

@@ -19,36 +19,43 @@ from flexolmo_jax.training.step import TrainState, make_loss_step, make_train_st
 
 EXPERT_ONLY = (("blocks/mixture/expert/.*", "trainable"), (".*", "frozen"))
 EVERYTHING = ((".*", "trainable"),)
+MODEL = Decoder(ARCHITECTURE, PAIR)
 WEIGHTS = LossWeights(z_loss=1e-2, router_z_loss=1e-1, load_balancing=0.0)
 # Rows of very different length, so that parts of the batch hold very different numbers of tokens.
 BATCH = random_batch([[16], [3], [2, 9], [1], [5, 5], [1]], 16)
 
 
-def begin(partition, accumulate=1, model=None):
-    """(step, state, frozen) of a pair with random leaves, with decay of every leaf and clipping."""
-    model = model or Decoder(ARCHITECTURE, PAIR)
+@functools.cache
+def compiled_step(accumulate=1):
+    """The step that trains the expert of a pair, with decay of every leaf and clipping."""
     config = base.get_config().optimizer
     config.update(learning_rate=1e-2, weight_decay=0.1, no_decay=())
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule)
-    leaves = jax.tree.map(jnp.asarray, random_leaves(model))
-    trainable, frozen = split(leaves, trainable_paths(leaves, partition))
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
-    return make_train_step(model, optimizer, schedule, WEIGHTS, accumulate), state, frozen
+    step = make_train_step(MODEL, optimizer, schedule, WEIGHTS, accumulate)
+    return jax.jit(step, compiler_options=COMPILE_FAST), optimizer
+
+
+def begin(accumulate=1):
+    """(step, state, frozen) of a pair with random leaves."""
+    step, optimizer = compiled_step(accumulate)
+    leaves = jax.tree.map(jnp.asarray, random_leaves(MODEL))
+    trainable, frozen = split(leaves, trainable_paths(leaves, EXPERT_ONLY))
+    return step, TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable)), frozen
 
 
 @pytest.fixture(scope="module")
 def whole():
-    """(state and metrics after one step on the whole batch)."""
-    step, state, frozen = begin(EXPERT_ONLY)
-    return jax.jit(step, compiler_options=COMPILE_FAST)(state, frozen, BATCH)
+    """State and metrics after one step on the whole batch."""
+    step, state, frozen = begin()
+    return step(state, frozen, BATCH)
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_accumulated_parts_step_as_the_whole_batch_does(whole, accumulate):
     """The first moment of the first step is the gradient, up to a factor."""
-    step, state, frozen = begin(EXPERT_ONLY, accumulate)
-    state, metrics = jax.jit(step, compiler_options=COMPILE_FAST)(state, frozen, BATCH)
+    step, state, frozen = begin(accumulate)
+    state, metrics = step(state, frozen, BATCH)
     moments = [x for x in jax.tree.leaves(whole[0].optimizer) if x.ndim]
     assert_trees_close([x for x in jax.tree.leaves(state.optimizer) if x.ndim], moments, 1e-5)
     metrics, expected = ({k: v for k, v in m.items() if k != "load_balancing"} for m in (metrics, whole[1]))
@@ -56,12 +63,11 @@ def test_accumulated_parts_step_as_the_whole_batch_does(whole, accumulate):
 
 
 def test_metrics_are_means_over_tokens_and_the_norm_before_clipping(whole):
-    model = Decoder(ARCHITECTURE, PAIR)
-    _, state, frozen = begin(EXPERT_ONLY)
+    _, state, frozen = begin()
     tokens = np.sum(BATCH["segment_ids"] > 0)
 
     def mean_loss(trainable):
-        loss, sums = objective(model, {**frozen, **trainable}, BATCH, WEIGHTS)
+        loss, sums = objective(MODEL, {**frozen, **trainable}, BATCH, WEIGHTS)
         return loss / tokens, sums
 
     compute = jax.jit(jax.value_and_grad(mean_loss, has_aux=True), compiler_options=COMPILE_FAST)
@@ -81,9 +87,8 @@ def has_moments(part):
 
 
 def test_frozen_leaves_stay_bit_for_bit_and_have_no_optimizer_state():
-    step, state, frozen = begin(EXPERT_ONLY)
+    step, state, frozen = begin()
     before = jax.tree.map(np.array, (state.trainable, frozen))
-    step = jax.jit(step, donate_argnums=0, compiler_options=COMPILE_FAST)
     losses = []
     for _ in range(4):
         state, metrics = step(state, frozen, BATCH)
@@ -92,7 +97,7 @@ def test_frozen_leaves_stay_bit_for_bit_and_have_no_optimizer_state():
     assert losses == sorted(losses, reverse=True)
     jax.tree.map(np.testing.assert_array_equal, frozen, before[1])
     assert {path.split("/")[2] for path in state.trainable} == {"expert"}
-    assert len(frozen) + len(state.trainable) == len(Decoder(ARCHITECTURE, PAIR).abstract())
+    assert len(frozen) + len(state.trainable) == len(MODEL.abstract())
     for path, leaf in state.trainable.items():
         assert (np.asarray(leaf) != before[0][path]).all(), path
     shapes = sorted(x.shape for x in jax.tree.leaves(state.optimizer) if x.ndim)
@@ -100,10 +105,9 @@ def test_frozen_leaves_stay_bit_for_bit_and_have_no_optimizer_state():
 
 
 def test_a_batch_of_padding_is_finite():
-    step, state, frozen = begin(EXPERT_ONLY)
+    step, state, frozen = begin()
     empty = {name: np.zeros_like(rows) for name, rows in BATCH.items()}
-    result = jax.jit(step, compiler_options=COMPILE_FAST)(state, frozen, empty)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(step(state, frozen, empty)))
 
 
 def test_held_out_sums_are_those_of_the_objective_and_a_mask_switches_experts_off():

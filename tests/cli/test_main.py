@@ -1,0 +1,207 @@
+"""The table of verbs, their help, and what every verb refuses in the same way."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import small
+from small import assert_refused, flexolmo
+
+from flexolmo_jax import cli
+
+# ml_collections loads configuration files by a method that Python is about to lose.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+FLAGS = {
+    "tokenize": ["input", "tokenizer", "eos_token", "out"],
+    "train": ["config", "workdir"],
+    "merge": ["anchor", "contribution", "out", "top_k"],
+    "opt-out": ["model", "expert", "out", "keep_tuned_router"],
+    "evaluate": ["model", "data", "without", "length", "batch_size", "dtype", "json"],
+    "generate": ["model", "prompt", "without", "max_new_tokens", "temperature", "seed", "dtype"],
+    "inspect": ["check"],
+}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Configurations are given as a reader would give them, by their path in the repository."""
+    monkeypatch.chdir(pathlib.Path(__file__).parents[2])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("main")
+    small.corpus(home / "corpus")
+    small.anchor(home / "anchor")
+    small.contribution(home / "news", home / "anchor", seed=1)
+    return home
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_alone_it_lists_the_verbs(arguments):
+    result = flexolmo(*arguments)
+    assert (result.status, result.err) == (0, "")
+    for verb, does in cli.VERBS.items():
+        assert re.search(rf"^  {verb} +{re.escape(does)}$", result.out, re.MULTILINE)
+
+
+def test_every_verb_is_covered_here():
+    assert FLAGS.keys() == cli.VERBS.keys()
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_of_a_verb_names_its_flags_and_a_command(verb):
+    result = flexolmo(verb, "--help")
+    assert (result.status, result.err) == (0, "")
+    assert f"flexolmo {verb} " in result.out
+    described = re.findall(r"^ +--(?:\[no\])?(\w+): \S", result.out, re.MULTILINE)
+    assert sorted(described) == sorted(FLAGS[verb])
+    # Flags need no order, and help no valid flags.
+    assert flexolmo(verb, "--nonsense", "--help") == result
+
+
+def test_an_unknown_verb_is_refused():
+    assert_refused(flexolmo("fine-tune", "--model=x"), "fine-tune", "no verb", *cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_an_unknown_flag_is_refused(verb):
+    assert_refused(flexolmo(verb, "--no_such_flag=1"), verb, "no_such_flag", f"flexolmo {verb} --help")
+
+
+REQUIRED = {
+    "tokenize": {"out": "x"},
+    "train": {"config": "configs/anchor.py", "workdir": "x"},
+    "merge": {"anchor": "x", "out": "x"},
+    "opt-out": {"model": "x", "out": "x"},
+    "evaluate": {"model": "x"},
+    "generate": {"model": "x"},
+}
+
+
+@pytest.mark.parametrize(("verb", "flag"), [(verb, flag) for verb in REQUIRED for flag in REQUIRED[verb]])
+def test_a_missing_flag_is_refused(verb, flag):
+    others = [f"--{name}={value}" for name, value in REQUIRED[verb].items() if name != flag]
+    assert_refused(flexolmo(verb, *others), verb, f"--{flag}", f"flexolmo {verb} --help")
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag"),
+    [
+        ("tokenize", "input"),
+        ("merge", "contribution"),
+        ("opt-out", "expert"),
+        ("evaluate", "data"),
+        ("generate", "prompt"),
+    ],
+)
+def test_a_missing_repeated_flag_is_refused(verb, flag, tmp_path):
+    given = [f"--{name}={tmp_path}/{value}" for name, value in REQUIRED[verb].items()]
+    assert_refused(flexolmo(verb, *given), verb, f"--{flag}: none given", "give the flag once for each")
+
+
+@pytest.mark.parametrize("verb", REQUIRED)
+def test_what_is_no_flag_is_refused(verb):
+    given = [f"--{name}={value}" for name, value in REQUIRED[verb].items()]
+    assert_refused(flexolmo(verb, *given, "junk"), verb, "'junk' is not a flag", "--name=value")
+
+
+@pytest.mark.parametrize(
+    ("verb", "argument"),
+    [
+        ("merge", "--top_k=many"),
+        ("merge", "--top_k=1.5"),
+        ("evaluate", "--length=x"),
+        ("generate", "--temperature=warm"),
+        ("opt-out", "--keep_tuned_router=perhaps"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(verb, argument):
+    assert_refused(flexolmo(verb, argument), verb, argument)
+
+
+def test_top_k_below_one_is_refused(home, tmp_path):
+    given = [f"--anchor={home}/anchor", f"--contribution={home}/news", f"--out={tmp_path}/out"]
+    assert_refused(flexolmo("merge", *given, "--top_k=0"), "merge", "--top_k=0", "at least 1")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--model", "--flagfile=nosuch"])
+def test_flags_that_absl_cannot_read_are_refused(option):
+    assert_refused(flexolmo("evaluate", option), "evaluate", option.partition("=")[2] or option)
+
+
+CONFIG_FILES = {
+    "syntax": ("def get_config(:", ["syntax.py", "SyntaxError"]),
+    "name": ("nope", ["name.py", "NameError", "nope"]),
+    "module": ("import no_such_module", ["module.py", "no_such_module"]),
+    "raises": ("def get_config(): 1 / 0", ["raises.py", "division by zero"]),
+    "empty": ("", ["empty.py", "get_config"]),
+    "key": (
+        "from configs import base\ndef get_config():\n    config = base.get_config()\n    config.nokey = 1",
+        ["key.py", "nokey", "configs/base.py"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+@pytest.mark.parametrize("override", [[], ["--config.steps=3"]])
+def test_a_faulty_configuration_file_is_refused(tmp_path, name, override):
+    text, words = CONFIG_FILES[name]
+    (tmp_path / f"{name}.py").write_text(text)
+    arguments = [f"--config={tmp_path}/{name}.py", f"--workdir={tmp_path}/work", *override]
+    assert_refused(flexolmo("train", *arguments), "train", *words)
+    assert not (tmp_path / "work").exists()
+
+
+ANCHOR = "--config=configs/anchor.py"
+DATA = "--config.data.train={home}/corpus"
+EXPERT = ["--config=configs/expert.py", "--config.expert=news", DATA]
+BAD_RUNS = [
+    (["--config=nosuch.py"], ["nosuch.py", "No such file"]),
+    (["--config=nosuch.py", DATA], ["nosuch.py", "No such file"]),
+    (["--config={home}"], ["Is a directory", "{home}"]),
+    (["--config="], ["config", "empty"]),
+    (["--config=configs/anchor.py:huge"], ["--config=configs/anchor.py:huge", "tiny, 190m, 1b, 7b"]),
+    ([ANCHOR, "--config.nokey=1"], ["nokey", "configs/base.py"]),
+    ([ANCHOR, "--config.optimizer.nokey=1"], ["nokey", "configs/base.py"]),
+    ([ANCHOR, "--config.steps=many"], ["--config.steps=many"]),
+    ([ANCHOR, "--config.steps=2.5"], ["--config.steps=2.5"]),
+    ([ANCHOR, "--config.optimizer=3"], ["--config.optimizer=3"]),
+    (["--config.steps=3", ANCHOR], ["--config.steps=3", "before a value for --config"]),
+    ([ANCHOR, DATA, "--config.steps=0"], ["--config.steps=0", "at least 1"]),
+    ([ANCHOR, DATA, "--config.seed=-1"], ["--config.seed=-1", "at least 0"]),
+    ([ANCHOR, DATA, "--config.partition=3"], ["--config.partition", "pairs"]),
+    ([ANCHOR, DATA, "--config.data.sequence_length=0"], ["--config.data.sequence_length=0", "at least 1"]),
+    ([ANCHOR, DATA, "--config.compute.dtype=float8"], ["--config.compute.dtype=float8", "bfloat16"]),
+    ([ANCHOR, DATA, "--config.model.d_model=0"], ["d_model is 0", "positive"]),
+    ([ANCHOR, DATA, "--config.model.vocab_size=8"], ["--config.model.vocab_size=8", "257"]),
+    ([ANCHOR, DATA, "--config.mesh.data=3"], ["--config.mesh", "data=3", "8 devices"]),
+    ([ANCHOR], ["--config.data.train", "empty", "flexolmo tokenize"]),
+    ([ANCHOR, "--config.data.train={home}/nosuch"], ["nosuch", "no such directory", "flexolmo tokenize"]),
+    ([ANCHOR, "--config.data.train={home}/anchor"], ["anchor", "not a corpus", "flexolmo tokenize"]),
+    ([ANCHOR, DATA, "--config.start_from={home}/nosuch"], ["--config.start_from", "give a model directory"]),
+    ([ANCHOR, DATA, "--config.start_from={home}/news"], ["--config.start_from", "is a contribution directory"]),
+    (EXPERT, ["--config.start_from", "give its model directory"]),
+    ([*EXPERT, "--config.expert=anchor"], ["--config.expert=anchor", "lower-case"]),
+    ([*EXPERT, "--config.expert=A/b"], ["--config.expert=A/b", "lower-case"]),
+    ([*EXPERT, "--config.start_from={home}/anchor"], ["--config.data.public_share", "--config.data.public=DIR"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_RUNS, ids=lambda value: value[-1])
+def test_a_run_that_makes_no_sense_is_refused(home, tmp_path, arguments, words):
+    arguments = [argument.format(home=home) for argument in arguments]
+    result = flexolmo("train", f"--workdir={tmp_path}/work", *arguments)
+    assert_refused(result, "train", *(word.format(home=home) for word in words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_a_program_it_ends_with_status_2(home):
+    """The same in a process of its own, both ways of starting it."""
+    command = [sys.executable, "-m", "flexolmo_jax", "inspect", str(home / "nosuch")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_refused(small.Result(done.returncode, done.stdout, done.stderr), "inspect", home / "nosuch")

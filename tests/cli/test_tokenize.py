@@ -1,0 +1,63 @@
+"""`flexolmo tokenize`: text files to a corpus, or nothing."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from small import assert_refused, flexolmo
+
+from flexolmo_jax.data.tokenizer import byte_tokenizer
+
+EOS = 256
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\ntwo")
+    (folder / "b.txt").write_text("naïve")
+    (folder / "c.jsonl").write_text('{"text": "first"}\n\n{"text": "second"}\n')
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "zipped"}\n'))
+    return folder
+
+
+def test_writes_every_document_closed_by_eos(texts, tmp_path):
+    result = flexolmo("tokenize", f"--input={texts}/*.jsonl*", f"--input={texts}/*.txt", f"--out={tmp_path}/corpus")
+    documents = ["first", "second", "zipped", "one\ntwo", "naïve"]
+    ids = [i for text in documents for i in [*text.encode(), EOS]]
+    size = len("".join(documents).encode())
+    assert (result.status, result.err) == (0, "")
+    assert result.out == f"{tmp_path}/corpus: 5 documents, {len(ids)} tokens, {size} bytes of text\n"
+    assert np.fromfile(tmp_path / "corpus" / "tokens-00000.npy", np.uint16).tolist() == ids
+
+
+def test_takes_another_tokenizer(texts, tmp_path):
+    byte_tokenizer().save(tmp_path / "tokenizer.json")
+    arguments = [f"--input={texts}/a.txt", f"--tokenizer={tmp_path}/tokenizer.json", f"--out={tmp_path}/corpus"]
+    assert flexolmo("tokenize", *arguments).status == 0
+    record = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
+    assert record["tokenizer_digest"] == byte_tokenizer().digest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--input={texts}/nosuch*"], ["--input=", "nosuch*", "matches no file"]),
+        (["--input={texts}/a.txt", "--tokenizer={texts}/nosuch"], ["--tokenizer=", "no such file", '"bytes"']),
+        (["--input={texts}/a.txt", "--tokenizer={texts}/a.txt"], ["--tokenizer=", "is not a tokenizer.json"]),
+        (["--input={texts}/a.txt", "--eos_token=<end>"], ["--eos_token=<end>", "not in the vocabulary"]),
+        (["--input={texts}/bad.jsonl"], ["bad.jsonl:2", "is not JSON"]),
+        (["--input={texts}/latin.txt"], ["latin.txt", "is not UTF-8"]),
+        (["--input={texts}/empty.txt"], ["--input", "holds no text"]),
+        (["--input={texts}/a.txt", "--out={texts}"], ["--out=", "exists already"]),
+    ],
+)
+def test_refuses_bad_input(texts, tmp_path, arguments, words):
+    (texts / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (texts / "latin.txt").write_bytes(b"na\xefve")
+    (texts / "empty.txt").write_text("")
+    given = [argument.format(texts=texts) for argument in arguments]
+    assert_refused(flexolmo("tokenize", f"--out={tmp_path}/corpus", *given), "tokenize", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]

@@ -1,0 +1,180 @@
+"""`flexolmo_jax.load`: logits and generation, against a plain loop."""
+
+import dataclasses
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from small import assert_refused, flexolmo
+
+import flexolmo_jax
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.evaluation.api import Model
+from flexolmo_jax.merging.merge import merge
+
+PROMPTS = ["", "hello", "naïve", "a prompt that is a little longer than the others"]
+NEW, EOS, PADDED = 14, 256, 64
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("api")
+    small.anchor(home / "anchor")
+    inputs = [small.contribution(home / name, home / "anchor", seed=i) for i, name in enumerate(["code", "news"], 1)]
+    merge(home / "anchor", inputs, home / "merged", top_k=2)
+    return home
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    return flexolmo_jax.load(home / "merged")
+
+
+def plain_greedy(model, prompts, count, without=()):
+    """Token by token, row by row; rows are padded so that one compilation serves all."""
+    rows = [[EOS, *prompt.encode()] for prompt in prompts]
+    starts, ended = [len(row) for row in rows], [False] * len(rows)
+    for _ in range(count):
+        tokens = np.zeros((len(rows), PADDED), int)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
+        logits = np.asarray(model.logits(tokens, without=without))
+        for i, row in enumerate(rows):
+            best = int(logits[i, len(row) - 1].argmax())
+            ended[i] = ended[i] or best == EOS
+            if not ended[i]:
+                row.append(best)
+    return [row[start:] for row, start in zip(rows, starts, strict=True)]
+
+
+def test_roster_and_parameters(home, model):
+    assert model.roster == ["anchor", "code", "news"]
+    for path, leaf in small.read_params(home / "merged").items():
+        np.testing.assert_array_equal(model.params[path], leaf)
+    short = flexolmo_jax.load(home / "merged", dtype="bfloat16")
+    assert {leaf.dtype for leaf in short.params.values()} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("without", [(), ("code",)])
+def test_greedy_generation_equals_a_plain_loop(model, without):
+    expected = plain_greedy(model, PROMPTS, NEW, without)
+    assert len(set(map(tuple, expected))) == len(PROMPTS)
+    found = model.generate(PROMPTS, NEW, without=without)
+    assert [continuation.token_ids for continuation in found] == expected
+    for continuation, ids in zip(found, expected, strict=True):
+        assert continuation.text == bytes(i for i in ids if i < 256).decode(errors="replace")
+        assert sum(continuation.experts.values()) == pytest.approx(1)
+        assert [name for name, share in continuation.experts.items() if share == 0] == list(without)
+
+
+def test_experts_change_what_is_generated(model):
+    assert plain_greedy(model, PROMPTS, NEW) != plain_greedy(model, PROMPTS, NEW, ["code"])
+
+
+def test_the_end_of_a_document_stops_its_row_alone(model):
+    """The column of a token that comes after a few steps is handed to EOS, a little larger."""
+    before = plain_greedy(model, PROMPTS, NEW)
+    token = before[1][3]
+    head = model.params["head"].at[:, EOS].set(model.params["head"][:, token] * 1.001)
+    ending = Model(model.manifest, model.params | {"head": head}, model.tokenizer)
+    expected = plain_greedy(ending, PROMPTS, NEW)
+    lengths = [len(ids) for ids in expected]
+    assert lengths[1] < NEW
+    assert max(lengths) == NEW
+    assert [continuation.token_ids for continuation in ending.generate(PROMPTS, NEW)] == expected
+
+
+def test_rows_may_fill_the_whole_length(model):
+    """A prompt and its continuation of just the 64 tokens that a row is rounded up to."""
+    prompt = "x" * (PADDED - 1 - NEW)
+    (full,) = model.generate([prompt], NEW)
+    assert [full.token_ids] == plain_greedy(model, [prompt], NEW)
+    assert len(full.token_ids) == NEW
+
+
+def test_sampling_is_reproducible_by_its_seed(model):
+    def sample(seed, temperature=1.0):
+        return [continuation.token_ids for continuation in model.generate(PROMPTS, NEW, (), temperature, seed)]
+
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+    greedy = [continuation.token_ids for continuation in model.generate(PROMPTS, NEW)]
+    assert sample(3) != greedy
+    assert sample(3, temperature=1e-4) == greedy
+
+
+def test_sampling_follows_the_model_at_its_temperature(model):
+    """The first tokens of many rows are distributed as the softmax of logits / temperature."""
+    rows, temperature = 512, 2.0
+    first = [continuation.token_ids[:1] for continuation in model.generate(["hello"] * rows, 1, (), temperature, 1)]
+    counts = np.bincount([ids[0] if ids else EOS for ids in first], minlength=small.ARCHITECTURE.vocab_size)
+    logits = np.asarray(model.logits([[EOS, *b"hello"]]), np.float64)[0, -1] / temperature
+    expected = rows * np.exp(logits) / np.exp(logits).sum()
+    # Pearson's statistic has as many degrees of freedom as there are other tokens.
+    freedom = len(expected) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_top_k_of_a_request(home, model):
+    tokens = [[EOS, *b"hello"]]
+    every = np.asarray(model.logits(tokens, top_k=3))
+    assert np.abs(every - np.asarray(model.logits(tokens))).max() > 1e-3
+    np.testing.assert_array_equal(every, np.asarray(model.logits(tokens, top_k=99)))
+    with pytest.raises(UserError, match="top_k is 0"):
+        model.logits(tokens, top_k=0)
+
+
+def test_bad_requests_are_refused(model):
+    for names, message in ((["nosuch"], "nosuch: not on the roster"), (model.roster, "no expert would be left")):
+        with pytest.raises(UserError, match=message):
+            model.logits([[1]], without=names)
+    for arguments in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": np.nan}):
+        with pytest.raises(UserError, match="max_new_tokens must be at least 1"):
+            model.generate(["x"], **arguments)
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        Model(model.manifest, model.params).generate(["x"])
+    assert model.generate([]) == []
+
+
+def test_a_model_whose_leaves_are_not_its_architectures_is_refused(home, tmp_path):
+    shutil.copytree(home / "merged", tmp_path / "bad")
+    index = tmp_path / "bad" / "params" / "_METADATA"
+    index.write_text(index.read_text().replace('"head"', '"tail"').replace("'head'", "'tail'"))
+    (tmp_path / "bad/params/head").rename(tmp_path / "bad/params/tail")
+    with pytest.raises(UserError, match=r"--model=.*bad: leaf head is missing"):
+        flexolmo_jax.load(tmp_path / "bad")
+    small.anchor(tmp_path / "odd", architecture=small.ARCHITECTURE)
+    file = tmp_path / "odd" / "model.json"
+    wide = dataclasses.replace(small.ARCHITECTURE, d_ff=32)
+    file.write_text(file.read_text().replace(f'"d_ff": {small.ARCHITECTURE.d_ff}', f'"d_ff": {wide.d_ff}'))
+    with pytest.raises(UserError, match="missing or misshapen"):
+        flexolmo_jax.load(tmp_path / "odd")
+
+
+def test_the_verb_prints_each_continuation_and_its_shares(home, model):
+    arguments = [f"--model={home}/merged", "--prompt=hello", "--prompt=naïve", "--without=code", "--max_new_tokens=3"]
+    result = flexolmo("generate", *arguments)
+    assert (result.status, result.err) == (0, "")
+    expected = ""
+    for prompt, continuation in zip(["hello", "naïve"], model.generate(["hello", "naïve"], 3, ["code"]), strict=True):
+        anchor, _, news = continuation.experts.values()
+        expected += f"{prompt}{continuation.text}\n[anchor {anchor:.0%}, news {news:.0%}]\n\n"
+    assert result.out == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--prompt", "none given"]),
+        (["--prompt=x", "--max_new_tokens=0"], ["--max_new_tokens=0"]),
+        (["--prompt=x", "--temperature=-1"], ["--temperature=-1"]),
+        (["--prompt=x", "--temperature=nan"], ["temperature", "finite"]),
+        (["--prompt=x", "--seed=-1"], ["--seed=-1"]),
+        (["--prompt=x", "--seed=99999999999999999999"], ["--seed=9"]),
+        (["--prompt=x", "--without=nosuch"], ["--without=nosuch", "anchor, code, news"]),
+    ],
+)
+def test_the_verb_refuses_bad_values(home, arguments, words):
+    assert_refused(flexolmo("generate", f"--model={home}/merged", *arguments), "generate", *words)

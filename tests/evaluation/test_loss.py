@@ -1,0 +1,119 @@
+"""The held-out loss, against plain numpy on the model's logits."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import small
+from small import assert_refused, flexolmo
+
+import flexolmo_jax
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.evaluation.loss import evaluate
+
+LENGTH, EOS = 16, 256
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("loss")
+    small.corpus(home / "first")
+    small.corpus(home / "second", ["z" * 40, "short"])
+    small.anchor(home / "anchor")
+    contributions = [
+        f"--contribution={small.contribution(home / n, home / 'anchor', seed=i)}" for i, n in enumerate(["a", "b"])
+    ]
+    flexolmo("merge", f"--anchor={home}/anchor", *contributions, "--top_k=2", f"--out={home}/merged")
+    return home
+
+
+def plain_nats(model, texts, without):
+    """Negative log likelihood of every token: the stream of documents is cut into rows, documents into segments."""
+    stream = [(i, pair) for i, text in enumerate(texts) for pair in pairs(text)]
+    segments = []
+    for start in range(0, len(stream), LENGTH):
+        row = stream[start : start + LENGTH]
+        segments += [[pair for j, pair in row if j == i] for i in sorted({i for i, _ in row})]
+    tokens = np.zeros((len(segments), LENGTH), int)
+    for row, segment in zip(tokens, segments, strict=True):
+        row[: len(segment)] = [token for token, _ in segment]
+    logits = np.asarray(model.logits(tokens, without=without), np.float64)
+    log_normaliser = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    return sum(
+        log_normaliser[i, j] - logits[i, j, target]
+        for i, segment in enumerate(segments)
+        for j, (_, target) in enumerate(segment)
+    )
+
+
+def pairs(text):
+    ids = [*text.encode(), EOS]
+    return list(zip([EOS, *ids[:-1]], ids, strict=True))
+
+
+@pytest.mark.parametrize("without", [(), ("a",)])
+def test_bits_per_byte_are_those_of_the_logits(home, without):
+    model = flexolmo_jax.load(home / "merged")
+    corpora = {"first": Corpus.open(home / "first")}
+    steps = []
+    loss = evaluate(model, corpora, without=without, length=LENGTH, batch_size=3, advance=lambda: steps.append(1))
+    nats, size = plain_nats(model, small.TEXTS, without), len("".join(small.TEXTS).encode())
+    tokens = size + len(small.TEXTS)
+    row = loss["first"].as_dict()
+    assert (row["documents"], row["tokens"], row["bytes"]) == (len(small.TEXTS), tokens, size)
+    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert row["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert list(row["routing"]) == ["anchor", "a", "b"]
+    assert sum(row["routing"].values()) == pytest.approx(1)
+    assert [name for name, share in row["routing"].items() if share == 0] == list(without)
+    assert len(steps) == math.ceil(tokens / LENGTH / 3)
+
+
+def test_the_verb_prints_a_row_for_each_corpus_and_writes_them(home, tmp_path):
+    arguments = [f"--model={home}/merged", f"--data={home}/first", f"--data={home}/second/"]
+    result = flexolmo(
+        "evaluate", *arguments, f"--length={LENGTH}", "--batch_size=3", f"--json={tmp_path}/new/rows.json"
+    )
+    assert (result.status, result.err) == (0, "")
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert list(rows) == ["first", "second"]
+    nats = plain_nats(flexolmo_jax.load(home / "merged"), small.TEXTS, ())
+    size = len("".join(small.TEXTS).encode())
+    assert rows["first"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.strip().splitlines()]
+    assert table[0] == ["data", "documents", "tokens", "bytes", "nats per token", "bits per byte", "perplexity"]
+    for line in table[2:]:
+        row = rows[line[0]]
+        assert line[1:4] == [str(row[key]) for key in ("documents", "tokens", "bytes")]
+        assert line[4:] == [f"{row[key]:.3f}" for key in ("nats_per_token", "bits_per_byte", "perplexity")]
+
+
+def test_the_verb_refuses_another_tokenizer(home, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend.add_special_tokens(["<|another|>"])
+    small.corpus(tmp_path / "other", tokenizer=dataclasses.replace(tokenizer))
+    result = flexolmo("evaluate", f"--model={home}/merged", f"--data={tmp_path}/other")
+    assert_refused(result, "evaluate", tmp_path / "other", "tokenizer", "tokenize the text with that one")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--without=nosuch"], ["--without=nosuch", "anchor, a, b"]),
+        (["--without=anchor", "--without=a", "--without=b"], ["--without=b", "keep at least one"]),
+        (["--length=0"], ["--length=0", "positive"]),
+        (["--batch_size=0"], ["--batch_size=0", "positive"]),
+        (["--dtype=float16"], ["--dtype=float16", "float32|bfloat16"]),
+        (["--data={home}/nosuch"], ["nosuch", "no such directory"]),
+        (["--data={home}/anchor"], ["anchor", "not a corpus"]),
+        (["--model={home}/nosuch"], ["--model=", "no such directory", "give a model directory"]),
+        (["--model={home}/a"], ["--model=", "is a contribution directory", "give a model directory"]),
+    ],
+)
+def test_the_verb_refuses_bad_values(home, arguments, words):
+    given = [f"--model={home}/merged", f"--data={home}/first", *(a.format(home=home) for a in arguments)]
+    assert_refused(flexolmo("evaluate", *given), "evaluate", *words)

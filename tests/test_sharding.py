@@ -1,0 +1,151 @@
+"""The mesh and the rules; and that training is the same on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from model.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch, random_leaves
+
+from configs import base
+from flexolmo_jax import sharding
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.decoder import Compute, Decoder
+from flexolmo_jax.training.inputs import Inputs
+from flexolmo_jax.training.objective import LossWeights
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
+from flexolmo_jax.training.partition import split, trainable_paths
+from flexolmo_jax.training.state import initial_state, shardings
+from flexolmo_jax.training.step import make_train_step
+
+RULES = base.SHARDING_RULES
+ONE = dict.fromkeys(sharding.MESH_AXES, 1)
+PARTITIONS = {
+    "anchor": (("blocks/mixture/anchor/(row|bias)", "frozen"), (".*", "trainable")),
+    "pair": (("blocks/mixture/expert/.*", "trainable"), (".*", "frozen")),
+    "stacked": ((".*", "trainable"),),
+}
+BATCH = random_batch([[16], [3], [2, 9], [1], [5, 5], [1], [8, 8], [16]], 16)
+
+
+def abstract(**shapes):
+    return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({"data": -1}, (8, 1, 1, 1)),
+        ({"fsdp": -1, "tensor": 2}, (1, 4, 1, 2)),
+        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1)),
+        ({"data": 8, "tensor": -1}, (8, 1, 1, 1)),
+    ],
+)
+def test_a_mesh_has_the_sizes_asked_for_and_fills_the_free_one(sizes, shape):
+    mesh = sharding.make_mesh({**ONE, **sizes})
+    assert mesh.axis_names == sharding.MESH_AXES
+    assert mesh.devices.shape == shape
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 4}, "does not fit 8 devices"),
+        ({"data": 16}, "does not fit 8 devices"),
+        ({"data": -1, "tensor": 3}, "does not fit 8 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one of them -1"),
+        ({"data": 0}, "must be positive"),
+        ({"data": -2}, "must be positive"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message) as error:
+        sharding.make_mesh({**ONE, **sizes})
+    assert str(error.value).startswith("--config.mesh: data=")
+
+
+def test_rules_translate_logical_axes():
+    rules = (("batch", ("data", "fsdp")), ("embed", "fsdp"), ("length", None))
+    assert sharding.partition_spec(("batch", "length", None), rules) == PartitionSpec(("data", "fsdp"), None, None)
+    assert sharding.partition_spec((None, "embed"), rules) == PartitionSpec(None, ("fsdp",))
+
+
+def test_an_axis_without_a_rule_and_rules_that_collide_are_refused():
+    with pytest.raises(UserError, match="no rule for logical axis 'colour'"):
+        sharding.partition_spec(("batch", "colour"), RULES)
+    with pytest.raises(UserError, match=r"\('batch', 'embed'\) of one array use mesh axis 'fsdp' twice"):
+        sharding.partition_spec(("batch", "embed"), RULES)
+
+
+def test_a_dimension_that_does_not_divide_is_refused():
+    mesh = sharding.make_mesh({**ONE, "fsdp": 4, "tensor": 2})
+    axes = {"head": ("embed", "vocab")}
+    where = sharding.leaf_shardings(abstract(head=(8, 6)), axes, mesh, RULES)
+    assert where["head"].shard_shape((8, 6)) == (2, 3)
+    with pytest.raises(UserError, match=r"dimension 6 of head does not divide over the 4 devices .*'fsdp'"):
+        sharding.leaf_shardings(abstract(head=(6, 8)), axes, mesh, RULES)
+    with pytest.raises(UserError, match=r"dimension 7 of head does not divide over the 2 devices .*'tensor'"):
+        sharding.leaf_shardings(abstract(head=(8, 7)), axes, mesh, RULES)
+
+
+def test_constraints_hold_on_a_mesh_and_are_nothing_without_one_or_without_rules():
+    x = jnp.zeros((8, 2))
+
+    def constrained(rules):
+        return jax.jit(lambda x: sharding.constrain(x, ("batch", "length"), rules))(x)
+
+    assert sharding.constrain(x, ("batch", "length"), RULES) is x
+    with jax.set_mesh(sharding.make_mesh({**ONE, "data": 8})):
+        assert sharding.constrain(x, ("batch", "length"), ()) is x
+        assert constrained(RULES).sharding.shard_shape(x.shape) == (1, 2)
+
+
+def train(kind, sizes):
+    """Losses of three steps and the leaves after them, on the devices that the sizes ask for."""
+    config = base.get_config()
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.weight_decay = 0.1
+    model = Decoder(ARCHITECTURE, LAYOUTS[kind], Compute(rules=config.sharding_rules))
+    inputs = Inputs(model, None, trainable_paths(model.abstract(), PARTITIONS[kind]), [], {})
+    sizes = {**ONE, **sizes}
+    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    where = shardings(inputs, mesh, config.sharding_rules)
+    rows = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
+    schedule = make_schedule(config.optimizer, 10)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    weights = LossWeights(z_loss=1e-3, router_z_loss=1e-2, load_balancing=1e-2)
+    with jax.set_mesh(mesh):
+        leaves = {path: jax.device_put(leaf, where[path]) for path, leaf in random_leaves(model).items()}
+        trainable, frozen = split(leaves, inputs.trainable)
+        state = initial_state(trainable, optimizer, mesh)
+        step = make_train_step(model, optimizer, schedule, weights, accumulate=1)
+        batch = jax.device_put(BATCH, rows)
+        # One program for all steps: it refuses a state that lies elsewhere than the first one did.
+        step = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(COMPILE_FAST)
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, frozen, batch)
+            losses.append(float(metrics["loss"]))
+        for path, leaf in state.trainable.items():
+            assert leaf.sharding.is_equivalent_to(where[path], leaf.ndim), path
+    return losses, jax.tree.map(np.asarray, state.trainable)
+
+
+@pytest.mark.parametrize(
+    ("kind", "meshes"),
+    [
+        ("anchor", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]),
+        ("pair", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]),
+        ("stacked", [{"expert": 4, "data": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}]),
+    ],
+    ids=LAYOUTS,
+)
+def test_eight_devices_train_as_one_does(kind, meshes):
+    losses, leaves = train(kind, {})
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[2] + 0.01
+    for sizes in meshes:
+        spread, spread_leaves = train(kind, sizes)
+        assert spread == pytest.approx(losses, rel=1e-5), sizes
+        assert_trees_close(spread_leaves, leaves, 1e-3)

@@ -1,0 +1,170 @@
+"""What a run refuses before it reads a weight: each time one line, which names the key."""
+
+import re
+
+import pytest
+import runs
+import small
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.architecture import ANCHOR, PAIR
+from flexolmo_jax.training.inputs import build_model, open_corpora, read_inputs, split_paths
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of a corpus and another with another tokenizer, an anchor, and a merge of it."""
+    root = tmp_path_factory.mktemp("inputs")
+    small.corpus(root / "corpus")
+    backend = Backend(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    backend.add_special_tokens(["<|endoftext|>"])
+    small.corpus(root / "foreign", tokenizer=Tokenizer(backend, eos_id=2))
+    small.anchor(root / "anchor")
+    small.contribution(root / "news", root / "anchor", seed=1)
+    small.flexolmo("merge", f"--anchor={root}/anchor", f"--contribution={root}/news", f"--out={root}/merged")
+    return root
+
+
+def make(folder, name, **values):
+    """A configuration whose values name directories of `folder` as {…}."""
+    values = {key: value.format(folder) if isinstance(value, str) else value for key, value in values.items()}
+    return runs.make_config(name, **{"data__train": f"{folder}/corpus", **values})
+
+
+EXPERT = {"start_from": "{}/anchor", "expert": "news", "data__public": "{}/corpus"}
+ANCHOR_REFUSALS = {
+    "compute.dtype": ("float16", "must be one of float32, bfloat16"),
+    "compute.frozen_dtype": ("int8", "must be one of float32, bfloat16"),
+    "compute.remat": ("some", "must be one of none, dots, full"),
+    "optimizer.schedule": ("linear", "must be one of cosine, wsd"),
+    "data.sequence_length": (0, "must be at least 1"),
+    "data.batch_size": (0, "must be at least 1"),
+    "data.accumulate": (0, "must be at least 1"),
+    "compute.unroll": (0, "must be at least 1"),
+    "checkpoint.every": (0, "must be at least 1"),
+    "checkpoint.keep": (0, "must be at least 1"),
+    "log.every": (0, "must be at least 1"),
+    "evaluation.every": (-1, "must be at least 0"),
+    "evaluation.batches": (-1, "must be at least 0"),
+    "publish.public_documents": (-1, "must be at least 0"),
+    "seed": (-1, "must be at least 0"),
+    "steps": (0, "must be at least 1"),
+    "data.train": ("", "give a corpus directory"),
+    "data.public_share": (1.0, "must be at least 0 and below 1"),
+    "model.vocab_size": (256, "below the 257 of the tokenizer"),
+    "partition": ((("embedding", "frozen"),), "no pattern matches the leaf"),
+    "sharding_rules": (("batch",), "must hold pairs"),
+    "start_from": ("{}/corpus", "is a corpus directory; give a model directory"),
+}
+OTHER_REFUSALS = {
+    "an accumulate that does not divide": ("anchor", {"data__accumulate": 3}, "data.accumulate=3: must divide"),
+    "no public data": ("expert", EXPERT | {"data__public": ""}, "give --config.data.public=DIR, or a share of 0"),
+    "an upper-case name": ("expert", EXPERT | {"expert": "News"}, "--config.expert=News"),
+    "the anchor's name": ("expert", EXPERT | {"expert": "anchor"}, "--config.expert=anchor"),
+    "an expert of nothing": ("expert", EXPERT | {"start_from": ""}, "--config.start_from: empty"),
+    "an expert of a merge": ("expert", EXPERT | {"start_from": "{}/merged"}, "--config.start_from=.*merged model"),
+    "an expert that trains the anchor": (
+        "expert",
+        EXPERT | {"partition": ((".*", "trainable"),)},
+        "--config.partition: trains blocks/.*freeze the rest",
+    ),
+    "a size of 0": ("anchor", {"model__num_layers": 0}, "num_layers is 0"),
+    "no such corpus": ("anchor", {"data__train": "{}/none"}, "none: no such directory"),
+    "no such held-out corpus": ("anchor", {"evaluation__data": "{}/none"}, "none: no such directory"),
+    "a held-out corpus of another tokenizer": (
+        "anchor",
+        {"evaluation__data": "{}/foreign"},
+        "foreign: its tokenizer is not that of .*/corpus",
+    ),
+    "public data of another tokenizer": (
+        "expert",
+        EXPERT | {"data__public": "{}/foreign"},
+        "foreign: its tokenizer is not that of --config.start_from=.*/anchor",
+    ),
+    "a corpus of another tokenizer than the start's": (
+        "router",
+        {"start_from": "{}/merged", "data__train": "{}/foreign"},
+        "foreign: its tokenizer is not that of --config.start_from=.*/merged",
+    ),
+}
+
+
+def refusal(config):
+    with pytest.raises(UserError) as caught:
+        read_inputs(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("key", ANCHOR_REFUSALS)
+def test_a_value_that_makes_no_sense_is_refused_by_its_key(folder, key):
+    value, reason = ANCHOR_REFUSALS[key]
+    message = refusal(make(folder, "anchor", **{key.replace(".", "__"): value}))
+    assert message.startswith(f"--config.{key}")
+    assert reason in message
+
+
+@pytest.mark.parametrize("case", OTHER_REFUSALS)
+def test_it_refuses(folder, case):
+    name, values, pattern = OTHER_REFUSALS[case]
+    assert re.search(pattern, refusal(make(folder, name, **values)))
+
+
+def test_the_start_brings_the_architecture_and_its_roster(folder):
+    fresh = read_inputs(make(folder, "anchor"))
+    assert (fresh.manifest, fresh.roster, fresh.model.layout) == (None, ["anchor"], ANCHOR)
+    assert fresh.model.architecture.d_model == runs.TINY["model.d_model"]
+
+    expert = read_inputs(make(folder, "expert", **EXPERT))
+    assert expert.model.architecture == small.ARCHITECTURE
+    assert (expert.model.layout, expert.roster) == (PAIR, ["anchor", "expert"])
+    assert all(path.startswith("blocks/mixture/expert/") for path in expert.trainable)
+
+    router = read_inputs(make(folder, "router", start_from="{}/merged"))
+    assert router.roster == ["anchor", "news"]
+    assert router.model.layout.num_experts == 2
+    assert router.trainable == set(small.ROUTER)
+
+
+def test_shares_of_rows_go_to_own_and_public_data(folder):
+    config = make(folder, "expert", **EXPERT | {"data__public_share": 0.25})
+    config.data.train = f"{folder}/corpus, {folder}/corpus,"
+    ((own, share), (public, public_share)) = read_inputs(config).corpora
+    assert (len(own), share, len(public), public_share) == (2, 0.75, 1, 0.25)
+
+
+def test_the_sample_that_came_with_the_start_is_the_public_data(folder, tmp_path):
+    small.anchor(tmp_path / "anchor")
+    small.corpus(tmp_path / "anchor" / "public", texts=("one", "two"))
+    config = make(folder, "expert", **EXPERT | {"start_from": f"{tmp_path}/anchor", "data__public": ""})
+    assert read_inputs(config).corpora[1][0][0].documents == 2
+
+
+def test_computation_is_as_configured(folder):
+    values = {"compute__dtype": "bfloat16", "compute__remat": "full", "compute__unroll": 2}
+    compute = build_model(make(folder, "anchor", **values))[0].compute
+    assert (compute.dtype, compute.remat, compute.unroll) == ("bfloat16", "full", 2)
+
+
+def test_corpora_are_labelled_by_what_tells_them_apart(folder, tmp_path, monkeypatch):
+    for name in ("a/train", "a/test", "b/test"):
+        small.corpus(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert list(open_corpora([f"{tmp_path}/a/test/"])) == ["test"]
+    assert list(open_corpora(["a/test", "a/train"])) == ["test", "train"]
+    assert list(open_corpora(["a/test", f"{tmp_path}/b/test"])) == ["a/test", "b/test"]
+    assert open_corpora([]) == {}
+
+
+def test_paths_are_split_at_commas():
+    assert split_paths(" a, b/c ,,") == ["a", "b/c"]
+    assert split_paths("") == []
+
+
+def test_the_tokenizers_of_the_tests_differ(folder):
+    foreign = open_corpora([f"{folder}/foreign"])["foreign"]
+    assert foreign.tokenizer_digest != byte_tokenizer().digest

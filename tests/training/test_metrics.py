@@ -1,0 +1,93 @@
+"""The reporter alone, fed with made-up figures."""
+
+import json
+import threading
+
+import jax.numpy as jnp
+import pytest
+import runs
+from etils import epath
+
+from flexolmo_jax.training.metrics import Reporter
+
+ROSTER = ("anchor", "news")
+
+
+def figures(loss):
+    return {"loss": jnp.float32(loss), "tokens": jnp.float32(64), "routing_E": jnp.array([0.75, 0.25])}
+
+
+def report(workdir, *, first, last, every=1, steps=100):
+    """Reports steps `first` + 1 to `last`, each with its number as the loss."""
+    config = runs.make_config("anchor", log__every=every, steps=steps)
+    with Reporter(epath.Path(workdir), config, ROSTER, first) as reporter:
+        for step in range(first + 1, last + 1):
+            reporter.step(step, figures(step))
+
+
+def test_a_step_is_written_once_the_next_one_is_under_way(tmp_path):
+    config = runs.make_config("anchor")
+    with Reporter(epath.Path(tmp_path), config, ROSTER, 0) as reporter:
+        reporter.step(1, figures(5.5))
+        assert not (tmp_path / "metrics.jsonl").exists()
+        reporter.step(2, figures(4.5))
+        (line,) = runs.read_metrics(tmp_path)
+        assert line.pop("tokens_per_second") > 0
+        assert line == {"step": 1, "loss": 5.5, "tokens": 64, "routing/anchor": 0.75, "routing/news": 0.25}
+    assert runs.losses(tmp_path) == {1: 5.5, 2: 4.5}
+
+
+def test_the_first_the_last_and_every_so_many_steps_are_written(tmp_path):
+    report(tmp_path, first=0, last=11, every=4, steps=11)
+    assert list(runs.losses(tmp_path)) == [1, 4, 8, 11]
+
+
+def test_lines_after_the_step_resumed_from_and_a_torn_one_are_dropped(tmp_path):
+    report(tmp_path, first=0, last=6)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 7, "lo')
+    report(tmp_path, first=4, last=8)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+def test_an_evaluation_is_written_after_the_step_it_follows(tmp_path):
+    with Reporter(epath.Path(tmp_path), runs.make_config("anchor"), ROSTER, 0) as reporter:
+        reporter.step(1, figures(3))
+        reporter.evaluation(1, {"legal": 2.5})
+    assert [line.get("loss") for line in runs.read_metrics(tmp_path)] == [3, None]
+    assert runs.read_metrics(tmp_path)[1] == {"step": 1, "evaluation/legal": 2.5}
+
+
+def refreshing():
+    return [thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"]
+
+
+def test_an_error_ends_the_progress_bar(tmp_path):
+    def fail():
+        with Reporter(epath.Path(tmp_path), runs.make_config("anchor"), ROSTER, 0) as reporter:
+            reporter.step(1, figures(1))
+            assert refreshing()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert not refreshing()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_error_of_the_last_step_ends_the_progress_bar(tmp_path):
+    def fail():
+        with Reporter(epath.Path(tmp_path), runs.make_config("anchor"), ROSTER, 0) as reporter:
+            reporter.step(1, {})
+
+    with pytest.raises(KeyError, match="tokens"):
+        fail()
+    assert not refreshing()
+
+
+def test_the_progress_bar_is_on_standard_error_alone(tmp_path, capsys):
+    report(tmp_path, first=0, last=3)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "loss 3.000" in err
