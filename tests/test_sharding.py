@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from model.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch, random_leaves
+from tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch, random_leaves
 
 from configs import base
 from flexolmo_jax import sharding

@@ -18,7 +18,7 @@ def parameter(
 ) -> jax.Array:
     """Declares a float32 parameter: shape, logical axes and initializer in one place.
 
-    The default initializer is a truncated normal of standard deviation 0.02, symmetric about 0.
+    The default initializer is a truncated normal of scale 0.02, cut at two of it and symmetric about 0.
     """
     init = init or nn.initializers.truncated_normal(INIT_STDDEV)
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)

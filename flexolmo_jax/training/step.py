@@ -65,7 +65,7 @@ def make_train_step(
         tokens = jnp.maximum(sums.pop("tokens"), 1)
         gradient = jax.tree.map(lambda g: g / tokens, gradient)
         metrics = {name: value / tokens for name, value in sums.items()}
-        metrics |= {"tokens": tokens, "gradient_norm": optax.global_norm(gradient)}
+        metrics |= {"tokens": tokens, "gradient_norm": optax.tree.norm(gradient)}
         metrics["learning_rate"] = schedule(state.step)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from model.tiny import ARCHITECTURE
+from tiny import ARCHITECTURE
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, Architecture, Layout

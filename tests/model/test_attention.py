@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from model.tiny import ARCHITECTURE, COMPILE_FAST, random_batch
+from tiny import ARCHITECTURE, COMPILE_FAST, random_batch
 
 from flexolmo_jax.model.attention import Attention, rotary
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tiny import (
+from tiny import (
     ARCHITECTURE,
     COMPILE_FAST,
     LAYOUTS,

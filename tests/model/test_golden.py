@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tiny import COMPILE_FAST
+from tiny import COMPILE_FAST
 
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.training.objective import cross_entropy, load_balancing

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from model.tiny import ARCHITECTURE, COMPILE_FAST
+from tiny import ARCHITECTURE, COMPILE_FAST
 
 from flexolmo_jax.model.layers import INIT_STDDEV, RMSNorm
 from flexolmo_jax.model.mixture import ROW_STDDEV, ExpertLeaves

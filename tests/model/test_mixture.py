@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tiny import COMPILE_FAST, assert_trees_close
+from tiny import COMPILE_FAST, assert_trees_close
 
 from flexolmo_jax.model.mixture import route, separate_experts, stacked_experts
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tiny import ARCHITECTURE, COMPILE_FAST, STACKED, random_batch, random_leaves
+from tiny import ARCHITECTURE, COMPILE_FAST, STACKED, random_batch, random_leaves
 
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.training.objective import LossWeights, cross_entropy, load_balancing, objective

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from model.tiny import ARCHITECTURE, expert_leaves, random_leaves
+from tiny import ARCHITECTURE, expert_leaves, random_leaves
 
 from configs import base
 from flexolmo_jax import sharding

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tiny import ARCHITECTURE, COMPILE_FAST, STACKED, assert_trees_close, random_batch, random_leaves
+from tiny import ARCHITECTURE, COMPILE_FAST, STACKED, assert_trees_close, random_batch, random_leaves
 
 from configs import base
 from flexolmo_jax.model.architecture import PAIR
