@@ -24,6 +24,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.data.sequence_length = 256
         config.data.batch_size = 8
         config.optimizer.learning_rate = 3e-3
+        # Blocks write to the residual stream through a norm, at scale 1: in a short run, smaller embeddings drown.
+        config.init.embedding_stddev = 1.0
         config.optimizer.warmup_steps = 50
         config.checkpoint.every = 200
     else:

@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     config.model.rope_theta = 500_000.0  # base of the rotary frequencies
     config.model.norm_eps = 1e-6  # added to the mean square of an RMSNorm
 
-    config.init = ConfigDict()  # a new expert's leaves besides its copy of the anchor's feed-forward
+    config.init = ConfigDict()  # of fresh weights, and of a new expert's leaves beside its copy of the anchor's
+    config.init.embedding_stddev = 0.02  # of fresh embeddings; every other matrix has 0.02
     config.init.row_file = ""  # .npy of [d_model] or [layers, d_model]: the router row; "": truncated normal
     config.init.row_stddev = 0.002  # of the truncated normal
     config.init.bias = -0.1  # b of every layer; its effect on the logit is -|b|, and at exactly 0 it stays 0

@@ -24,7 +24,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.steps = 250
         config.data.sequence_length = 256
         config.data.batch_size = 8
-        config.optimizer.learning_rate = 3e-3
+        config.optimizer.learning_rate = 1.5e-3
         config.optimizer.warmup_steps = 20
         config.checkpoint.every = 200
     else:

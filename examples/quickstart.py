@@ -33,8 +33,15 @@ DOMAINS = (PUBLIC, *OWNERS)
 LEAVES = "code"  # the owner who opts out
 LENGTH = 256  # tokens of a row
 PROMPT_CHARACTERS = 64
+# In so short a run, many small steps learn more of the same tokens than few large ones.
+SMALL_STEPS = ["--config.data.batch_size=2", "--config.evaluation.every=150"]
 SIZES = {
-    "full": {"train_bytes": 2_500_000, "heldout_bytes": 40_000, "anchor": [], "expert": []},
+    "full": {
+        "train_bytes": 2_500_000,
+        "heldout_bytes": 40_000,
+        "anchor": [*SMALL_STEPS, "--config.steps=1500", "--config.optimizer.learning_rate=2e-3"],
+        "expert": [*SMALL_STEPS, "--config.steps=450"],
+    },
     # Enough to see that every step runs; the figures mean nothing.
     "small": {
         "train_bytes": 100_000,

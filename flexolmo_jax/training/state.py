@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories, tree
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.layers import INIT_STDDEV
 from flexolmo_jax.training import partition
 from flexolmo_jax.training.inputs import EXPERT, Inputs
 from flexolmo_jax.training.step import TrainState
@@ -37,6 +38,7 @@ def initial_leaves(
     if inputs.manifest is None:
         key = jax.random.key(config.seed)
         leaves = jax.jit(inputs.model.init_flat, out_shardings=dict(where))(key)
+        leaves["embedding"] *= config.init.embedding_stddev / INIT_STDDEV
     else:
         stored = directories.open_params(config.start_from)
         published = inputs.trainable | {path for path in where if path.startswith(EXPERT)}
