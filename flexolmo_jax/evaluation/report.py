@@ -130,8 +130,8 @@ def _routing(routing: Scores) -> str:
         return ""
     shares = {e: {domain: row.get(e, 0.0) for domain, row in routing.items()} for e in unique(routing.values())}
     homes = [domain for domain in routing if domain in shares]
-    led = sum(max(routing[domain], key=routing[domain].get) == domain for domain in homes)
-    title = f"{led} of {len(homes)} experts get the largest share of their own domain" if homes else "Routing"
+    at_home = sum(max(shares[domain], key=shares[domain].get) == domain for domain in homes)
+    title = f"{at_home} of {len(homes)} experts get their largest share on their own domain" if homes else "Routing"
     return _section(title, figures.share_map(shares))
 
 

@@ -65,6 +65,29 @@ def separate_experts(x_BxSxD: jax.Array, experts: list[dict], weights_BxSxE: jax
 def stacked_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array, top_k: int) -> jax.Array:
     """The weighted sum of each token's top-k experts; every token is computed, none is dropped.
 
+    Args:
+      x_BxSxD: the input, in the dtype of the computation.
+      experts: `gate` and `up` [experts, d_model, d_ff], `down` [experts, d_ff, d_model].
+      weights_BxSxE: float32 routing weights.
+      top_k: experts per token, at most as many as there are.
+    """
+    if top_k == weights_BxSxE.shape[-1]:
+        return _all_experts(x_BxSxD, experts, weights_BxSxE)
+    return _dispatched_experts(x_BxSxD, experts, weights_BxSxE, top_k)
+
+
+def _all_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array) -> jax.Array:
+    """Every expert sees every token: there is nothing to dispatch."""
+    gate_ExBxSxF = jnp.einsum("BSD,EDF->EBSF", x_BxSxD, experts["gate"])
+    up_ExBxSxF = jnp.einsum("BSD,EDF->EBSF", x_BxSxD, experts["up"])
+    y_ExBxSxD = jnp.einsum("EBSF,EFD->EBSD", jax.nn.silu(gate_ExBxSxF) * up_ExBxSxF, experts["down"])
+    y_BxSxD = jnp.einsum("EBSD,BSE->BSD", y_ExBxSxD.astype(jnp.float32), weights_BxSxE)
+    return y_BxSxD.astype(x_BxSxD.dtype)
+
+
+def _dispatched_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array, top_k: int) -> jax.Array:
+    """Each expert sees the tokens that chose it.
+
     Rows (a token and one of its experts) are sorted by expert, so that each expert's rows are contiguous
     for the grouped matmul, and summed back to their tokens in float32.
     """
