@@ -2,7 +2,8 @@
 
     flexolmo train --config=configs/anchor.py:tiny --workdir=runs/anchor --config.data.train=corpora/public
 
-`tiny` runs on two CPU cores in two minutes; `7b` is the published size (1T tokens of a 5T schedule).
+`tiny` is 600 steps of 2048 bytes, about two minutes on two CPU cores; on English prose its loss ends at about
+2.0 nats per token (a byte). `7b` is the published size (1T tokens of a 5T schedule).
 The argument is a size of configs/models.py.
 """
 

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.init = ConfigDict()  # of fresh weights, and of a new expert's leaves beside its copy of the anchor's
     config.init.embedding_stddev = 0.02  # of fresh embeddings; every other matrix has 0.02
     config.init.row_file = ""  # .npy of [d_model] or [layers, d_model]: the router row; "": truncated normal
-    config.init.row_stddev = 0.002  # of the truncated normal
+    config.init.row_stddev = 0.002  # of a new expert's truncated normal row
     config.init.bias = -0.1  # b of every layer; its effect on the logit is -|b|, and at exactly 0 it stays 0
 
     config.compute = ConfigDict()  # how steps are computed

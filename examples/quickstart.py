@@ -9,7 +9,9 @@ own; each command is printed. An expert's process is given the anchor's director
 import argparse
 import filecmp
 import json
+import os
 import pathlib
+import resource
 import shlex
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from flexolmo_jax.evaluation.report import read_curve, write_report
 from flexolmo_jax.evaluation.tables import bits_per_byte_table, show
 from flexolmo_jax.merging.opt_out import CERTIFICATE_FILE
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 PUBLIC, OWNERS = "public", ("code", "headers", "legal")
 DOMAINS = (PUBLIC, *OWNERS)
 LEAVES = "code"  # the owner who opts out
@@ -68,10 +71,10 @@ def main() -> None:
     make_corpora(out, size["train_bytes"], size["heldout_bytes"])
 
     _title("2. The anchor is trained on the public corpus, then each owner trains an expert alone")
-    train(out, "anchor", "configs/anchor.py:tiny", PUBLIC, size["anchor"])
+    train(out, "anchor", "anchor.py:tiny", PUBLIC, size["anchor"])
     for owner in OWNERS:
         start = [f"--config.start_from={out}/anchor/model", f"--config.expert={owner}"]
-        train(out, owner, "configs/expert.py:tiny", owner, [*start, *size["expert"]])
+        train(out, owner, "expert.py:tiny", owner, [*start, *size["expert"]])
 
     _title("3. The contributions are merged, and compared on held-out text")
     merge(out, "merged", OWNERS)
@@ -88,6 +91,7 @@ def main() -> None:
 
     results = {
         "bits_per_byte": bits_per_byte,
+        "findings": findings(bits_per_byte),
         "routing": routing,
         "opt_out": opt_out,
         "samples": samples,
@@ -98,6 +102,8 @@ def main() -> None:
 
     _title("Bits per byte of held-out text (lower is better)")
     show(bits_per_byte_table(bits_per_byte, DOMAINS))
+    for finding, holds in results["findings"].items():
+        print(f"{'yes' if holds else 'NO':<3} {finding}")
     print(f"opting out: {opt_out['guarantee']}")
     print(f"compared with the merge that never had '{LEAVES}': {'identical' if opt_out['identical'] else 'DIFFERENT'}")
     print(f"{results['settings']['seconds']} seconds; see {out}/report.html and {out}/results.json")
@@ -115,7 +121,8 @@ def make_corpora(out: pathlib.Path, train_bytes: int, heldout_bytes: int) -> Non
 
 
 def train(out: pathlib.Path, run: str, config: str, domain: str, flags: Sequence[str]) -> None:
-    """Trains in a process of its own."""
+    """Trains in a process of its own; `config` is a file of `configs` with its argument."""
+    config = os.path.relpath(ROOT / "configs" / config)
     corpora = out / "corpora" / domain
     data = [f"--config.data.train={corpora}/train", f"--config.evaluation.data={corpora}/heldout"]
     flexolmo("train", f"--config={config}", f"--workdir={out}/{run}", *data, *flags)
@@ -145,6 +152,33 @@ def compare(
         losses[name] = evaluate_shown(model, held_out, title=name, without=without, length=LENGTH, batch_size=16)
     bits = {name: {d: loss.bits_per_byte for d, loss in row.items()} for name, row in losses.items()}
     return bits, {domain: dict(loss.routing) for domain, loss in losses["merged"].items()}
+
+
+def findings(bits_per_byte: Mapping[str, Mapping[str, float]]) -> dict[str, bool]:
+    """What the method promises, and whether the table {model: {domain: bits per byte}} bears it out."""
+    anchor, merged = bits_per_byte["anchor"], bits_per_byte["merged"]
+    pairs = {owner: bits_per_byte[f"pair:{owner}"] for owner in OWNERS}
+
+    def average(row: Mapping[str, float]) -> float:
+        return sum(row.values()) / len(row)
+
+    def suffers_most(owner: str) -> bool:
+        without = bits_per_byte[f"merged-without:{owner}"]
+        rise = {domain: without[domain] - merged[domain] for domain in DOMAINS}
+        return rise.pop(owner) > max(0, *rise.values())
+
+    return {
+        "every pair beats the anchor on its owner's domain": all(
+            pair[owner] < anchor[owner] for owner, pair in pairs.items()
+        ),
+        "the merged model beats the anchor on every closed domain": all(
+            merged[owner] < anchor[owner] for owner in OWNERS
+        ),
+        "the merged model is better on average than the anchor and every single pair": all(
+            average(merged) < average(row) for row in (anchor, *pairs.values())
+        ),
+        "without an expert, that expert's domain suffers most": all(map(suffers_most, OWNERS)),
+    }
 
 
 def leave(out: pathlib.Path) -> dict[str, Any]:
@@ -210,7 +244,15 @@ def settings(out: pathlib.Path, seconds: float) -> dict[str, Any]:
         "tokens per step": config["data"]["batch_size"] * config["data"]["sequence_length"],
         "public share of an expert's rows": expert["data"]["public_share"],
         "seconds": round(seconds),
+        "peak memory of a process, GiB": round(peak_memory(), 2),
     }
+
+
+def peak_memory() -> float:
+    """The most memory that this process, or the largest one it ran, held at a time, in GiB."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, kilobytes on Linux
+    return max(resource.getrusage(who).ru_maxrss for who in whose) * unit / 2**30
 
 
 def flexolmo(*arguments: str) -> None:

@@ -11,7 +11,7 @@ from flexolmo_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
-# A rule is (logical axis, mesh axis, mesh axes or None for "not sharded").
+# A rule is (logical axis, where it goes: one mesh axis, several, or None for "not sharded").
 Rules = Sequence[tuple[str, str | Sequence[str] | None]]
 
 
@@ -50,6 +50,9 @@ def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     if unknown:
         raise UserError(f"--config.sharding_rules: no rule for logical axis '{unknown[0]}'; add one")
     spec = [() if axis is None else table[axis] for axis in axes]
+    missing = {mesh_axis for mesh_axes in spec for mesh_axis in mesh_axes} - set(MESH_AXES)
+    if missing:
+        raise UserError(f"--config.sharding_rules: '{min(missing)}' is no axis of the mesh; use {', '.join(MESH_AXES)}")
     used = [mesh_axis for mesh_axes in spec for mesh_axis in mesh_axes]
     twice = sorted({mesh_axis for mesh_axis in used if used.count(mesh_axis) > 1})
     if twice:

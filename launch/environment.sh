@@ -1,6 +1,6 @@
 # Sourced by the launch scripts: makes `.venv` with the pinned requirements and this package, once.
 #
-# PYTHON names the interpreter to use (3.11 or 3.12); otherwise the first fit one on the PATH is taken.
+# PYTHON names the interpreter to make it with (3.11 or 3.12); otherwise the first fit one on the PATH is taken.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -25,7 +25,11 @@ make_environment() {
     if [ ! -x "$venv/bin/python" ]; then
       local python
       python=$(find_python)
-      "$python" -m venv "$venv"
+      if ! "$python" -m venv "$venv" >&2; then
+        rm -rf "$venv"
+        echo "could not make .venv: install what 'python -m venv' needs (on Debian and Ubuntu: apt install python3-venv)" >&2
+        return 2
+      fi
     fi
     echo "installing $pins into .venv ..." >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/$pins"

@@ -7,10 +7,11 @@ usage: bash launch/quickstart.sh [OUT] [--size=small]
 
 Installs what it needs into .venv (once), then trains an anchor and three experts on text found on this
 machine, merges them, evaluates, opts one owner out, and writes OUT/results.json and OUT/report.html.
-OUT is runs/quickstart unless given. Two CPU cores take about four minutes, once packages are installed.
+OUT is runs/quickstart unless given, relative to the folder you call this from. Two CPU cores take about four
+minutes, once packages are installed.
 
   --size=small   only shows that every step runs, in about a minute; the figures mean nothing
-  PYTHON=...     interpreter for the environment: Python 3.11 or 3.12
+  PYTHON=...     Python 3.11 or 3.12 to make .venv with; without effect once .venv is there
 HELP
   exit 0
 fi

@@ -8,7 +8,7 @@ usage: bash launch/test.sh [PYTEST ARGUMENTS]
 Installs what it needs into .venv (once), then checks style (ruff) and the order of imports (import-linter),
 and runs the tests on two processes. Arguments go to pytest: `bash launch/test.sh tests/merging -k order`.
 
-  PYTHON=...     interpreter for the environment: Python 3.11 or 3.12
+  PYTHON=...     Python 3.11 or 3.12 to make .venv with; without effect once .venv is there
 HELP
   exit 0
 fi

@@ -112,6 +112,7 @@ def anchor(path, seed=0, architecture=ARCHITECTURE, leaves=None):
             shared=shared,
             top_k=1,
             tokenizer_digest=byte_tokenizer().digest,
+            eos_id=byte_tokenizer().eos_id,
         ).write(directory)
         byte_tokenizer().save(directory / directories.TOKENIZER_FILE)
     return path

@@ -4,6 +4,7 @@ import importlib
 import math
 import pathlib
 import re
+import shlex
 
 import jax
 import pytest
@@ -20,12 +21,14 @@ CONFIGS = sorted(
 )
 SIZES = tuple(models._SIZES)
 STACKED = Layout("stacked", 3, 2)
-# The layout each one trains, the leaves it trains, and the tokens of its published setting (method.md).
+# The layout each one trains, the leaves it trains, and the tokens of its published setting (docs/method.md).
 TRAINS = {
     "anchor": (ANCHOR, lambda path: not re.search("mixture/anchor/(row|bias)", path), 1e12),
     "expert": (PAIR, lambda path: path.startswith("blocks/mixture/expert/"), 50e9),
     "router": (STACKED, lambda path: path.endswith(("experts/row", "experts/bias")), 5e9),
 }
+# What a command needs besides `--config`, `--workdir` and data.
+STARTS = {"expert": {"config.start_from", "config.expert"}, "router": {"config.start_from"}}
 
 
 def get_config(name, *size):
@@ -123,4 +126,10 @@ def test_every_key_is_explained_where_it_is_declared():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_docstring_holds_the_command(name):
     text = importlib.import_module(f"configs.{name}").__doc__
-    assert f"flexolmo train --config=configs/{name}.py:tiny" in text
+    # From the command on, up to an empty line: a line that ends without a backslash would end the command early.
+    first, *more = text[text.index("    flexolmo") :].split("\n\n")[0].replace("\\\n", "").strip().splitlines()
+    assert not more, "a command over several lines needs a backslash at the end of each but the last"
+    program, verb, *flags = shlex.split(first)
+    given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    assert (program, verb, given["config"]) == ("flexolmo", "train", f"configs/{name}.py:tiny")
+    assert given.keys() >= {"workdir", "config.data.train"} | STARTS.get(name, set())

@@ -1,6 +1,8 @@
-"""The quickstart, as the README gives it, in a small setting."""
+"""The quickstart, as the README gives it, in a small setting and from another directory."""
 
+import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,18 +13,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOMAINS = {"public", "code", "headers", "legal"}
 
 
-def run(*arguments):
+def run(*arguments, cwd):
     # Inside the environment that the scripts make, the script itself is run; elsewhere, what it runs.
     script = ["bash", str(ROOT / "launch" / "quickstart.sh")]
     python = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
     command = script if pathlib.Path(sys.prefix) == ROOT / ".venv" else python
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # whether the package is installed or only lies here
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("quickstart") / "run"
-    return out, run(str(out), "--size=small")
+    cwd = tmp_path_factory.mktemp("quickstart")
+    return cwd / "run", run("run", "--size=small", cwd=cwd)
 
 
 def test_it_ends_well_and_prints_the_table(finished):
@@ -46,6 +49,15 @@ def test_results_have_every_model_on_every_domain(finished):
         assert set(shares) == {"anchor"} | owners
         assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
     assert results["opt_out"]["identical"] is True
+    assert 0.1 < results["settings"]["peak memory of a process, GiB"] < 100
+
+
+def test_every_finding_is_printed_with_its_answer(finished):
+    out, result = finished
+    findings = json.loads((out / "results.json").read_text())["findings"]
+    assert len(findings) == 4
+    for finding, holds in findings.items():
+        assert f"{'yes' if holds else 'NO '} {finding}\n" in result.stdout
 
 
 def test_the_output_folder_holds_everything(finished):
@@ -60,6 +72,49 @@ def test_the_output_folder_holds_everything(finished):
 
 def test_a_second_run_into_the_same_folder_is_refused(finished):
     out, _ = finished
-    again = run(str(out), "--size=small")
+    again = run(out.name, "--size=small", cwd=out.parent)
     assert again.returncode != 0
-    assert str(out) in again.stderr
+    assert f"{out.name} exists already" in again.stderr
+
+
+# Bits per byte that bear every finding out, and what of them to change so that just one no longer holds.
+HOLDS = {
+    "anchor": {"public": 2.0, "code": 4.0, "headers": 4.0, "legal": 4.0},
+    "pair:code": {"public": 2.0, "code": 3.0, "headers": 4.0, "legal": 4.0},
+    "pair:headers": {"public": 2.0, "code": 4.0, "headers": 3.0, "legal": 4.0},
+    "pair:legal": {"public": 2.0, "code": 4.0, "headers": 4.0, "legal": 3.0},
+    "merged": {"public": 2.1, "code": 3.2, "headers": 3.2, "legal": 3.2},
+    "merged-without:code": {"public": 2.1, "code": 3.9, "headers": 3.3, "legal": 3.1},
+    "merged-without:headers": {"public": 2.1, "code": 3.1, "headers": 3.9, "legal": 3.3},
+    "merged-without:legal": {"public": 2.1, "code": 3.3, "headers": 3.1, "legal": 3.9},
+}
+FAILS = {
+    "a pair at home": (0, {"pair:headers": {"headers": 4.0}}),
+    "the merge at home": (1, {"merged": {"legal": 4.1}, "merged-without:legal": {"legal": 4.8}}),
+    "the average, against the anchor": (2, {"anchor": {"public": 0.0, "code": 3.6, "headers": 3.6, "legal": 3.6}}),
+    "the average, against a pair": (2, {"pair:legal": {"public": 0.0}}),
+    "another owner's domain": (3, {"merged-without:code": {"legal": 4.0}}),
+    "the public domain": (3, {"merged-without:legal": {"public": 2.9}}),
+}
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        yield importlib.import_module("quickstart")
+
+
+def test_findings_hold_where_the_table_bears_them_out(quickstart):
+    assert list(quickstart.findings(HOLDS).values()) == [True] * 4
+
+
+@pytest.mark.parametrize(("which", "changes"), FAILS.values(), ids=FAILS.keys())
+def test_a_finding_fails_where_the_table_denies_it(quickstart, which, changes):
+    table = {model: {**row, **changes.get(model, {})} for model, row in HOLDS.items()}
+    assert list(quickstart.findings(table).values()) == [i != which for i in range(4)]
+
+
+def test_a_tie_is_no_win(quickstart):
+    table = {model: dict.fromkeys(DOMAINS, 3.0) for model in HOLDS}
+    assert list(quickstart.findings(table).values()) == [False] * 4

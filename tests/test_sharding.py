@@ -71,6 +71,11 @@ def test_rules_translate_logical_axes():
     assert sharding.partition_spec((None, "embed"), rules) == PartitionSpec(None, ("fsdp",))
 
 
+def test_a_rule_to_no_axis_of_the_mesh_is_refused():
+    with pytest.raises(UserError, match="'model' is no axis of the mesh; use data, fsdp, expert, tensor"):
+        sharding.partition_spec(("mlp",), (("mlp", "model"),))
+
+
 def test_an_axis_without_a_rule_and_rules_that_collide_are_refused():
     with pytest.raises(UserError, match="no rule for logical axis 'colour'"):
         sharding.partition_spec(("batch", "colour"), RULES)

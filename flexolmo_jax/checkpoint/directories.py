@@ -15,7 +15,7 @@ from typing import Any
 import tensorstore as ts
 from etils import epath
 
-from flexolmo_jax.checkpoint.tree import Slice, combined_digest, open_tree
+from flexolmo_jax.checkpoint.tree import Slice, combined_digest, open_tree, write_tree
 from flexolmo_jax.errors import UserError
 
 FORMAT = 1
@@ -33,7 +33,7 @@ ROUTER_LEAVES = (MIXTURE + "experts/row", MIXTURE + "experts/bias")
 NAME_RULE = f"use lower-case letters, digits, - and _, and not '{ANCHOR_NAME}'"
 
 # What a manifest holds: {key: type}.
-_MODEL = {"architecture": dict, "experts": list, "shared": dict, "top_k": int, "tokenizer_digest": str}
+_MODEL = {"architecture": dict, "experts": list, "shared": dict, "top_k": int, "tokenizer_digest": str, "eos_id": int}
 _TUNED = {"leaves": list, "merged_router": dict}
 _EXPERT = {"name": str, "leaves": dict, "card": dict}
 _CONTRIBUTION = {"expert": str, "leaves": dict, "card": dict, "anchor_digest": str, "architecture": dict}
@@ -72,6 +72,7 @@ class Model:
       shared: {path: digest} of the leaves that all experts share.
       top_k: how many experts compute each token (all of them, where the roster is shorter).
       tokenizer_digest: digest of the `tokenizer.json` it was trained with.
+      eos_id: the token that closes a document.
       tuned: None, or what was trained after the merge: {"leaves": [paths], "merged_router": {expert: {leaf: digest}
         of the router as merged, which lies in `merged_router/`}, "card": of the data}.
     """
@@ -81,6 +82,7 @@ class Model:
     shared: Mapping[str, str]
     top_k: int
     tokenizer_digest: str
+    eos_id: int
     tuned: Mapping[str, Any] | None = None
 
     @property
@@ -89,8 +91,12 @@ class Model:
 
     @property
     def anchor_digest(self) -> str:
-        """The digest that contributions name: of all leaves of the anchor they were trained against."""
-        anchor = {f"{ANCHOR_NAME}/{leaf}": digest for leaf, digest in self.experts[0].leaves.items()}
+        """The digest that contributions name: of all leaves of the anchor they were trained against.
+
+        A router tuned after the merge does not change it; training the shared leaves does, as that anchor is gone.
+        """
+        leaves = {**self.experts[0].leaves, **(self.tuned["merged_router"][ANCHOR_NAME] if self.tuned else {})}
+        anchor = {f"{ANCHOR_NAME}/{leaf}": digest for leaf, digest in leaves.items()}
         return combined_digest({**self.shared, **anchor})
 
     def write(self, directory: epath.Path) -> None:
@@ -129,6 +135,7 @@ class Model:
                 shared=document["shared"],
                 top_k=document["top_k"],
                 tokenizer_digest=document["tokenizer_digest"],
+                eos_id=document["eos_id"],
                 tuned=document["tuned"],
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -217,6 +224,23 @@ def split_digests(
         for expert, digest in zip(experts, values, strict=True):
             expert[digest_name(path)] = digest
     return dict(sorted(shared.items())), [dict(sorted(expert.items())) for expert in experts]
+
+
+def merged_router(directory: epath.PathLike, manifest: Model) -> dict[str, dict[str, Slice]]:
+    """The router as the merge made it, {expert: {leaf: slice}}; a model tuned since keeps it beside its own."""
+    path = epath.Path(directory) / (MERGED_ROUTER if manifest.tuned else PARAMS)
+    stored = open_tree(path)
+    missing = [leaf for leaf in ROUTER_LEAVES if leaf not in stored]
+    if missing:
+        raise UserError(f"{path}: leaf {missing[0]} is missing; copy the directory again from its source")
+    router = {leaf: stored[leaf] for leaf in ROUTER_LEAVES}
+    return model_slices(router, manifest.roster, str(path))[1]
+
+
+def write_merged_router(directory: epath.Path, router: Mapping[str, Mapping[str, Slice]]) -> dict[str, dict[str, str]]:
+    """Writes what `merged_router` reads; returns {expert: {leaf: digest}}."""
+    digests = write_tree(directory / MERGED_ROUTER, model_leaves({}, router), digest_name)
+    return dict(zip(router, split_digests(digests, list(router))[1], strict=True))
 
 
 def open_params(directory: epath.PathLike) -> dict[str, ts.TensorStore]:

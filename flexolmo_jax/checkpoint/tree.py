@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jax.experimental import multihost_utils
 
 from flexolmo_jax.errors import UserError
 
@@ -128,6 +127,9 @@ def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
         raise UserError(f"{path / METADATA}: damaged; copy the directory again from its source") from None
     if index.get("use_ocdbt") or not index.get("use_zarr3"):
         raise UserError(f"{path}: not in zarr3 layout without OCDBT, the only one read here")
+    stray = {entry.name for entry in path.iterdir()} - {name.replace("/", ".") for name in names} - {METADATA}
+    if stray:
+        raise UserError(f"{path}: holds {min(stray)}, which its index does not name; copy the directory again")
     leaves = {}
     for name in names:
         # A block that is missing must not be read as zeros.
@@ -191,7 +193,7 @@ class Slice(NamedTuple):
             index = (index[0], self.expert, *index[1:])
         if isinstance(self.source, ts.TensorStore):
             return read_block(self.source, index, self.name)
-        return _to_host(self.source[index])
+        return np.asarray(jax.device_get(self.source[index]))
 
 
 def write_tree(
@@ -214,25 +216,18 @@ def write_tree(
     Raises:
       UserError: a value is not finite, or a source cannot be read.
     """
-    # Process 0 writes; blocks that are spread over processes are gathered by all, in the same order.
-    primary = jax.process_index() == 0
-    writer = TreeWriter(path) if primary else None
+    writer = TreeWriter(path)
     jobs = {}
-    with ThreadPoolExecutor(COPY_THREADS if jax.process_count() == 1 else 1) as pool:
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
         for leaf, content in leaves.items():
             stacked = not isinstance(content, Slice)
             slices = content if stacked else [content]
             shape, dtype = slices[0].shape, slices[0].dtype
             block = block_shape(shape, dtype.itemsize)
-            store = None
-            if primary:
-                at = (len(slices),) if stacked else ()
-                one = (1,) if stacked else ()
-                store = writer.create(leaf, shape[:1] + at + shape[1:], dtype, block[:1] + one + block[1:])
+            at, one = ((len(slices),), (1,)) if stacked else ((), ())
+            store = writer.create(leaf, shape[:1] + at + shape[1:], dtype, block[:1] + one + block[1:])
             jobs[leaf] = [
-                pool.submit(
-                    _copy, part, store[:, i] if stacked and primary else store, block, digest_name(leaf), advance
-                )
+                pool.submit(_copy, part, store[:, i] if stacked else store, block, digest_name(leaf), advance)
                 for i, part in enumerate(slices)
             ]
         try:
@@ -240,8 +235,7 @@ def write_tree(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if primary:
-        writer.finish()
+    writer.finish()
     return {leaf: d[0] if isinstance(leaves[leaf], Slice) else d for leaf, d in digests.items()}
 
 
@@ -267,12 +261,6 @@ def _copy(
             store[index].write(values).result()
         advance(values.nbytes)
     return digest.hexdigest()
-
-
-def _to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(jax.device_get(array))
 
 
 def _kvstore(path: epath.Path, name: str) -> str:

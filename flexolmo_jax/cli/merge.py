@@ -1,7 +1,9 @@
-"""Merges contributions with the anchor they were trained on. Their order does not matter.
+r"""Merges contributions with the anchor they were trained on. Their order does not matter.
 
-flexolmo merge --anchor=runs/anchor/model --contribution=runs/news/contribution
-    --contribution=runs/code/contribution --out=runs/merged
+    flexolmo merge --anchor=runs/anchor/model --contribution=runs/news/contribution \
+        --contribution=runs/code/contribution --out=runs/merged
+
+A contribution that was made on another anchor, or was altered since, is refused.
 """
 
 from absl import flags

@@ -1,7 +1,7 @@
-"""Trains what a configuration describes. The same command, run again, goes on from the last checkpoint.
+r"""Trains what a configuration describes. The same command, run again, goes on from the last checkpoint.
 
     flexolmo train --config=configs/anchor.py:tiny --workdir=runs/anchor --config.data.train=corpora/public
-    flexolmo train --config=configs/expert.py:tiny --workdir=runs/news --config.start_from=runs/anchor/model
+    flexolmo train --config=configs/expert.py:tiny --workdir=runs/news --config.start_from=runs/anchor/model \
         --config.expert=news --config.data.train=corpora/news
 
 Every key of a configuration stands in configs/base.py with its unit, and can be set with --config.KEY=VALUE.

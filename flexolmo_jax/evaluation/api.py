@@ -159,7 +159,7 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
     manifest = directories.Model.read(path, flag="--model")
     stored = directories.open_params(path)
     file = epath.Path(path) / directories.TOKENIZER_FILE
-    model = Model(manifest, {}, load_tokenizer(file) if file.exists() else None, dtype)
+    model = Model(manifest, {}, load_tokenizer(file, eos_id=manifest.eos_id) if file.exists() else None, dtype)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for name, leaf in model.abstract().items():
         label = f"--model={path}: leaf {name}"

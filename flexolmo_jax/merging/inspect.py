@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.tree import Slice, digest_slice
+from flexolmo_jax.checkpoint.tree import Slice
+from flexolmo_jax.checkpoint.verify import check_content, check_leaves, check_model, open_model
 from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.merging.merge import check_digests, check_leaves
-from flexolmo_jax.progress import progress_bar
+from flexolmo_jax.training.inputs import PUBLIC
 
 
 def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table | None]:
@@ -34,14 +35,10 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
 
 def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
     manifest = directories.Model.read(path, flag="inspect")
-    tree = directories.open_params(path)
-    shared, experts = directories.model_slices(tree, manifest.roster, str(path))
-    check_leaves(shared, manifest.shared, str(path))
-    for expert in manifest.experts:
-        check_leaves(experts[expert.name], expert.leaves, f"{path}: expert {expert.name}")
+    shared, experts = open_model(path, manifest, str(path))
     if check:
-        named = {"shared": manifest.shared, **{expert.name: expert.leaves for expert in manifest.experts}}
-        _check_content({"shared": shared, **experts}, named)
+        check_model(path, manifest, str(path))
+        _check_company(epath.Path(path), manifest)
     facts = {
         "architecture": _architecture(manifest.architecture),
         "anchor digest": manifest.anchor_digest,
@@ -52,12 +49,23 @@ def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
     return facts, _roster([(expert, experts[expert.name]) for expert in manifest.experts])
 
 
+def _check_company(path: epath.Path, manifest: directories.Model) -> None:
+    """Checks what lies beside a model's parameters: tokenizer, merged router, public sample."""
+    tokenizer = path / directories.TOKENIZER_FILE
+    if tokenizer.exists() and load_tokenizer(tokenizer, eos_id=manifest.eos_id).digest != manifest.tokenizer_digest:
+        raise UserError(f"{tokenizer}: not the tokenizer that the model was trained with; copy it again")
+    if manifest.tuned:
+        check_content(directories.merged_router(path, manifest), manifest.tuned["merged_router"])
+    if (path / PUBLIC).exists():
+        Corpus.open(path / PUBLIC).verify()
+
+
 def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
     contribution = directories.Contribution.read(path, flag="inspect")
     leaves = {leaf: Slice(s, None, f"{path}: leaf {leaf}") for leaf, s in directories.open_params(path).items()}
     check_leaves(leaves, contribution.expert.leaves, str(path))
     if check:
-        _check_content({"expert": leaves}, {"expert": contribution.expert.leaves})
+        check_content({"expert": leaves}, {"expert": contribution.expert.leaves})
     facts = {"architecture": _architecture(contribution.architecture), "anchor digest": contribution.anchor_digest}
     return facts, _roster([(contribution.expert, leaves)])
 
@@ -73,15 +81,6 @@ def _corpus(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], None]:
         "tokenizer digest": corpus.tokenizer_digest,
     }
     return facts, None
-
-
-def _check_content(groups: Mapping[str, Mapping[str, Slice]], named: Mapping[str, Mapping[str, str]]) -> None:
-    with progress_bar() as progress:
-        task = progress.add_task("digests", total=sum(map(len, groups.values())))
-        for group, leaves in groups.items():
-            for leaf, part in leaves.items():
-                check_digests({leaf: digest_slice(part, directories.digest_name(leaf))}, named[group], leaves)
-                progress.advance(task)
 
 
 def _roster(members: list[tuple[directories.Expert, Mapping[str, Slice]]]) -> Table:

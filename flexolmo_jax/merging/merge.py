@@ -9,6 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, write_tree
+from flexolmo_jax.checkpoint.verify import check_digests, open_model
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.merging.contribution import Member, open_contribution, size
 from flexolmo_jax.progress import progress_bar
@@ -39,9 +40,9 @@ def merge(
         raise UserError(
             f"--anchor={anchor}: a merged model ({', '.join(manifest.roster)}); give the anchor it was made from"
         )
-    shared, own = directories.model_slices(directories.open_params(anchor), manifest.roster, f"--anchor={anchor}")
-    check_leaves(shared, manifest.shared, f"--anchor={anchor}")
-    check_leaves(own[directories.ANCHOR_NAME], manifest.experts[0].leaves, f"--anchor={anchor}")
+    if manifest.tuned:
+        raise UserError(f"--anchor={anchor}: was trained on after a merge; give the anchor as it was published")
+    shared, own = open_model(anchor, manifest, f"--anchor={anchor}")
     members, given = [], {}
     for path in contributions:
         member = open_contribution(path, manifest, own[directories.ANCHOR_NAME])
@@ -87,26 +88,8 @@ def assemble(
     manifest.write(directory)
 
 
-def check_leaves(leaves: Mapping[str, Slice], digests: Mapping[str, str], source: str) -> None:
-    """Raises UserError unless exactly the leaves that a manifest names are there."""
-    odd = leaves.keys() ^ digests.keys()
-    if odd:
-        state = "missing" if min(odd) in digests else "not in its manifest"
-        raise UserError(f"{source}: leaf {min(odd)} is {state}; copy the directory again from its source")
-
-
 def copy_tokenizer(source: epath.PathLike, directory: epath.Path) -> None:
     """Copies `tokenizer.json` from one model directory to another, where there is one."""
     tokenizer = epath.Path(source) / directories.TOKENIZER_FILE
     if tokenizer.exists():
         tokenizer.copy(directory / directories.TOKENIZER_FILE)
-
-
-def check_digests(found: Mapping[str, str], named: Mapping[str, str], slices: Mapping[str, Slice]) -> None:
-    """Raises UserError where the content of a leaf is not what the manifest says."""
-    for leaf, digest in found.items():
-        if digest != named[leaf]:
-            raise UserError(
-                f"{slices[leaf].name}: altered (its digest is {digest[:12]}, the manifest says {named[leaf][:12]}); "
-                "copy it again from its source"
-            )

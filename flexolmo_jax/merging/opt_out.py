@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 from etils import epath
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.tree import Slice, open_tree, write_tree
+from flexolmo_jax.checkpoint.verify import check_digests, open_model
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.merging.merge import assemble, check_digests, check_leaves, copy_tokenizer
+from flexolmo_jax.merging.merge import assemble, copy_tokenizer
 
 CERTIFICATE_FILE = "certificate.json"
 EXACT = "exact: every leaf equals, byte for byte, the merge that never had the removed experts"
@@ -46,14 +46,10 @@ def opt_out(
     """
     manifest = directories.Model.read(model, flag="--model")
     check_removable(names, manifest.roster, "--expert")
-    tree = directories.open_params(model)
-    shared, experts = directories.model_slices(tree, manifest.roster, f"--model={model}")
-    check_leaves(shared, manifest.shared, f"--model={model}")
-    for expert in manifest.experts:
-        check_leaves(experts[expert.name], expert.leaves, f"--model={model}: expert {expert.name}")
+    shared, experts = open_model(model, manifest, f"--model={model}")
     trained = set(manifest.tuned["leaves"]) if manifest.tuned else set()
     together = trained if keep_tuned_router else trained - set(directories.ROUTER_LEAVES)
-    routers = _merged_router(model, manifest) if trained else {}
+    routers = directories.merged_router(model, manifest) if trained else {}
     if trained and not keep_tuned_router:
         experts = {name: leaves | routers[name] for name, leaves in experts.items()}
         manifest = _with_merged_router(manifest)
@@ -69,7 +65,9 @@ def opt_out(
         assemble(directory, remaining, shared, {e.name: experts[e.name] for e in remaining.experts})
         copy_tokenizer(model, directory)
         if remaining.tuned:
-            _keep_merged_router(directory, remaining, routers)
+            routers = {name: routers[name] for name in remaining.roster}
+            for name, found in directories.write_merged_router(directory, routers).items():
+                check_digests(found, remaining.tuned["merged_router"][name], routers[name])
         (directory / CERTIFICATE_FILE).write_text(json.dumps(certificate, indent=2) + "\n")
     return certificate
 
@@ -102,27 +100,8 @@ def _without(manifest: directories.Model, names: Sequence[str], together: Set[st
     return dataclasses.replace(manifest, experts=experts, tuned=tuned, top_k=top_k)
 
 
-def _merged_router(model: epath.PathLike, manifest: directories.Model) -> dict[str, dict[str, Slice]]:
-    """The router as the merge made it, {expert: {leaf: slice}}, which a tuned model keeps beside its own."""
-    path = epath.Path(model) / directories.MERGED_ROUTER
-    _, routers = directories.model_slices(open_tree(path), manifest.roster, f"--model={path}")
-    for name, router in routers.items():
-        check_leaves(router, manifest.tuned["merged_router"][name], f"--model={path}: expert {name}")
-    return routers
-
-
 def _with_merged_router(manifest: directories.Model) -> directories.Model:
     """The manifest that describes the experts with the merge's router in place of the tuned one."""
     merged = manifest.tuned["merged_router"]
     experts = tuple(directories.Expert(e.name, {**e.leaves, **merged[e.name]}, e.card) for e in manifest.experts)
     return dataclasses.replace(manifest, experts=experts)
-
-
-def _keep_merged_router(
-    directory: epath.Path, manifest: directories.Model, routers: Mapping[str, Mapping[str, Slice]]
-) -> None:
-    """Hands the remaining experts' merged router on, so that a later opt-out can return to it."""
-    content = directories.model_leaves({}, {name: routers[name] for name in manifest.roster})
-    digests = write_tree(directory / directories.MERGED_ROUTER, content, directories.digest_name)
-    for name, found in zip(manifest.roster, directories.split_digests(digests, manifest.roster)[1], strict=True):
-        check_digests(found, manifest.tuned["merged_router"][name], routers[name])

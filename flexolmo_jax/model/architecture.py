@@ -9,7 +9,7 @@ from flexolmo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """An OLMo-2 decoder (method.md, "Numerics of the architecture"). Sizes count elements."""
+    """An OLMo-2 decoder (docs/method.md, "Numerics of the architecture"). Sizes count elements."""
 
     vocab_size: int
     num_layers: int

@@ -1,6 +1,6 @@
 """The mixture of experts: the router, the pair an owner trains, and the stacked experts of a merge.
 
-Formulas (FlexOlmo, arXiv 2507.07024, section 3; method.md, "Formulas"):
+Formulas (FlexOlmo, arXiv 2507.07024, section 3; docs/method.md, "Formulas"):
   y = sum over i in TopK(s) of s_i FFN_i(x),  s = softmax(l) over all experts,  l_i = r_i . x - |b_i|.
 The paper writes min(b_i, 0) for the bias, whose gradient vanishes for b_i > 0. -|b_i| equals it for every
 b_i <= 0 and keeps its gradient on both sides; at exactly 0, where the anchor's bias stays, it has none.
@@ -14,8 +14,6 @@ from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.layers import parameter
 
-# The leaves of every expert: shapes without the layer and expert axes, in `Mixture.leaves`.
-EXPERT_LEAVES = ("gate", "up", "down", "row", "bias")
 ROW_STDDEV = 0.002
 MASKED_LOGIT = -1e30
 
@@ -138,7 +136,7 @@ class Mixture(nn.Module):
 
 
 class ExpertLeaves(nn.Module):
-    """Declares the leaves of one expert, or of a stack of them: `EXPERT_LEAVES`."""
+    """Declares the leaves of one expert, or of a stack of them."""
 
     architecture: Architecture
     stack: tuple[int, ...]

@@ -5,6 +5,7 @@ import itertools
 import json
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from etils import epath
@@ -16,6 +17,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.manager import Checkpoints
 from flexolmo_jax.checkpoint.tree import combined_digest
+from flexolmo_jax.checkpoint.verify import check_model
 from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.inputs import Inputs, read_inputs
@@ -41,23 +43,29 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> epath.Path | None:
     Raises:
       UserError: the configuration, the data, the start or the workdir is not fit for this run.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"train: {jax.process_count()} processes; a run is one process with all of its devices")
     workdir = epath.Path(workdir)
     inputs = read_inputs(config)
     mesh = sharding.make_mesh(config.mesh)
     where = shardings(inputs, mesh, config.sharding_rules)
     batch_sharding = _batch_sharding(config, mesh)
     schedule = make_schedule(config.optimizer, config.steps)
-    _claim(workdir, config, inputs)
+    record = _describe(config, inputs)
+    _check_workdir(workdir, record)
     product = workdir / ("contribution" if config.expert else "model")
     if product.exists():
         return product
 
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+        first = checkpoints.latest_step() or 0
+        if inputs.manifest and not first:
+            check_model(config.start_from, inputs.manifest, f"--config.start_from={config.start_from}")
         trainable, frozen = initial_leaves(config, inputs, where)
+        _claim(workdir, record)
         optimizer = make_optimizer(config.optimizer, schedule)
         state = initial_state(trainable, optimizer, mesh)
         batches = training_batches(inputs.corpora, config.data.sequence_length, config.data.batch_size, config.seed)
-        first = checkpoints.latest_step() or 0
         if first:
             state, position = checkpoints.restore(first, state)
             batches.set_state(position)
@@ -118,19 +126,21 @@ def _batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:
     return batch_sharding
 
 
-def _claim(workdir: epath.Path, config: ConfigDict, inputs: Inputs) -> None:
-    """Writes `config.json`, or checks that the one that is there describes the same run."""
-    record = json.loads(config.to_json())
+def _describe(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
+    """What `config.json` records: the configuration, and the content of what its paths name."""
     corpora = itertools.chain(*(group for group, _ in inputs.corpora), inputs.held_out.values())
     files = {f"{corpus.path}/{file['name']}": file["sha256"] for corpus in corpora for file in corpus.files}
-    record["content of start_from"] = _start_digest(inputs.manifest) if inputs.manifest else ""
-    record["content of the corpora"] = combined_digest(files)
+    return {
+        **json.loads(config.to_json()),
+        "content of start_from": _start_digest(inputs.manifest) if inputs.manifest else "",
+        "content of the corpora": combined_digest(files),
+    }
+
+
+def _check_workdir(workdir: epath.Path, record: dict[str, Any]) -> None:
+    """Raises UserError when the workdir holds another run."""
     file = workdir / CONFIG_FILE
     if not file.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{CONFIG_FILE}.incomplete")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(file)
         return
     try:
         before = flatten_dict(json.loads(file.read_text()), sep=".")
@@ -147,6 +157,15 @@ def _claim(workdir: epath.Path, config: ConfigDict, inputs: Inputs) -> None:
             f"--workdir={workdir}: holds another run (config.json differs in: {', '.join(changed)}); "
             "name another workdir, or repeat that run's flags"
         )
+
+
+def _claim(workdir: epath.Path, record: dict[str, Any]) -> None:
+    """Writes `config.json`, unless the run has it already."""
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        temporary = file.with_name(f".{CONFIG_FILE}.incomplete")
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.replace(file)
 
 
 def _start_digest(manifest: directories.Model) -> str:

@@ -9,15 +9,17 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from flexolmo_jax.progress import progress_bar
+
 METRICS_FILE = "metrics.jsonl"
+LOG_LINES_EVERY = 10  # lines of metrics.jsonl for one line in a log
 
 
 class Reporter:
-    """Reports the steps of one run. Only process 0 writes."""
+    """Reports the steps of one run: on disk, and as a progress bar or, in a log, a line now and then."""
 
     def __init__(self, workdir: epath.Path, config: ConfigDict, roster: Sequence[str], first: int):
         """Opens the logs in `workdir`, to go on after step `first`.
@@ -33,9 +35,6 @@ class Reporter:
         self._every, self._steps, self._roster = config.log.every, config.steps, roster
         self._pending: tuple[int, Any] | None = None
         self._tokens, self._since = 0.0, time.perf_counter()
-        self._primary = jax.process_index() == 0
-        if not self._primary:
-            return
         self._file = workdir / METRICS_FILE
         if self._file.exists():
             kept = [line for line in self._file.read_text().splitlines() if _step_of(line) <= first]
@@ -44,8 +43,9 @@ class Reporter:
             temporary.replace(self._file)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-        self._bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
-        self._task = self._bar.add_task(config.expert or "model", total=config.steps, completed=first, figures="")
+        self._title = config.expert or "model"
+        self._bar = progress_bar(TextColumn("{task.description}"), *columns)
+        self._task = self._bar.add_task(self._title, total=config.steps, completed=first, figures="")
         self._bar.start()
 
     def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -60,7 +60,7 @@ class Reporter:
         (step, metrics), self._pending = self._pending, None
         metrics = jax.device_get(metrics)
         self._tokens += float(metrics["tokens"])
-        if not self._primary or (step % self._every and step not in (1, self._steps)):
+        if step % self._every and step not in (1, self._steps):
             return
         shares = np.atleast_1d(metrics.pop("routing_E"))
         scalars = {name: float(value) for name, value in metrics.items()}
@@ -71,6 +71,8 @@ class Reporter:
         self._write(step, scalars)
         figures = f"loss {scalars['loss']:.3f}  {scalars['tokens_per_second']:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, figures=figures)
+        if self._bar.disable and (step == self._steps or step % (self._every * LOG_LINES_EVERY) == 0):
+            self._bar.console.print(f"{self._title} {step}/{self._steps} {figures}")
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Reports held-out losses, {label: nats per token}; the time they took is not the training's."""
@@ -80,8 +82,6 @@ class Reporter:
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl, and a TensorBoard point for each scalar."""
-        if not self._primary:
-            return
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
@@ -96,9 +96,8 @@ class Reporter:
             if exception[0] is None:
                 self.flush()
         finally:
-            if self._primary:
-                self._bar.stop()
-                self._board.close()
+            self._bar.stop()
+            self._board.close()
 
 
 def _step_of(line: str) -> float:

@@ -10,7 +10,7 @@ from flexolmo_jax.model.decoder import Decoder, Output
 
 
 class LossWeights(NamedTuple):
-    """Weights of the regularisers, per token (method.md, "Settings of the published run")."""
+    """Weights of the regularisers, per token (docs/method.md, "Settings of the published run")."""
 
     z_loss: float
     router_z_loss: float

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.tree import Slice, open_tree, write_tree
+from flexolmo_jax.checkpoint.tree import Slice, write_tree
 from flexolmo_jax.data.corpus import Corpus, copy_documents
 from flexolmo_jax.training.inputs import EXPERT, PUBLIC, Inputs
 from flexolmo_jax.training.step import Leaves
@@ -39,6 +39,7 @@ def data_card(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
         **config.card.to_dict(),
         "documents": sum(corpus.documents for corpus in own),
         "tokens": sum(corpus.tokens for corpus in own),
+        # Of all rows, public ones included.
         "trained_tokens": config.steps * config.data.batch_size * config.data.sequence_length,
         "public_share": config.data.public_share,
     }
@@ -68,7 +69,9 @@ def _write_model(product: epath.Path, config: ConfigDict, inputs: Inputs, tree: 
         if before and len(before.experts) > 1:
             tuned = {
                 "leaves": sorted(inputs.trainable | set(before.tuned["leaves"] if before.tuned else ())),
-                "merged_router": _keep_merged_router(directory, config, before),
+                "merged_router": directories.write_merged_router(
+                    directory, directories.merged_router(config.start_from, before)
+                ),
                 "card": data_card(config, inputs),
             }
         members = zip(inputs.roster, expert_digests, cards, strict=True)
@@ -78,6 +81,7 @@ def _write_model(product: epath.Path, config: ConfigDict, inputs: Inputs, tree: 
             shared=shared_digests,
             top_k=before.top_k if before else 1,
             tokenizer_digest=inputs.corpora[0][0][0].tokenizer_digest,
+            eos_id=inputs.corpora[0][0][0].eos_id,
             tuned=tuned,
         ).write(directory)
         (inputs.corpora[0][0][0].path / directories.TOKENIZER_FILE).copy(directory / directories.TOKENIZER_FILE)
@@ -91,16 +95,3 @@ def _publish_sample(config: ConfigDict, corpus: Corpus, out: epath.Path) -> None
     count = min(config.publish.public_documents, len(corpus))
     chosen = np.random.default_rng(config.seed).choice(len(corpus), count, replace=False)
     copy_documents(corpus, sorted(chosen.tolist()), out)
-
-
-def _keep_merged_router(
-    directory: epath.Path, config: ConfigDict, before: directories.Model
-) -> dict[str, dict[str, str]]:
-    """Keeps the router as the merge made it, for opting out later; returns {expert: {leaf: digest}}."""
-    source = epath.Path(config.start_from)
-    stored = open_tree(source / (directories.MERGED_ROUTER if before.tuned else directories.PARAMS))
-    router = {path: stored[path] for path in directories.ROUTER_LEAVES}
-    _, experts = directories.model_slices(router, before.roster, f"--config.start_from={source}")
-    content = directories.model_leaves({}, experts)
-    digests = write_tree(directory / directories.MERGED_ROUTER, content, directories.digest_name)
-    return dict(zip(before.roster, directories.split_digests(digests, before.roster)[1], strict=True))

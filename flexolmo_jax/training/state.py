@@ -32,7 +32,7 @@ def initial_leaves(
     """The leaves a run begins with, on their devices, as (trainable, frozen).
 
     Fresh weights are drawn from the seed. Otherwise leaves are read from `start_from`, and a new expert
-    gets the anchor's feed-forward, a router row of its own and its bias (method.md, "Formulas"). What the
+    gets the anchor's feed-forward, a router row of its own and its bias (docs/method.md, "Formulas"). What the
     run will publish from memory is float32; the other frozen leaves are held in `frozen_dtype`.
     """
     if inputs.manifest is None:

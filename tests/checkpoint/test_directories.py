@@ -17,6 +17,7 @@ MODEL = Model(
     shared={"embedding": "3"},
     top_k=2,
     tokenizer_digest="4",
+    eos_id=256,
     tuned={
         "leaves": list(small.ROUTER),
         "merged_router": {"anchor": {"row": "5"}, "news": {"row": "6"}},
@@ -33,6 +34,7 @@ TYPES = {
         "shared": dict,
         "top_k": int,
         "tokenizer_digest": str,
+        "eos_id": int,
         "tuned": dict,
     },
     "contribution": {
@@ -61,8 +63,18 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path, kind):
 
 
 def test_the_anchor_digest_is_that_of_the_anchor_alone():
-    alone = dataclasses.replace(MODEL, experts=MODEL.experts[:1], top_k=1, tuned=None)
-    assert alone.anchor_digest == MODEL.anchor_digest
+    merged = dataclasses.replace(MODEL, tuned=None)
+    alone = dataclasses.replace(merged, experts=merged.experts[:1], top_k=1)
+    assert alone.anchor_digest == merged.anchor_digest
+
+
+def test_the_anchor_digest_is_that_of_the_router_before_its_tuning():
+    merged = Expert("anchor", {"gate": "1", "row": "5"}, {})
+    untuned = dataclasses.replace(MODEL, experts=(merged, MODEL.experts[1]), tuned=None)
+    assert MODEL.anchor_digest == untuned.anchor_digest
+
+
+def test_the_anchor_digest_depends_on_the_shared_leaves():
     other = dataclasses.replace(MODEL, shared={"embedding": "8"})
     assert other.anchor_digest != MODEL.anchor_digest
 

@@ -178,3 +178,10 @@ def test_the_verb_prints_each_continuation_and_its_shares(home, model):
 )
 def test_the_verb_refuses_bad_values(home, arguments, words):
     assert_refused(flexolmo("generate", f"--model={home}/merged", *arguments), "generate", *words)
+
+
+def test_a_model_knows_the_token_that_closes_its_documents(home, tmp_path):
+    shutil.copytree(home / "anchor", tmp_path / "model")
+    manifest = tmp_path / "model" / "model.json"
+    manifest.write_text(manifest.read_text().replace('"eos_id": 256', '"eos_id": 10'))
+    assert flexolmo_jax.load(tmp_path / "model").tokenizer.eos_id == 10

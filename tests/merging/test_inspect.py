@@ -1,5 +1,7 @@
 """`flexolmo inspect` says what a directory is, and finds what was altered."""
 
+import shutil
+
 import pytest
 import small
 from small import assert_refused, flexolmo
@@ -47,6 +49,7 @@ def test_describes_several_directories(home):
         ("merged", "params/head/c/0/0"),
         ("news", "params/down/c/0/0/0"),
         ("corpus", "tokens-00000.npy"),
+        ("tuned", "merged_router/blocks.mixture.experts.row/c/0/0/0"),
     ],
 )
 def test_finds_one_altered_byte(home, name, file):
@@ -57,6 +60,17 @@ def test_finds_one_altered_byte(home, name, file):
         assert_refused(result, "inspect", home / name, "again")
     finally:
         (home / name / file).write_bytes(data)
+
+
+def test_finds_another_tokenizer(home, tmp_path):
+    shutil.copytree(home / "corpus", tmp_path / "corpus")
+    shutil.copytree(home / "anchor", tmp_path / "anchor")
+    (tmp_path / "anchor" / "tokenizer.json").write_text(
+        (home / "corpus" / "tokenizer.json")
+        .read_text()
+        .replace('"add_prefix_space": false', '"add_prefix_space": true')
+    )
+    assert_refused(flexolmo("inspect", tmp_path / "anchor"), "inspect", "tokenizer.json", "not the tokenizer")
 
 
 def test_a_data_card_is_text_and_no_markup(home, tmp_path):

@@ -55,7 +55,8 @@ def file_with(name, change):
 
     def make(home, path):
         small.contribution(path, home / "anchor", name="bad", seed=3)
-        data = change((path / name).read_bytes())
+        file = path / name
+        data = change(file.read_bytes() if file.exists() else b"")
         if data is None:
             (path / name).unlink()
         else:
@@ -93,6 +94,7 @@ REFUSED = {
     "not finite": (file_with(GATE, not_a_number), ["--contribution=", "leaf gate", "not finite"]),
     "one byte flipped": (file_with(GATE, flip), ["--contribution=", "leaf gate", "altered", "copy it again"]),
     "truncated file": (file_with(GATE, lambda data: data[:-1]), ["--contribution=", "leaf gate", "truncated"]),
+    "a file besides": (file_with("params/notes", lambda data: b"hello"), ["bad/params", "holds notes", "index"]),
     "missing file": (file_with(GATE, lambda data: None), ["--contribution=", "leaf gate", "missing"]),
     "missing index": (file_with("params/_METADATA", lambda data: None), ["bad/params", "no parameters here"]),
     "damaged index": (file_with("params/_METADATA", lambda data: data[:-9]), ["bad/params/_METADATA", "damaged"]),
@@ -142,7 +144,7 @@ def test_only_a_model_is_an_anchor(home, tmp_path, kind):
         ("params/head/c/0/0", flip, ["leaf head", "altered"]),
         ("params/blocks.mixture.anchor.up/c/0/0/0", flip, ["leaf blocks/mixture/anchor/up", "altered"]),
         ("params/head/c/0/0", lambda data: data[:-1], ["leaf head", "truncated"]),
-        ("params/_METADATA", lambda data: data.replace(b'"head"', b'"tail"'), ["tail"]),
+        ("params/_METADATA", lambda data: data.replace(b'"head"', b'"tail"'), ["holds head", "index"]),
         ("model.json", lambda data: data[:-9], ["model.json", "damaged"]),
         ("model.json", lambda data: data.replace(b'"embedding"', b'"embeddings"'), ["leaf embedding", "manifest"]),
     ],
@@ -151,6 +153,14 @@ def test_a_damaged_anchor_is_refused(home, tmp_path, name, change, words):
     shutil.copytree(home / "anchor", tmp_path / "bad")
     (tmp_path / "bad" / name).write_bytes(change((tmp_path / "bad" / name).read_bytes()))
     assert_refused(merge(tmp_path, tmp_path / "bad", home / "news"), "merge", "bad", *words)
+
+
+def test_an_anchor_that_was_trained_on_after_a_merge_is_refused(home, tmp_path):
+    shutil.copytree(home / "anchor", tmp_path / "bad")
+    manifest = json.loads((tmp_path / "bad" / "model.json").read_text())
+    manifest["tuned"] = {"leaves": ["head"], "merged_router": {"anchor": {}}}
+    (tmp_path / "bad" / "model.json").write_text(json.dumps(manifest))
+    assert_refused(merge(tmp_path, tmp_path / "bad", home / "news"), "merge", "bad", "as it was published")
 
 
 def test_an_existing_out_is_kept(home, tmp_path):

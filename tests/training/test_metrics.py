@@ -63,7 +63,13 @@ def refreshing():
     return [thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"]
 
 
-def test_an_error_ends_the_progress_bar(tmp_path):
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes rich take standard error for a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+
+def test_an_error_ends_the_progress_bar(tmp_path, terminal):
     def fail():
         with Reporter(epath.Path(tmp_path), runs.make_config("anchor"), ROSTER, 0) as reporter:
             reporter.step(1, figures(1))
@@ -76,7 +82,7 @@ def test_an_error_ends_the_progress_bar(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_an_error_of_the_last_step_ends_the_progress_bar(tmp_path):
+def test_an_error_of_the_last_step_ends_the_progress_bar(tmp_path, terminal):
     def fail():
         with Reporter(epath.Path(tmp_path), runs.make_config("anchor"), ROSTER, 0) as reporter:
             reporter.step(1, {})
@@ -86,8 +92,15 @@ def test_an_error_of_the_last_step_ends_the_progress_bar(tmp_path):
     assert not refreshing()
 
 
-def test_the_progress_bar_is_on_standard_error_alone(tmp_path, capsys):
+def test_the_progress_bar_is_on_standard_error_alone(tmp_path, capsys, terminal):
     report(tmp_path, first=0, last=3)
     out, err = capsys.readouterr()
     assert out == ""
     assert "loss 3.000" in err
+
+
+def test_a_log_gets_a_plain_line_now_and_then(tmp_path, capsys):
+    report(tmp_path, first=0, last=runs.STEPS)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split()[1] for line in err.splitlines()] == ["10/100"]

@@ -135,7 +135,7 @@ def test_router_tuning_publishes_every_other_leaf_as_the_merge_has_it_though_hel
     assert manifest.shared == merged.shared
     assert (manifest.roster, manifest.top_k) == (merged.roster, merged.top_k)
     assert [expert.card for expert in manifest.experts] == [expert.card for expert in merged.experts]
-    assert manifest.anchor_digest != merged.anchor_digest, "the anchor's row is tuned as well"
+    assert manifest.anchor_digest == merged.anchor_digest
 
 
 def begin(config):
