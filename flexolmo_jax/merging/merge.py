@@ -21,8 +21,8 @@ def merge(
     """Merges contributions into a model directory; the order in which they are given does not matter.
 
     The feed-forwards and router rows of the anchor and of the contributions, sorted by name, are stacked
-    (FlexOlmo, arXiv 2507.07024, section 3.3). Every block that is read is digested on its way and compared with
-    what the manifests say.
+    (FlexOlmo, arXiv 2507.07024, section 3). Every leaf is digested block by block on its way and
+    compared with what the manifests say.
 
     Args:
       anchor: model directory of the anchor.

@@ -1,6 +1,7 @@
 """What a run reads: configuration, start, and corpora, checked before any time is spent on it."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -150,6 +151,11 @@ def _check_values(config: ConfigDict) -> None:
     for section, key in _NOT_NEGATIVE:
         if config[section][key] < 0:
             raise UserError(f"--config.{section}.{key}={config[section][key]}: must be at least 0")
+    for pattern in config.optimizer.no_decay:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"--config.optimizer.no_decay: '{pattern}' is not a regular expression ({error})") from None
     if config.steps < 1:
         raise UserError(f"--config.steps={config.steps}: must be at least 1")
     if config.data.batch_size % config.data.accumulate:

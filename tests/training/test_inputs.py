@@ -52,6 +52,7 @@ ANCHOR_REFUSALS = {
     "publish.public_documents": (-1, "must be at least 0"),
     "seed": (-1, "must be at least 0"),
     "steps": (0, "must be at least 1"),
+    "optimizer.no_decay": (("(bias",), "is not a regular expression"),
     "data.train": ("", "give a corpus directory"),
     "data.public_share": (1.0, "must be at least 0 and below 1"),
     "model.vocab_size": (256, "below the 257 of the tokenizer"),
