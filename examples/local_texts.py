@@ -1,6 +1,6 @@
 """Builds four corpora from real text that is on any machine with Python and this project's packages.
 
-    python examples/local_texts.py --out=/tmp/texts
+    python examples/local_texts.py --out=texts
 
 writes `DOMAIN.train.jsonl` and `DOMAIN.heldout.jsonl`, one `{"text": ...}` a line, for
 
