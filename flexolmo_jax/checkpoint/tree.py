@@ -5,6 +5,7 @@ Writing goes through tensorstore directly, because a merge must never hold a who
 stored in blocks of at most `BLOCK_BYTES`, split along its leading axes, and the reader gets the same blocks.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from etils import epath
 from flexolmo_jax.errors import UserError
 
 BLOCK_BYTES = 16 * 2**20
-COPY_THREADS = 4
+COPY_THREADS = 2
 METADATA = "_METADATA"
 
 
@@ -88,8 +89,8 @@ class TreeWriter:
                 },
                 "create": True,
                 "store_data_equal_to_fill_value": True,
-                "context": _context(),
-            }
+            },
+            context=_context(),
         ).result()
 
     def finish(self) -> None:
@@ -133,10 +134,10 @@ def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
     leaves = {}
     for name in names:
         # A block that is missing must not be read as zeros.
-        spec = {"driver": "zarr3", "kvstore": _kvstore(path, name), "open": True, "context": _context()}
+        spec = {"driver": "zarr3", "kvstore": _kvstore(path, name), "open": True}
         spec["fill_missing_data_reads"] = False
         try:
-            leaves[name] = ts.open(spec).result()
+            leaves[name] = ts.open(spec, context=_context()).result()
         except ValueError as error:
             raise UserError(f"{path}: leaf {name} cannot be opened ({_first_line(error)})") from None
     return leaves
@@ -268,8 +269,18 @@ def _kvstore(path: epath.Path, name: str) -> str:
     return f"{folder}/" if "://" in str(folder) else f"file://{folder.resolve()}/"
 
 
-def _context() -> dict:
-    return {"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False}
+@functools.cache
+def _context() -> ts.Context:
+    """One context for all leaves: with one each, tensorstore's threads, and the memory they hold, would add up."""
+    limit = {"limit": COPY_THREADS}
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 0},
+            "file_io_sync": False,
+            "data_copy_concurrency": limit,
+            "file_io_concurrency": limit,
+        }
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -111,8 +111,7 @@ merge(sys.argv[1], sys.argv[3:], sys.argv[2], top_k=2)
 
 def python(code, *arguments, **options):
     """A process of its own, that finds the project and the test modules."""
-    # One arena: the peak is then what is held at once, not what the allocator scatters over threads.
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MALLOC_ARENA_MAX": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **options)
 

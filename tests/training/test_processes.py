@@ -1,0 +1,38 @@
+"""Each process feeds its devices their own rows of the global batch."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+PROGRAM = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from flexolmo_jax import sharding
+from flexolmo_jax.training import loop
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
+rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None))
+placed = loop._place({"tokens": np.arange(24).reshape(8, 3)}, rows)["tokens"]
+print(*[int(row[0]) // 3 for shard in placed.addressable_shards for row in np.asarray(shard.data)])
+"""
+
+
+def test_every_row_goes_to_one_process():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, address, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    rows = [np.array(process.communicate(timeout=120)[0].split(), int) for process in processes]
+    assert [len(part) for part in rows] == [4, 4]
+    assert sorted(np.concatenate(rows)) == list(range(8))
