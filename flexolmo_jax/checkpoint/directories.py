@@ -29,7 +29,6 @@ TOKENIZER_FILE = "tokenizer.json"
 MERGED_ROUTER = "merged_router"
 ROUTER_LEAVES = (MIXTURE + "experts/row", MIXTURE + "experts/bias")
 
-
 NAME_RULE = f"use lower-case letters, digits, - and _, and not '{ANCHOR_NAME}'"
 
 # What a manifest holds: {key: type}.

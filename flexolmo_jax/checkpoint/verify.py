@@ -30,9 +30,8 @@ def open_model(path: epath.PathLike, manifest: directories.Model, source: str) -
     return shared, experts
 
 
-def check_model(path: epath.PathLike, manifest: directories.Model, source: str) -> None:
-    """Reads every leaf of a model; raises UserError where one is not what the manifest says."""
-    shared, experts = open_model(path, manifest, source)
+def check_model(manifest: directories.Model, shared: dict[str, Slice], experts: dict[str, dict[str, Slice]]) -> None:
+    """Reads every leaf that `open_model` opened; raises UserError where one is not what the manifest says."""
     named = {"": manifest.shared, **{expert.name: expert.leaves for expert in manifest.experts}}
     check_content({"": shared, **experts}, named)
 

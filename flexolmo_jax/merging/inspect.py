@@ -37,7 +37,7 @@ def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
     manifest = directories.Model.read(path, flag="inspect")
     shared, experts = open_model(path, manifest, str(path))
     if check:
-        check_model(path, manifest, str(path))
+        check_model(manifest, shared, experts)
         _check_company(epath.Path(path), manifest)
     facts = {
         "architecture": _architecture(manifest.architecture),

@@ -17,7 +17,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.manager import Checkpoints
 from flexolmo_jax.checkpoint.tree import combined_digest
-from flexolmo_jax.checkpoint.verify import check_model
+from flexolmo_jax.checkpoint.verify import check_model, open_model
 from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.inputs import Inputs, read_inputs
@@ -60,7 +60,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> epath.Path | None:
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         first = checkpoints.latest_step() or 0
         if inputs.manifest and not first:
-            check_model(config.start_from, inputs.manifest, f"--config.start_from={config.start_from}")
+            source = f"--config.start_from={config.start_from}"
+            check_model(inputs.manifest, *open_model(config.start_from, inputs.manifest, source))
         trainable, frozen = initial_leaves(config, inputs, where)
         _claim(workdir, record)
         optimizer = make_optimizer(config.optimizer, schedule)
