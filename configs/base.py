@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
     config.model.d_ff = 0  # hidden units of one expert
     config.model.rope_theta = 500_000.0  # base of the rotary frequencies
     config.model.norm_eps = 1e-6  # added to the mean square of an RMSNorm
+    config.model.tied_embeddings = False  # whether the head is the embedding, transposed
+    config.model.norm_topk_prob = False  # whether the weights of a token's top-k experts are made to sum to 1
 
     config.init = ConfigDict()  # of fresh weights, and of a new expert's leaves beside its copy of the anchor's
     config.init.embedding_stddev = 0.02  # of fresh embeddings; every other matrix has 0.02

@@ -22,9 +22,9 @@ def run() -> None:
     from etils import epath
 
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.evaluation.api import load
     from flexolmo_jax.evaluation.loss import evaluate_shown
     from flexolmo_jax.evaluation.tables import loss_table, show
+    from flexolmo_jax.inference.model import load
     from flexolmo_jax.training.inputs import open_corpora
 
     if not _DATA.value:

@@ -18,7 +18,7 @@ flags.mark_flags_as_required(["model"])
 def run() -> None:
     """Generates, and prints prompt, continuation and shares."""
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.evaluation.api import load
+    from flexolmo_jax.inference.model import load
 
     if not _PROMPTS.value:
         raise UserError("--prompt: none given; give the flag once for each text to continue")

@@ -10,7 +10,7 @@ import numpy as np
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.pipeline import evaluation_batches
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.evaluation.api import Model
+from flexolmo_jax.inference.model import Model
 from flexolmo_jax.progress import progress_bar
 
 

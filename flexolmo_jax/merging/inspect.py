@@ -100,4 +100,4 @@ def _parameters(leaves: Mapping[str, Slice]) -> int:
 
 
 def _architecture(fields: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in fields.items())
+    return ", ".join(f"{name} {value}" for name, value in fields.items())

@@ -9,7 +9,12 @@ from flexolmo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """An OLMo-2 decoder (docs/method.md, "Numerics of the architecture"). Sizes count elements."""
+    """An OLMo-2 decoder (docs/method.md, "Numerics of the architecture"). Sizes count elements.
+
+    Attributes:
+      tied_embeddings: the head is the embedding, transposed, and there is no leaf of its own.
+      norm_topk_prob: the weights of a token's top-k experts are divided by their sum.
+    """
 
     vocab_size: int
     num_layers: int
@@ -19,11 +24,13 @@ class Architecture:
     d_ff: int
     rope_theta: float
     norm_eps: float
+    tied_embeddings: bool = False
+    norm_topk_prob: bool = False
 
     def __post_init__(self):
         """Raises UserError where sizes do not fit together."""
         for field in dataclasses.fields(self):
-            if not getattr(self, field.name) > 0:
+            if field.type is not bool and not getattr(self, field.name) > 0:
                 raise UserError(f"architecture: {field.name} is {getattr(self, field.name)}; it must be positive")
         if self.d_model % self.num_heads or self.num_heads % self.num_kv_heads:
             raise UserError(
@@ -39,10 +46,11 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> "Architecture":
-        """Reads what `dataclasses.asdict` wrote; `source` names the file in errors."""
+        """Reads what `dataclasses.asdict` wrote; `source` names the file in errors. Flags may be left out."""
         names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names:
-            odd = sorted(set(values) ^ names)
+        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        if not required <= set(values) <= names:
+            odd = sorted(set(values) - names | required - set(values))
             raise UserError(f"{source}: architecture has missing or unknown keys {odd}; expected {sorted(names)}")
         return cls(**values)
 

@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, scanned blocks, final norm, untied head."""
+    """Embedding, scanned blocks, final norm, head."""
 
     architecture: Architecture
     layout: Layout
@@ -115,7 +115,10 @@ class Decoder(nn.Module):
         x_BxSxD, routing = blocks(x_BxSxD, segment_ids_BxS, positions_BxS, expert_mask)
 
         x_BxSxD = RMSNorm(arch.norm_eps, name="final_norm")(x_BxSxD)
-        head_DxV = parameter(self, "head", (arch.d_model, arch.vocab_size), ("embed", "vocab"))
+        if arch.tied_embeddings:
+            head_DxV = embedding_VxD.T
+        else:
+            head_DxV = parameter(self, "head", (arch.d_model, arch.vocab_size), ("embed", "vocab"))
         logits_BxSxV = jnp.einsum(
             "BSD,DV->BSV",
             x_BxSxD,

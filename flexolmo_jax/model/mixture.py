@@ -60,7 +60,18 @@ def separate_experts(x_BxSxD: jax.Array, experts: list[dict], weights_BxSxE: jax
     return y_BxSxD
 
 
-def stacked_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array, top_k: int) -> jax.Array:
+def chosen_weights(weights: jax.Array, top_k: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
+    """The top-k of routing weights [..., experts], and their experts: two arrays [..., top_k], likeliest first.
+
+    With `normalize` the weights are divided by their sum (`norm_topk_prob`).
+    """
+    weights, experts = jax.lax.top_k(weights, top_k)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True) if normalize else weights, experts
+
+
+def stacked_experts(
+    x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array, top_k: int, normalize: bool = False
+) -> jax.Array:
     """The weighted sum of each token's top-k experts; every token is computed, none is dropped.
 
     Args:
@@ -68,10 +79,11 @@ def stacked_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array,
       experts: `gate` and `up` [experts, d_model, d_ff], `down` [experts, d_ff, d_model].
       weights_BxSxE: float32 routing weights.
       top_k: experts per token, at most as many as there are.
+      normalize: whether the weights of the top-k are divided by their sum.
     """
     if top_k == weights_BxSxE.shape[-1]:
         return _all_experts(x_BxSxD, experts, weights_BxSxE)
-    return _dispatched_experts(x_BxSxD, experts, weights_BxSxE, top_k)
+    return _dispatched_experts(x_BxSxD, experts, weights_BxSxE, top_k, normalize)
 
 
 def _all_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array) -> jax.Array:
@@ -83,7 +95,9 @@ def _all_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array) ->
     return y_BxSxD.astype(x_BxSxD.dtype)
 
 
-def _dispatched_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array, top_k: int) -> jax.Array:
+def _dispatched_experts(
+    x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array, top_k: int, normalize: bool = False
+) -> jax.Array:
     """Each expert sees the tokens that chose it.
 
     Rows (a token and one of its experts) are sorted by expert, so that each expert's rows are contiguous
@@ -93,7 +107,7 @@ def _dispatched_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Ar
     num_experts = weights_BxSxE.shape[-1]
     x_NxD = x_BxSxD.reshape(-1, d_model)
     with jax.named_scope("dispatch"):
-        weights_NxK, expert_NxK = jax.lax.top_k(weights_BxSxE.reshape(-1, num_experts), top_k)
+        weights_NxK, expert_NxK = chosen_weights(weights_BxSxE.reshape(-1, num_experts), top_k, normalize)
         expert_R = expert_NxK.reshape(-1)  # R = N * K rows, a token's K rows adjacent
         order_R = jnp.argsort(expert_R, stable=True)
         group_sizes_E = jnp.bincount(expert_R, length=num_experts).astype(jnp.int32)
@@ -129,7 +143,8 @@ class Mixture(nn.Module):
         kernels = [{leaf: s[leaf].astype(self.dtype) for leaf in ("gate", "up", "down")} for s in sets]
         x_BxSxD = x_BxSxD.astype(self.dtype)
         if stacked:
-            y_BxSxD = stacked_experts(x_BxSxD, kernels[0], weights_BxSxE, self.layout.top_k)
+            normalize = self.architecture.norm_topk_prob
+            y_BxSxD = stacked_experts(x_BxSxD, kernels[0], weights_BxSxE, self.layout.top_k, normalize)
         else:
             y_BxSxD = separate_experts(x_BxSxD, kernels, weights_BxSxE)
         return y_BxSxD, (logits_BxSxE, weights_BxSxE)

@@ -39,6 +39,7 @@ def data_card(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
         **config.card.to_dict(),
         "documents": sum(corpus.documents for corpus in own),
         "tokens": sum(corpus.tokens for corpus in own),
+        "sequence_length": config.data.sequence_length,
         # Of all rows, public ones included.
         "trained_tokens": config.steps * config.data.batch_size * config.data.sequence_length,
         "public_share": config.data.public_share,

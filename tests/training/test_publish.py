@@ -103,6 +103,7 @@ def test_a_contribution_says_what_it_is(made):
         "license": "",
         "documents": len(made.own),
         "tokens": made.own.tokens,
+        "sequence_length": 32,
         "trained_tokens": 12 * 8 * 32,
         "public_share": 0.5,
     }

@@ -11,7 +11,7 @@ from small import assert_refused, flexolmo
 
 import flexolmo_jax
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.evaluation.api import Model
+from flexolmo_jax.inference.model import Model
 from flexolmo_jax.merging.merge import merge
 
 PROMPTS = ["", "hello", "naïve", "a prompt that is a little longer than the others"]
