@@ -1,16 +1,26 @@
 """Continues prompts, and prints each expert's share of the routing weight.
 
+The continuation of a single prompt is shown as it is written.
+
 flexolmo generate --model=runs/merged --prompt="def main():" --without=news
 """
 
 from absl import flags
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory.")
-_PROMPTS = flags.DEFINE_multi_string("prompt", [], "Text to continue; give the flag once for each.")
+_PROMPTS = flags.DEFINE_multi_string(
+    "prompt",
+    [],
+    "Text to continue; give the flag once for each. The text of a single prompt is shown as it is written.",
+)
 _WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens written at most.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0: always the likeliest token.", lower_bound=0.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0: from all.", lower_bound=0)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest likeliest tokens that are as probable as this.")
+_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the continuation; give the flag once for each.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1)
+_LAYERS = flags.DEFINE_bool("layers", False, "Print each expert's share in every layer.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 flags.mark_flags_as_required(["model"])
 
@@ -18,13 +28,44 @@ flags.mark_flags_as_required(["model"])
 def run() -> None:
     """Generates, and prints prompt, continuation and shares."""
     from flexolmo_jax.errors import UserError
+    from flexolmo_jax.evaluation.tables import routing_table, show
     from flexolmo_jax.inference.model import load
 
     if not _PROMPTS.value:
         raise UserError("--prompt: none given; give the flag once for each text to continue")
-    continuations = load(_MODEL.value, _DTYPE.value).generate(
-        _PROMPTS.value, _TOKENS.value, _WITHOUT.value, _TEMPERATURE.value, _SEED.value
+    model = load(_MODEL.value, _DTYPE.value)
+    streaming = len(_PROMPTS.value) == 1
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    continuations = model.generate(
+        _PROMPTS.value,
+        _TOKENS.value,
+        _WITHOUT.value,
+        _TEMPERATURE.value,
+        _SEED.value,
+        _TOP_K.value,
+        _TOP_P.value,
+        _STOP.value,
+        on_text=_after(_PROMPTS.value[0], write) if streaming else None,
     )
     for prompt, continuation in zip(_PROMPTS.value, continuations, strict=True):
+        if not streaming:
+            write(f"{prompt}{continuation.text}")
+        elif not continuation.text:
+            write(prompt)
         shares = ", ".join(f"{name} {share:.0%}" for name, share in continuation.experts.items() if share)
-        print(f"{prompt}{continuation.text}\n[{shares}]\n")
+        print(f"\n[{shares}]\n")
+        if _LAYERS.value:
+            show(routing_table(model.roster, continuation.layers))
+
+
+def _after(prompt: str, write):
+    """Writes the prompt before the first text, once nothing can be refused any more."""
+    waiting = [prompt]
+
+    def on_text(_: int, text: str) -> None:
+        write((waiting.pop() if waiting else "") + text)
+
+    return on_text

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +46,29 @@ def loss_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
+def routing_table(roster: Sequence[str], layers_LxE: np.ndarray) -> Table:
+    """A row per layer, a column per expert: its share of the routing weight."""
+    table = _plain_table("layer", roster)
+    for layer, share_E in enumerate(layers_LxE):
+        table.add_row(str(layer), *(f"{share:.1%}" for share in share_E))
+    return table
+
+
+def opt_out_table(rows: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Table:
+    """A row for the full model and each variant without some experts, a column for each metric of a task.
+
+    Args:
+      rows: `{variant: {"TASK:METRIC": {"value", "standard_error": may be None}}}`.
+    """
+    columns = unique(rows.values())
+    table = _plain_table("model", columns)
+    for variant, row in rows.items():
+        table.add_row(
+            Text(variant), *(_format_estimate(**row[column]) if column in row else MISSING for column in columns)
+        )
+    return table
+
+
 def show(table: Table, console: Console | None = None) -> None:
     """Prints a table at its full width, so that a log of 80 columns neither folds nor cuts it."""
     console = console or Console()
@@ -82,6 +106,11 @@ def format_bits(value: float, sign: str = "") -> str:
         return MISSING
     text = f"{value:{sign}.3f}"
     return "0.000" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}" if sign else "-")
+
+
+def _format_estimate(value: float, standard_error: float | None) -> str:
+    error = "" if standard_error is None else f" ({format_bits(standard_error)})"
+    return format_bits(value) + error
 
 
 def _plain_table(first: str, columns: Sequence[str]) -> Table:

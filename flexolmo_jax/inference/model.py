@@ -1,8 +1,7 @@
 """A model in memory, for notebooks and other programs: `flexolmo_jax.load`."""
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,23 +12,25 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories, tree
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.inference.engine import Continuation, Engine, Request, bucket
 from flexolmo_jax.model.architecture import Architecture, Layout
-from flexolmo_jax.model.decoder import Compute, Decoder
+from flexolmo_jax.model.decoder import Compute, Decoder, separate_layers
 from flexolmo_jax.training.step import make_loss_step
 
+MAX_SLOTS = 32
+STREAM_STEPS = 8
 
-class Continuation(NamedTuple):
-    """What `Model.generate` returns for a prompt.
+
+class Scores(NamedTuple):
+    """What `Model.score` returns, arrays [batch, length]; entry s concerns token s, given those before it.
 
     Attributes:
-      text: the continuation.
-      token_ids: its tokens.
-      experts: {expert: share of the routing weight} over prompt and continuation, mean over layers.
+      log_likelihood_BxS: float32, in nats; 0 for the first token, which nothing precedes.
+      greedy_BxS: bool, whether the token is the likeliest; True for the first.
     """
 
-    text: str
-    token_ids: list[int]
-    experts: Mapping[str, float]
+    log_likelihood_BxS: np.ndarray
+    greedy_BxS: np.ndarray
 
 
 class Model:
@@ -43,22 +44,19 @@ class Model:
         dtype: str = "float32",
         top_k: int | None = None,
     ):
-        """Wraps parameters that are in memory already; see `load`."""
+        """Wraps parameters that are in memory already, {path: leaf} with separate layers; see `load`."""
         self.manifest = manifest
         self.params = dict(params)
         self.tokenizer = tokenizer
         layout = Layout.of_roster(len(manifest.experts), top_k or manifest.top_k)
         architecture = Architecture.from_dict(manifest.architecture, "the model")
-        self._decoder = Decoder(architecture, layout, Compute(dtype))
+        dispatch = "loop" if jax.default_backend() == "cpu" else "ragged"
+        self.decoder = Decoder(architecture, layout, Compute(dtype, scan_layers=False, dispatch=dispatch))
 
     @property
     def roster(self) -> list[str]:
         """Expert names, the anchor first, in the order of the router's logits."""
         return self.manifest.roster
-
-    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the parameters, {path: leaf}, as the manifest has them."""
-        return self._decoder.abstract()
 
     def expert_mask(self, without: Sequence[str]) -> np.ndarray:
         """Bool [experts]: False for the experts to leave out.
@@ -84,66 +82,89 @@ class Model:
         """
         if top_k is not None and top_k < 1:
             raise UserError(f"logits: top_k is {top_k}; it must be at least 1")
-        decoder = self._decoder
+        decoder = self.decoder
         if top_k is not None and decoder.layout.kind == "stacked":
             decoder = decoder.clone(layout=Layout.of_roster(len(self.roster), top_k))
         return _forward(decoder, self.params, jnp.asarray(token_ids), self.expert_mask(without)).logits_BxSxV
 
     def loss_step(self, batch: Mapping[str, np.ndarray], mask_E: np.ndarray) -> dict[str, jax.Array]:
         """Sums of a batch of `data.pipeline`: tokens, cross_entropy (nats), routing_E."""
-        return _loss(self._decoder, self.params, dict(batch), mask_E)
+        return _loss(self.decoder, self.params, dict(batch), mask_E)
+
+    def score(self, token_ids: Any, without: Sequence[str] = ()) -> Scores:
+        """How likely each token is after those before it, for integer token ids [batch, length].
+
+        Rows may be filled up with any tokens at the end: what comes later changes nothing.
+        """
+        tokens_BxS = jnp.asarray(token_ids, jnp.int32)
+        return Scores(*jax.device_get(_score(self.decoder, self.params, tokens_BxS, self.expert_mask(without))))
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         max_new_tokens: int = 64,
         without: Sequence[str] = (),
         temperature: float = 0.0,
         seed: int = 0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
     ) -> list[Continuation]:
-        """Continues each prompt until its document ends or `max_new_tokens` are written.
+        """Continues each prompt until its document ends, a stop string comes, or `max_new_tokens` are written.
 
         Args:
-          prompts: texts; each is read as the beginning of a document.
+          prompts: texts, each read as the beginning of a document, or token ids, taken as they are.
           max_new_tokens: at most so many tokens.
           without: names of experts to leave out.
-          temperature: of sampling; 0 takes the most likely token.
-          seed: of sampling.
+          temperature: of sampling; 0 takes the likeliest token.
+          seed: of sampling; each prompt draws on its own.
+          top_k: only the so many likeliest tokens are drawn from; 0: all.
+          top_p: only the fewest likeliest tokens whose probability reaches it are drawn from; 1: all.
+          stop: strings that end the text, before themselves.
+          on_text: called with (index of the prompt, new text) as text becomes final.
+
+        Raises:
+          UserError: a value makes no sense, or it is a text and the model has no tokenizer.
         """
+        requests = [
+            Request(ids, max_new_tokens, tuple(without), temperature, top_k, top_p, prompt_seed, tuple(stop))
+            for ids, prompt_seed in zip(map(self.encode, prompts), seeds(seed, len(prompts)), strict=True)
+        ]
+        if not requests:
+            return []
+        engine = Engine(self, slots=min(bucket(len(requests), 1), MAX_SLOTS))
+        waiting, in_flight = list(enumerate(requests)), {}
+        done: list[Continuation | None] = [None] * len(requests)
+        while waiting or in_flight:
+            joining, waiting = waiting[: engine.free], waiting[engine.free :]
+            ids = engine.add([request for _, request in joining])
+            in_flight |= {id: index for id, (index, _) in zip(ids, joining, strict=True)}
+            for update in engine.step(STREAM_STEPS if stop or on_text else max_new_tokens):
+                if on_text and update.text:
+                    on_text(in_flight[update.id], update.text)
+                if update.continuation:
+                    done[in_flight.pop(update.id)] = update.continuation
+        return done
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The token ids of a prompt: a text is the beginning of a document, after the EOS of the one before.
+
+        Raises:
+          UserError: a text, and the model has no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return [int(id) for id in prompt]
         if self.tokenizer is None:
             raise UserError("generate: the model has no tokenizer.json; text needs one")
-        if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-            raise UserError("max_new_tokens must be at least 1, temperature at least 0 and finite")
-        if not prompts:
-            return []
-        eos = self.tokenizer.eos_id
-        encoded = [[eos, *self.tokenizer.encode(prompt).tolist()] for prompt in prompts]
-        starts_B = np.array([len(ids) for ids in encoded])
-        # Lengths are rounded up so that prompts of about the same length share a compilation.
-        length = -(-(int(starts_B.max()) + max_new_tokens) // 64) * 64
-        tokens_BxS = np.full((len(encoded), length), eos, np.int32)
-        for row, ids in zip(tokens_BxS, encoded, strict=True):
-            row[: len(ids)] = ids
-        ends_B = starts_B + max_new_tokens
-        tokens_BxS, ends_B, share_BxE = jax.device_get(
-            _generate(
-                self._decoder,
-                self.params,
-                tokens_BxS,
-                starts_B,
-                ends_B,
-                self.expert_mask(without),
-                eos,
-                np.float32(temperature),
-                jax.random.key(seed),
-            )
-        )
-        out = []
-        for row, start, end, share_E in zip(tokens_BxS, starts_B, ends_B, share_BxE, strict=True):
-            ids = row[start:end].tolist()
-            experts = {name: float(share) for name, share in zip(self.roster, share_E, strict=True)}
-            out.append(Continuation(self.tokenizer.decode(ids), ids, experts))
-        return out
+        return [self.manifest.eos_id, *self.tokenizer.encode(prompt).tolist()]
+
+
+def seeds(seed: int, count: int) -> list[int]:
+    """Seeds for `count` requests that draw independently, from one."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be from 0 to 2**32 - 1")
+    return np.random.SeedSequence(seed).generate_state(count).tolist()
 
 
 def load(path: epath.PathLike, dtype: str = "float32") -> Model:
@@ -161,11 +182,15 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
     file = epath.Path(path) / directories.TOKENIZER_FILE
     model = Model(manifest, {}, load_tokenizer(file, eos_id=manifest.eos_id) if file.exists() else None, dtype)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for name, leaf in model.abstract().items():
-        label = f"--model={path}: leaf {name}"
+    expected = model.decoder.clone(compute=Compute()).abstract()
+    for name, leaf in expected.items():
         if name not in stored or tuple(stored[name].shape) != leaf.shape:
-            raise UserError(f"{label} is missing or misshapen; copy the directory again from its source")
-        model.params[name] = tree.read_leaf(stored[name], device, jnp.dtype(dtype), label)
+            raise UserError(
+                f"--model={path}: leaf {name} is missing or misshapen; copy the directory again from its source"
+            )
+    leaves = {name: stored[name] for name in expected}
+    for name, leaf in separate_layers(leaves, model.decoder.architecture.num_layers).items():
+        model.params[name] = tree.read_leaf(leaf, device, jnp.dtype(dtype), f"--model={path}: leaf {name}")
     return model
 
 
@@ -180,31 +205,10 @@ def _loss(decoder, params, batch, mask_E):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _generate(decoder, params, tokens_BxS, starts_B, ends_B, mask_E, eos, temperature, key):
-    """Writes one token a step into every row that has not ended.
-
-    Each step computes the whole row again: causality keeps what lies ahead of the position out of it.
-
-    Returns:
-      (tokens_BxS, ends_B: where each row's text ends, shares_BxE of the routing weight up to there).
-    """
-    rows = jnp.arange(tokens_BxS.shape[0])
-
-    def write(carry):
-        tokens_BxS, at_B, ends_B, key = carry
-        key, draw = jax.random.split(key)
-        logits_BxV = decoder.apply_flat(params, tokens_BxS, expert_mask=mask_E).logits_BxSxV[rows, at_B - 1]
-        sampled_B = jax.random.categorical(draw, logits_BxV / jnp.maximum(temperature, 1e-6))
-        next_B = jnp.where(temperature > 0, sampled_B, jnp.argmax(logits_BxV, axis=-1))
-        running_B = at_B < ends_B
-        ends_B = jnp.where(running_B & (next_B == eos), at_B, ends_B)
-        next_B = jnp.where(running_B, next_B, tokens_BxS[rows, at_B])
-        tokens_BxS = tokens_BxS.at[rows, at_B].set(next_B)
-        return tokens_BxS, jnp.where(at_B < ends_B, at_B + 1, at_B), ends_B, key
-
-    carry = (tokens_BxS, starts_B, ends_B, key)
-    tokens_BxS, _, ends_B, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1] < carry[2]), write, carry)
-    weights_LxBxSxE = decoder.apply_flat(params, tokens_BxS, expert_mask=mask_E).router_weights_LxBxSxE
-    seen_BxS = jnp.arange(tokens_BxS.shape[1]) < ends_B[:, None]
-    share_BxE = jnp.einsum("LBSE,BS->BE", weights_LxBxSxE, seen_BxS.astype(jnp.float32))
-    return tokens_BxS, ends_B, share_BxE / jnp.sum(share_BxE, axis=-1, keepdims=True)
+def _score(decoder, params, tokens_BxS, mask_E):
+    logits_BxSxV = decoder.apply_flat(params, tokens_BxS, expert_mask=mask_E).logits_BxSxV[:, :-1]
+    log_normalizer_BxS = jax.nn.logsumexp(logits_BxSxV, axis=-1)
+    logit_BxS = jnp.take_along_axis(logits_BxSxV, tokens_BxS[:, 1:, None], axis=-1)[..., 0]
+    greedy_BxS = jnp.argmax(logits_BxSxV, axis=-1) == tokens_BxS[:, 1:]
+    first = ((0, 0), (1, 0))
+    return jnp.pad(logit_BxS - log_normalizer_BxS, first), jnp.pad(greedy_BxS, first, constant_values=True)

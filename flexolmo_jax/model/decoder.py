@@ -1,6 +1,7 @@
 """The OLMo-2 decoder with a FlexOlmo mixture in every block."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from flax import traverse_util
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import Architecture, Layout
-from flexolmo_jax.model.attention import Attention
+from flexolmo_jax.model.attention import Attention, KVCache
 from flexolmo_jax.model.layers import RMSNorm, parameter
 from flexolmo_jax.model.mixture import Mixture
 
@@ -30,16 +31,21 @@ class Compute:
       remat: a key of `REMAT_POLICIES`: what the backward pass recomputes instead of keeping.
       unroll: blocks per iteration of the scan over layers.
       rules: logical axis -> mesh axes; empty for no constraints.
+      scan_layers: whether the blocks' leaves are stacked, `blocks/*`, and scanned over, or each block has leaves
+        of its own, `blocks_0/*`, `blocks_1/*`, ... (`separate_layers`), which a cache requires.
+      dispatch: a key of `mixture.DISPATCH`: how stacked experts are given their tokens.
     """
 
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
     rules: sharding.Rules = ()
+    scan_layers: bool = True
+    dispatch: str = "ragged"
 
 
 class Output(NamedTuple):
-    """What the decoder returns, all float32: logits, and each layer's router logits and routing weights.
+    """What the decoder returns: logits, each layer's router logits and routing weights, all float32; and the cache.
 
     The router logits are those before `expert_mask`; the weights are those after it, and sum to 1.
     """
@@ -47,6 +53,7 @@ class Output(NamedTuple):
     logits_BxSxV: jax.Array
     router_logits_LxBxSxE: jax.Array
     router_weights_LxBxSxE: jax.Array
+    cache: Sequence[KVCache] | None
 
 
 class Block(nn.Module):
@@ -57,19 +64,21 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, expert_mask):
-        """Returns (the new residual stream, (router logits, router weights) [batch, length, experts])."""
+    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, expert_mask, cache=None):
+        """Returns (the new residual stream, (router logits, router weights) [batch, length, experts] and the cache)."""
         arch, rules, dtype = self.architecture, self.compute.rules, jnp.dtype(self.compute.dtype)
-        attended = Attention(arch, dtype, rules, name="attention")(x_BxSxD, segment_ids_BxS, positions_BxS)
+        attention = Attention(arch, dtype, rules, name="attention")
+        attended, cache = attention(x_BxSxD, segment_ids_BxS, positions_BxS, cache)
         x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="attention_norm")(attended)
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
-        mixed, routing = Mixture(arch, self.layout, dtype, rules, name="mixture")(x_BxSxD, expert_mask)
+        mixture = Mixture(arch, self.layout, dtype, rules, self.compute.dispatch, name="mixture")
+        mixed, routing = mixture(x_BxSxD, expert_mask)
         x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="mixture_norm")(mixed)
-        return sharding.constrain(x_BxSxD, ("batch", "length", None), rules), routing
+        return sharding.constrain(x_BxSxD, ("batch", "length", None), rules), (*routing, cache)
 
 
 class Decoder(nn.Module):
-    """Embedding, scanned blocks, final norm, head."""
+    """Embedding, blocks, final norm, head."""
 
     architecture: Architecture
     layout: Layout
@@ -82,6 +91,7 @@ class Decoder(nn.Module):
         segment_ids_BxS: jax.Array | None = None,
         positions_BxS: jax.Array | None = None,
         expert_mask: jax.Array | None = None,
+        cache: Sequence[KVCache] | None = None,
     ) -> Output:
         """Computes the logits of every position.
 
@@ -89,7 +99,8 @@ class Decoder(nn.Module):
           tokens_BxS: integer token ids.
           segment_ids_BxS: a token attends only to tokens of its own segment; by default one segment a row.
           positions_BxS: position within the document; by default within the row.
-          expert_mask: bool [experts] or [batch, experts]; False switches an expert off.
+          expert_mask: bool [experts], [batch, experts] or [batch, length, experts]; False switches an expert off.
+          cache: a `KVCache` for each block, in which the rows' earlier positions are; segments have no effect then.
         """
         arch, rules = self.architecture, self.compute.rules
         if segment_ids_BxS is None:
@@ -101,18 +112,8 @@ class Decoder(nn.Module):
         x_BxSxD = embedding_VxD.astype(self.compute.dtype)[tokens_BxS]
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
 
-        policy = REMAT_POLICIES[self.compute.remat]
-        block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=arch.num_layers,
-            unroll=self.compute.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(arch, self.layout, self.compute, name="blocks")
-        x_BxSxD, routing = blocks(x_BxSxD, segment_ids_BxS, positions_BxS, expert_mask)
+        blocks = self._scanned_blocks if self.compute.scan_layers else self._separate_blocks
+        x_BxSxD, (*routing, cache) = blocks(x_BxSxD, (segment_ids_BxS, positions_BxS, expert_mask), cache)
 
         x_BxSxD = RMSNorm(arch.norm_eps, name="final_norm")(x_BxSxD)
         if arch.tied_embeddings:
@@ -125,7 +126,32 @@ class Decoder(nn.Module):
             head_DxV.astype(self.compute.dtype),
             preferred_element_type=jnp.float32,
         )
-        return Output(sharding.constrain(logits_BxSxV, ("batch", "length", "vocab"), rules), *routing)
+        return Output(sharding.constrain(logits_BxSxV, ("batch", "length", "vocab"), rules), *routing, cache)
+
+    def _scanned_blocks(self, x_BxSxD, context, cache):
+        """One block's program for all layers; their leaves are stacked."""
+        policy = REMAT_POLICIES[self.compute.remat]
+        block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.architecture.num_layers,
+            unroll=self.compute.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.architecture, self.layout, self.compute, name="blocks")
+        return blocks(x_BxSxD, *context)
+
+    def _separate_blocks(self, x_BxSxD, context, cache):
+        """Layer after layer: no leaf has to be cut out of a stack, which would cost a copy at each token."""
+        outputs = []
+        for i in range(self.architecture.num_layers):
+            block = Block(self.architecture, self.layout, self.compute, name=f"blocks_{i}")
+            x_BxSxD, output = block(x_BxSxD, *context, cache[i] if cache else None)
+            outputs.append(output)
+        logits, weights, cache = zip(*outputs, strict=True)
+        return x_BxSxD, (jnp.stack(logits), jnp.stack(weights), cache)
 
     def apply_flat(self, params: dict[str, jax.Array], *args: Any, **kwargs: Any) -> Output:
         """Calls the decoder with a flat dict of parameters, {path: leaf}."""
@@ -145,6 +171,17 @@ class Decoder(nn.Module):
         is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
         names = jax.tree.map(lambda leaf: nn.LogicallyPartitioned.get_partition_spec(leaf), boxed, is_leaf=is_box)
         return {path: tuple(spec) for path, spec in _flat(names["params"]).items()}
+
+
+def separate_layers(leaves: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """{path: leaf} of stacked layers, `blocks/*`, as that of separate ones, `blocks_0/*` and on."""
+    separate = {}
+    for path, leaf in leaves.items():
+        if path.startswith("blocks/"):
+            separate |= {path.replace("blocks", f"blocks_{i}", 1): leaf[i] for i in range(num_layers)}
+        else:
+            separate[path] = leaf
+    return separate
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from flexolmo_jax.model.layers import parameter
 
 ROW_STDDEV = 0.002
 MASKED_LOGIT = -1e30
+BLOCK_ROWS = 64
+FEW_TOKENS = 16
 
 
 def route(
@@ -27,17 +29,18 @@ def route(
       x_BxSxD: the residual stream after attention.
       row_ExD: router rows.
       bias_E: expert biases; their effect is -|b|, never positive.
-      expert_mask: bool [E] or [B, E]; False switches an expert off before the softmax. None: all on.
+      expert_mask: bool [E], [B, E] or [B, S, E]; False switches an expert off before the softmax. None: all on.
 
     Returns:
-      (logits_BxSxE before the mask, weights_BxSxE that sum to 1 over the experts that are on).
+      (logits_BxSxE before the mask, weights_BxSxE that sum to 1 over the experts that are on, if any is).
     """
     logits = jnp.einsum("BSD,ED->BSE", x_BxSxD.astype(jnp.float32), row_ExD.astype(jnp.float32))
     bias_E = bias_E.astype(jnp.float32)
     logits = logits - bias_E * jnp.sign(bias_E)  # |b|, with the gradient of 0 at 0 that jnp.abs has not
     if expert_mask is None:
         return logits, jax.nn.softmax(logits, axis=-1)
-    expert_mask = jnp.atleast_2d(expert_mask)[:, None, :]
+    if expert_mask.ndim < 3:
+        expert_mask = jnp.atleast_2d(expert_mask)[:, None, :]
     weights = jax.nn.softmax(jnp.where(expert_mask, logits, MASKED_LOGIT), axis=-1)
     return logits, jnp.where(expert_mask, weights, 0)
 
@@ -66,11 +69,18 @@ def chosen_weights(weights: jax.Array, top_k: int, normalize: bool) -> tuple[jax
     With `normalize` the weights are divided by their sum (`norm_topk_prob`).
     """
     weights, experts = jax.lax.top_k(weights, top_k)
-    return weights / jnp.sum(weights, axis=-1, keepdims=True) if normalize else weights, experts
+    if normalize:
+        weights /= jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(weights.dtype).tiny)
+    return weights, experts
 
 
 def stacked_experts(
-    x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array, top_k: int, normalize: bool = False
+    x_BxSxD: jax.Array,
+    experts: dict,
+    weights_BxSxE: jax.Array,
+    top_k: int,
+    normalize: bool = False,
+    dispatch: str = "ragged",
 ) -> jax.Array:
     """The weighted sum of each token's top-k experts; every token is computed, none is dropped.
 
@@ -80,34 +90,37 @@ def stacked_experts(
       weights_BxSxE: float32 routing weights.
       top_k: experts per token, at most as many as there are.
       normalize: whether the weights of the top-k are divided by their sum.
+      dispatch: a key of `DISPATCH`.
     """
-    if top_k == weights_BxSxE.shape[-1]:
-        return _all_experts(x_BxSxD, experts, weights_BxSxE)
-    return _dispatched_experts(x_BxSxD, experts, weights_BxSxE, top_k, normalize)
+    batch, length, d_model = x_BxSxD.shape
+    weights_NxK, expert_NxK = chosen_weights(weights_BxSxE.reshape(batch * length, -1), top_k, normalize)
+    reads_all = dispatch == "loop" and batch * length <= FEW_TOKENS and expert_NxK.size >= 2 * weights_BxSxE.shape[-1]
+    if top_k == weights_BxSxE.shape[-1] or reads_all:
+        dispatch = "all"
+    y_NxD = DISPATCH[dispatch](x_BxSxD.reshape(-1, d_model), experts, weights_NxK, expert_NxK)
+    return y_NxD.astype(x_BxSxD.dtype).reshape(batch, length, d_model)
 
 
-def _all_experts(x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array) -> jax.Array:
-    """Every expert sees every token: there is nothing to dispatch."""
-    gate_ExBxSxF = jnp.einsum("BSD,EDF->EBSF", x_BxSxD, experts["gate"])
-    up_ExBxSxF = jnp.einsum("BSD,EDF->EBSF", x_BxSxD, experts["up"])
-    y_ExBxSxD = jnp.einsum("EBSF,EFD->EBSD", jax.nn.silu(gate_ExBxSxF) * up_ExBxSxF, experts["down"])
-    y_BxSxD = jnp.einsum("EBSD,BSE->BSD", y_ExBxSxD.astype(jnp.float32), weights_BxSxE)
-    return y_BxSxD.astype(x_BxSxD.dtype)
+def _all_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array) -> jax.Array:
+    """Every expert sees every token: there is nothing to dispatch.
+
+    The experts are a batch of matmuls, which reads the kernels where they lie.
+    """
+    num_experts = experts["gate"].shape[0]
+    weights_NxE = jnp.sum(weights_NxK[..., None] * jax.nn.one_hot(expert_NxK, num_experts), axis=1)
+    x_ExNxD = jnp.broadcast_to(x_NxD, (num_experts, *x_NxD.shape))
+    y_ExNxD = feed_forward(x_ExNxD, experts["gate"], experts["up"], experts["down"])
+    return jnp.einsum("END,NE->ND", y_ExNxD.astype(jnp.float32), weights_NxE)
 
 
-def _dispatched_experts(
-    x_BxSxD: jax.Array, experts: dict, weights_BxSxE: jax.Array, top_k: int, normalize: bool = False
-) -> jax.Array:
-    """Each expert sees the tokens that chose it.
+def _ragged_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array) -> jax.Array:
+    """Each expert sees the tokens that chose it, in one grouped matmul: for training, and for accelerators.
 
     Rows (a token and one of its experts) are sorted by expert, so that each expert's rows are contiguous
     for the grouped matmul, and summed back to their tokens in float32.
     """
-    batch, length, d_model = x_BxSxD.shape
-    num_experts = weights_BxSxE.shape[-1]
-    x_NxD = x_BxSxD.reshape(-1, d_model)
+    num_experts, top_k = experts["gate"].shape[0], weights_NxK.shape[-1]
     with jax.named_scope("dispatch"):
-        weights_NxK, expert_NxK = chosen_weights(weights_BxSxE.reshape(-1, num_experts), top_k, normalize)
         expert_R = expert_NxK.reshape(-1)  # R = N * K rows, a token's K rows adjacent
         order_R = jnp.argsort(expert_R, stable=True)
         group_sizes_E = jnp.bincount(expert_R, length=num_experts).astype(jnp.int32)
@@ -117,9 +130,45 @@ def _dispatched_experts(
         up_RxF = jax.lax.ragged_dot(x_RxD, experts["up"], group_sizes_E)
         y_RxD = jax.lax.ragged_dot(jax.nn.silu(gate_RxF) * up_RxF, experts["down"], group_sizes_E)
     with jax.named_scope("combine"):
-        y_NxKxD = y_RxD[jnp.argsort(order_R)].reshape(-1, top_k, d_model)
-        y_NxD = jnp.einsum("NKD,NK->ND", y_NxKxD.astype(jnp.float32), weights_NxK)
-    return y_NxD.astype(x_BxSxD.dtype).reshape(batch, length, d_model)
+        y_NxKxD = y_RxD[jnp.argsort(order_R)].reshape(*weights_NxK.shape, -1)
+        return jnp.einsum("NKD,NK->ND", y_NxKxD.astype(jnp.float32), weights_NxK)
+
+
+def _looped_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array) -> jax.Array:
+    """Each expert sees the tokens that chose it, expert after expert in blocks of `BLOCK_ROWS`: for CPUs.
+
+    An expert that no token chose is never read; a weight of zero chooses nothing. There is no gradient
+    through loops whose lengths follow the routing.
+    """
+    (num_tokens, top_k), num_experts = weights_NxK.shape, experts["gate"].shape[0]
+    size = min(num_tokens, BLOCK_ROWS)
+    with jax.named_scope("dispatch"):
+        weights_R = weights_NxK.reshape(-1)
+        expert_R = jnp.where(weights_R > 0, expert_NxK.reshape(-1), num_experts)
+        order_R = jnp.argsort(expert_R, stable=True)
+        rows_E = jnp.sum(expert_R[:, None] == jnp.arange(num_experts), axis=0)
+        first_row_E = jnp.cumsum(rows_E) - rows_E
+        chosen_E = jnp.argsort(rows_E == 0, stable=True)  # those with rows come first
+
+    def add_expert(i, y_NxD):
+        expert = chosen_E[i]
+        kernels = [experts[leaf][expert] for leaf in ("gate", "up", "down")]
+
+        def add_block(block, y_NxD):
+            # The last block is filled up with rows of the next expert, which count for nothing.
+            in_expert = block * size + jnp.arange(size)
+            row = order_R.at[first_row_E[expert] + in_expert].get(mode="clip")
+            weights = jnp.where(in_expert < rows_E[expert], weights_R[row], 0)
+            out = feed_forward(x_NxD[row // top_k], *kernels).astype(jnp.float32)
+            return y_NxD.at[row // top_k].add(weights[:, None] * out)
+
+        return jax.lax.fori_loop(0, -(-rows_E[expert] // size), add_block, y_NxD)
+
+    with jax.named_scope("experts"):
+        return jax.lax.fori_loop(0, jnp.sum(rows_E > 0), add_expert, jnp.zeros(x_NxD.shape, jnp.float32))
+
+
+DISPATCH = {"all": _all_experts, "ragged": _ragged_experts, "loop": _looped_experts}
 
 
 class Mixture(nn.Module):
@@ -129,6 +178,7 @@ class Mixture(nn.Module):
     layout: Layout
     dtype: jnp.dtype
     rules: sharding.Rules
+    dispatch: str = "ragged"
 
     @nn.compact
     def __call__(
@@ -143,8 +193,8 @@ class Mixture(nn.Module):
         kernels = [{leaf: s[leaf].astype(self.dtype) for leaf in ("gate", "up", "down")} for s in sets]
         x_BxSxD = x_BxSxD.astype(self.dtype)
         if stacked:
-            normalize = self.architecture.norm_topk_prob
-            y_BxSxD = stacked_experts(x_BxSxD, kernels[0], weights_BxSxE, self.layout.top_k, normalize)
+            how = (self.layout.top_k, self.architecture.norm_topk_prob, self.dispatch)
+            y_BxSxD = stacked_experts(x_BxSxD, kernels[0], weights_BxSxE, *how)
         else:
             y_BxSxD = separate_experts(x_BxSxD, kernels, weights_BxSxE)
         return y_BxSxD, (logits_BxSxE, weights_BxSxE)

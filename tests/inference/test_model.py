@@ -13,6 +13,7 @@ import flexolmo_jax
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.merging.merge import merge
+from flexolmo_jax.model.decoder import separate_layers
 
 PROMPTS = ["", "hello", "naïve", "a prompt that is a little longer than the others"]
 NEW, EOS, PADDED = 14, 256, 64
@@ -49,10 +50,13 @@ def plain_greedy(model, prompts, count, without=()):
     return [row[start:] for row, start in zip(rows, starts, strict=True)]
 
 
-def test_roster_and_parameters(home, model):
+def test_roster_and_parameters(home):
+    model = flexolmo_jax.load(home / "merged")
     assert model.roster == ["anchor", "code", "news"]
-    for path, leaf in small.read_params(home / "merged").items():
-        np.testing.assert_array_equal(model.params[path], leaf)
+    stored = small.read_params(home / "merged")
+    for path, leaf in separate_layers(stored, small.ARCHITECTURE.num_layers).items():
+        np.testing.assert_array_equal(model.params.pop(path), leaf)
+    assert not model.params
     short = flexolmo_jax.load(home / "merged", dtype="bfloat16")
     assert {leaf.dtype for leaf in short.params.values()} == {jnp.dtype("bfloat16")}
 
@@ -130,9 +134,13 @@ def test_bad_requests_are_refused(model):
     for names, message in ((["nosuch"], "nosuch: not on the roster"), (model.roster, "no expert would be left")):
         with pytest.raises(UserError, match=message):
             model.logits([[1]], without=names)
-    for arguments in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": np.nan}):
-        with pytest.raises(UserError, match="max_new_tokens must be at least 1"):
-            model.generate(["x"], **arguments)
+    bad = {"max_new_tokens": 0, "temperature": np.nan, "top_k": -1, "top_p": 0.0, "seed": -1, "stop": [""]}
+    for name, value in bad.items():
+        with pytest.raises(UserError, match=f"{name} is .*; it must be"):
+            model.generate(["x"], **{name: value})
+    for prompt, message in (([], "at least one token"), ([260], "holds 260"), ([-1], "holds -1")):
+        with pytest.raises(UserError, match=message):
+            model.generate([prompt])
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         Model(model.manifest, model.params).generate(["x"])
     assert model.generate([]) == []
@@ -171,6 +179,8 @@ def test_the_verb_prints_each_continuation_and_its_shares(home, model):
         (["--prompt=x", "--max_new_tokens=0"], ["--max_new_tokens=0"]),
         (["--prompt=x", "--temperature=-1"], ["--temperature=-1"]),
         (["--prompt=x", "--temperature=nan"], ["temperature", "finite"]),
+        (["--prompt=x", "--top_p=0"], ["top_p", "above 0"]),
+        (["--prompt=x", "--stop="], ["stop", "none of them empty"]),
         (["--prompt=x", "--seed=-1"], ["--seed=-1"]),
         (["--prompt=x", "--seed=99999999999999999999"], ["--seed=9"]),
         (["--prompt=x", "--without=nosuch"], ["--without=nosuch", "anchor, code, news"]),

@@ -61,4 +61,4 @@ def test_attention_is_that_of_plain_loops(num_kv_heads):
     actual = apply({"params": jax.tree.map(np.float32, leaves)}, *arguments)
     for row in range(2):
         expected = attend(x_BxSxD[row], batch["segment_ids"][row], batch["positions"][row], leaves, arch)
-        np.testing.assert_allclose(actual[row], expected, atol=1e-4)
+        np.testing.assert_allclose(actual[0][row], expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The router and the two ways to sum experts, against plain loops."""
+"""The router and the ways to sum experts, against plain loops."""
 
 import functools
 
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from tiny import COMPILE_FAST, assert_trees_close
 
-from flexolmo_jax.model.mixture import route, separate_experts, stacked_experts
+from flexolmo_jax.model import mixture
+from flexolmo_jax.model.mixture import DISPATCH, route, separate_experts, stacked_experts
 
 jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
 router = jit(route)
+summed = jit(stacked_experts, static_argnums=(3, 4, 5))
 BATCH, LENGTH, D_MODEL, D_FF, EXPERTS = 2, 7, 8, 12, 4
 
 
@@ -50,18 +52,47 @@ def masked_sum(x, kernels, weights, top_k):
     return jnp.einsum("bsef,efd,bse->bsd", hidden, kernels["down"], jnp.where(weights >= threshold, weights, 0))
 
 
+@pytest.mark.parametrize("dispatch", DISPATCH)
 @pytest.mark.parametrize("top_k", range(1, EXPERTS + 1))
-def test_stacked_experts_sum_as_plain_loops_do(top_k):
+def test_stacked_experts_sum_as_plain_loops_do(top_k, dispatch):
     x, kernels, weights = random_mixture()
-    actual = jit(stacked_experts, static_argnums=3)(*to_float32((x, kernels, weights)), top_k)
+    actual = summed(*to_float32((x, kernels, weights)), top_k, False, dispatch)
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, top_k), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dispatch", DISPATCH)
+@pytest.mark.parametrize("top_k", range(1, EXPERTS + 1))
+def test_normalised_weights_of_the_top_k_sum_to_one(top_k, dispatch):
+    x, kernels, weights = random_mixture()
+    heaviest = np.sort(weights, axis=-1)[..., -top_k:].sum(-1, keepdims=True)
+    actual = summed(*to_float32((x, kernels, weights)), top_k, True, dispatch)
+    np.testing.assert_allclose(actual, plain_sum(x, kernels, weights / heaviest, top_k), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 14])
+def test_blocks_of_any_size_sum_to_the_same(monkeypatch, rows):
+    """Tokens are spread unevenly, so that experts have several blocks, a part of one, or none."""
+    monkeypatch.setattr(mixture, "BLOCK_ROWS", rows)
+    x, kernels, weights = random_mixture()
+    weights[..., 1] = 0
+    weights[..., 3] *= 5
+    actual = jit(functools.partial(stacked_experts, top_k=2, dispatch="loop"))(*to_float32((x, kernels, weights)))
+    np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_whose_experts_all_weigh_nothing_are_zero():
+    x, kernels, weights = random_mixture()
+    weights[0] = 0
+    for normalize in (False, True):
+        assert (summed(*to_float32((x, kernels, weights)), 2, normalize, "loop")[0] == 0).all()
+
+
+@pytest.mark.parametrize("dispatch", DISPATCH)
 @pytest.mark.parametrize("favourite", [0, 2])
-def test_no_token_is_dropped_when_all_choose_one_expert(favourite):
+def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
     x, kernels, weights = random_mixture()
     weights = 0.01 * weights + 0.99 * np.eye(EXPERTS)[favourite]
-    actual = jit(stacked_experts, static_argnums=3)(*to_float32((x, kernels, weights)), 1)
+    actual = summed(*to_float32((x, kernels, weights)), 1, False, dispatch)
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, 1), rtol=1e-4, atol=1e-4)
     assert (np.abs(actual).max(axis=-1) > 0).all()
 
@@ -84,10 +115,11 @@ def test_separate_experts_sum_as_plain_loops_do():
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, 3), rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_experts_are_weighed_in_float32():
+@pytest.mark.parametrize("dispatch", DISPATCH)
+def test_bfloat16_experts_are_weighed_in_float32(dispatch):
     x, kernels, weights = random_mixture()
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (x, kernels))
-    actual = jit(stacked_experts, static_argnums=3)(*low, np.float32(weights), 2)
+    actual = summed(*low, np.float32(weights), 2, False, dispatch)
     assert actual.dtype == jnp.bfloat16
     expected = plain_sum(*jax.tree.map(np.float64, low), weights, 2)
     assert np.abs(np.float64(actual) - expected).max() < 0.02 * np.abs(expected).max()
@@ -122,12 +154,16 @@ def test_biases_of_both_signs_learn_and_a_bias_of_zero_stays():
     np.testing.assert_array_equal(slope, BATCH * LENGTH * np.array([0, 1, -1, 1]))
 
 
-@pytest.mark.parametrize("mask", [[True, False, True, True], [[True, True, False, True], [False, True, False, False]]])
+MASK_BxE = np.array([[True, True, False, True], [False, True, False, False]])
+MASK_BxSxE = MASK_BxE[:, None] ^ (np.arange(LENGTH) % 2 > 0)[:, None]
+
+
+@pytest.mark.parametrize("mask", [MASK_BxE[0], MASK_BxE, MASK_BxSxE], ids=["one", "rows", "tokens"])
 def test_masked_experts_weigh_nothing_and_the_others_sum_to_one(mask):
-    """One mask for all rows, or one for each."""
+    """One mask for all rows, one for each, or one for each token."""
     x, row, bias = random_router()
-    logits, weights = router(*to_float32((x, row, bias)), np.array(mask))
-    on = np.broadcast_to(np.atleast_2d(mask)[:, None], weights.shape)
+    logits, weights = router(*to_float32((x, row, bias)), mask)
+    on = np.broadcast_to(mask if mask.ndim == 3 else np.atleast_2d(mask)[:, None], weights.shape)
     exact = np.einsum("bsd,ed->bse", x, row) - np.abs(bias)
     scores = np.where(on, np.exp(exact), 0)
     np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,249 @@
+"""Decoding with a cache: against the whole rows computed anew, and requests that join, leave and end at any time."""
+
+import dataclasses
+import functools
+
+import golden
+import jax
+import numpy as np
+import pytest
+import small
+
+import flexolmo_jax
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.inference import engine as engine_module
+from flexolmo_jax.inference.engine import Engine, Request, bucket
+from flexolmo_jax.inference.model import Model
+from flexolmo_jax.merging.merge import merge
+from flexolmo_jax.model.decoder import separate_layers
+
+REQUESTS = [
+    Request([256, *b"hello"], 12),
+    Request([256], 5),
+    Request([256, *b"a longer prompt than the others are"], 20, without=("code",)),
+    Request([256, *b"drawn"], 9, temperature=1.0, seed=7),
+    Request([256, *b"drawn"], 9, temperature=1.5, top_k=20, top_p=0.9, seed=8),
+    Request([9, 8, 7], 17, without=("anchor", "news")),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    home = tmp_path_factory.mktemp("engine")
+    small.anchor(home / "anchor")
+    inputs = [small.contribution(home / name, home / "anchor", seed=i) for i, name in enumerate(["code", "news"], 1)]
+    merge(home / "anchor", inputs, home / "merged", top_k=2)
+    return flexolmo_jax.load(home / "merged")
+
+
+def finish(engine, max_steps=8):
+    """Steps until all have ended; returns {id: (continuation, streamed text, streamed tokens)}."""
+    texts, tokens, done = {}, {}, {}
+    while updates := engine.step(max_steps):
+        for update in updates:
+            texts[update.id] = texts.get(update.id, "") + update.text
+            tokens[update.id] = tokens.get(update.id, []) + update.token_ids
+            if update.continuation:
+                done[update.id] = update.continuation
+    return {id: (c, texts[id], tokens[id]) for id, c in done.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What each request comes to when nothing else is in flight."""
+    out = []
+    for request in REQUESTS:
+        engine = Engine(model, slots=4)
+        (id,) = engine.add([request])
+        out.append(finish(engine)[id][0])
+    return out
+
+
+def assert_same(found, expected):
+    assert found[:2] == expected[:2]
+    assert found.finish_reason == expected.finish_reason
+    np.testing.assert_allclose(found.layers, expected.layers, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [golden.DENSE, golden.MIXTURE])
+def test_greedy_tokens_are_those_of_transformers(name):
+    architecture, layout, params, expected = golden.load(name)
+    roster = [directories.ANCHOR_NAME, "a", "b", "c"][: layout.num_experts]
+    experts = tuple(directories.Expert(expert, {}, {}) for expert in roster)
+    manifest = directories.Model(dataclasses.asdict(architecture), experts, {}, layout.top_k, "", eos_id=2)
+    model = Model(manifest, separate_layers(params, architecture.num_layers))
+    for rows in (slice(1), slice(None)):  # one row and several are computed in different ways
+        prompts, generated = (np.tile(expected[key], (6, 1))[rows].tolist() for key in ("prompt", "generated"))
+        for found, tokens in zip(model.generate(prompts, 16), generated, strict=True):
+            assert found.token_ids == [*tokens, 2][: [*tokens, 2].index(2)]
+            assert found.text == ""
+
+
+@pytest.mark.parametrize("slots", [2, 4, 8])
+def test_requests_that_join_as_slots_free_up_end_as_they_would_alone(model, alone, slots):
+    engine, waiting, found, in_flight = Engine(model, slots), list(enumerate(REQUESTS)), {}, {}
+    together = 0
+    while waiting or in_flight:
+        if waiting and engine.free:  # one at a time, so that they start at different steps
+            index, request = waiting.pop(0)
+            in_flight[engine.add([request])[0]] = index
+        for update in engine.step(2):
+            if update.continuation:
+                found[in_flight.pop(update.id)] = update.continuation
+        together = max(together, len(in_flight))
+    assert together == min(slots, together) > 1
+    for index, expected in enumerate(alone):
+        assert_same(found[index], expected)
+
+
+def test_requests_added_together_end_as_they_would_alone(model, alone):
+    engine = Engine(model, slots=8)
+    ids = engine.add(REQUESTS)
+    found = finish(engine, max_steps=100)
+    for id, expected in zip(ids, alone, strict=True):
+        assert_same(found[id][0], expected)
+        assert found[id][1:] == expected[:2]
+
+
+def test_a_cache_that_grows_changes_nothing(model, monkeypatch):
+    requests = [Request([256, *b"grow"], 150), Request([256, *b"me"], 90)]
+
+    def run():
+        engine = Engine(model, slots=2)
+        ids = engine.add(requests)
+        lengths, found = set(), {}
+        while updates := engine.step(50):
+            lengths.add(engine._length)
+            found |= {u.id: u.continuation for u in updates if u.continuation}
+        return lengths, [found[id] for id in ids]
+
+    (length,), expected = run()
+    monkeypatch.setattr(engine_module, "AHEAD", 1)
+    lengths, found = run()
+    assert len(lengths) > 2
+    assert max(lengths) <= 2 * length
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+def test_shares_are_the_weights_of_the_experts_that_computed_the_text(model):
+    """Top-2 of 3, normalised, mean over all tokens but the last, which nothing was written after."""
+    prompt = [256, *b"shares"]
+    (found,) = model.generate([prompt], 10)
+    rows = np.array([prompt + found.token_ids[: 10 - 1]])
+    weights_LxSxE = np.float64(jax.jit(model.decoder.apply_flat)(model.params, rows).router_weights_LxBxSxE[:, 0])
+    lowest = weights_LxSxE.argmin(-1)[..., None]
+    np.put_along_axis(weights_LxSxE, lowest, 0, axis=-1)
+    expected_LxE = (weights_LxSxE / weights_LxSxE.sum(-1, keepdims=True)).mean(axis=1)
+    np.testing.assert_allclose(found.layers, expected_LxE, atol=1e-5)
+    np.testing.assert_allclose(list(found.experts.values()), expected_LxE.mean(axis=0), atol=1e-5)
+    assert list(found.experts) == model.roster
+
+
+@pytest.mark.parametrize("max_steps", [1, 3, 8])
+def test_a_stop_string_ends_a_request_at_its_token_whatever_the_steps(model, max_steps):
+    request = Request([256, *b"stop"], 40, temperature=1.0, seed=3)
+    whole = finish_one(model, request)
+    stop = whole.text[6:9]
+    end = whole.text.index(stop)
+    found = finish_one(model, dataclasses.replace(request, stop=("never seen", stop)), max_steps)
+    assert found.text == whole.text[:end]
+    assert found.finish_reason == "stop"
+    assert found.token_ids == whole.token_ids[: len(found.token_ids)]
+    assert stop in model.tokenizer.decode(found.token_ids)
+    assert stop not in model.tokenizer.decode(found.token_ids[:-1])
+    shorter = finish_one(model, dataclasses.replace(request, max_new_tokens=len(found.token_ids)))
+    np.testing.assert_allclose(found.layers, shorter.layers, atol=1e-6)
+
+
+def finish_one(model, request, max_steps=8):
+    engine = Engine(model, slots=1)
+    engine.add([request])
+    ((continuation, text, tokens),) = finish(engine, max_steps).values()
+    assert text == continuation.text
+    assert tokens == continuation.token_ids
+    return continuation
+
+
+def test_why_a_request_ended(model):
+    assert finish_one(model, REQUESTS[0]).finish_reason == "length"
+    first = finish_one(model, REQUESTS[0]).token_ids[0]
+    ending = Model(dataclasses.replace(model.manifest, eos_id=first), model.params, model.tokenizer)
+    found = finish_one(ending, REQUESTS[0])
+    assert (found.token_ids, found.text, found.finish_reason) == ([], "", "stop")
+    assert sum(found.experts.values()) == pytest.approx(1)
+
+
+def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(model, alone):
+    engine = Engine(model, slots=2)
+    dropped, kept = engine.add([REQUESTS[3], REQUESTS[0]])
+    engine.step(2)
+    engine.cancel(dropped)
+    engine.cancel(dropped)
+    assert engine.free == 1
+    (late,) = engine.add([REQUESTS[5]])
+    found = finish(engine)
+    assert found.keys() == {kept, late}
+    assert_same(found[kept][0], alone[0])
+    assert_same(found[late][0], alone[5])
+
+
+def test_lengths_of_one_bucket_share_a_compilation(model):
+    model.generate([[1] * 33], 20)
+    programs = (engine_module._admit._cache_size(), engine_module._decode._cache_size())
+    for length, count in ((34, 19), (40, 9), (48, 10)):
+        model.generate([[1] * length], count)
+    assert (engine_module._admit._cache_size(), engine_module._decode._cache_size()) == programs
+
+
+def test_buckets_are_powers_of_two_and_three_quarters_of_them():
+    assert [bucket(n) for n in (1, 16, 17, 24, 25, 32, 33, 100, 4096)] == [16, 16, 24, 24, 32, 32, 48, 128, 4096]
+    assert [bucket(n, 1) for n in range(1, 9)] == [1, 2, 3, 4, 6, 6, 8, 8]
+
+
+def test_an_engine_refuses_what_it_cannot_hold(model):
+    engine = Engine(model, slots=1, max_length=10)
+    for request, message in (
+        (Request([1] * 8, 3), "prompt of 8 tokens and max_new_tokens 3: 11 in all; at most 10"),
+        (Request([1], 1, without=("nosuch",)), "nosuch: not on the roster"),
+    ):
+        with pytest.raises(UserError, match=message):
+            engine.add([request])
+    assert engine.free == 1
+    engine.add([Request([1] * 8, 2)])
+    with pytest.raises(ValueError, match="1 requests for 0 free slots"):
+        engine.add([Request([1], 1)])
+    with pytest.raises(UserError, match=r"stop is .*; the model has no tokenizer"):
+        Engine(Model(model.manifest, model.params)).add([Request([1], 1, stop=("x",))])
+
+
+def test_streams_are_handed_to_their_prompts(model):
+    streams = {}
+
+    def on_text(row, text):
+        streams[row] = streams.get(row, "") + text
+
+    prompts = ["one", "two", "three"]
+    found = model.generate(prompts, 20, temperature=1.0, seed=1, on_text=on_text)
+    assert [streams.get(row, "") for row in range(3)] == [continuation.text for continuation in found]
+    assert [c[:2] for c in found] == [c[:2] for c in model.generate(prompts, 20, temperature=1.0, seed=1)]
+    assert model.generate(["one", "one"], 20, temperature=1.0)[0] != model.generate(["one"], 20)[0]
+
+
+@functools.cache
+def _score(model, without=()):
+    rows = np.array([[256, *b"scores"], [256, *b"of two"]])
+    logits = np.float64(model.logits(rows, without))
+    return rows, logits, model.score(rows, without)
+
+
+@pytest.mark.parametrize("without", [(), ("news",)])
+def test_scores_are_those_of_the_logits(model, without):
+    rows, logits, scores = _score(model, without)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = np.take_along_axis(expected[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(scores.log_likelihood_BxS[:, 1:], picked, atol=1e-4)
+    np.testing.assert_array_equal(scores.log_likelihood_BxS[:, 0], 0)
+    np.testing.assert_array_equal(scores.greedy_BxS[:, 1:], logits[:, :-1].argmax(-1) == rows[:, 1:])
+    assert scores.greedy_BxS[:, 0].all()
