@@ -1,7 +1,18 @@
 """Progress bars on standard error."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 def progress_bar(*columns: str | ProgressColumn, shown: bool = True) -> Progress:
@@ -13,3 +24,12 @@ def progress_bar(*columns: str | ProgressColumn, shown: bool = True) -> Progress
     """
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+
+
+@contextlib.contextmanager
+def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a bar while the block runs; yields what is to be called with numbers of bytes, as they are done."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with progress_bar(TextColumn("{task.description}"), *columns) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, advance=done)

@@ -32,6 +32,11 @@ make_environment() {
       fi
     fi
     echo "installing $pins into .venv ..." >&2
+    # torch by itself first, so that a build for this machine that is at hand is taken.
+    local torch
+    if torch=$(grep '^torch==' "$root/$pins"); then
+      "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
+    fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/$pins"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable "$root"
     echo "$wanted" >"$stamp"

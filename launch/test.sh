@@ -3,17 +3,24 @@
 set -euo pipefail
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   cat <<'HELP'
-usage: bash launch/test.sh [PYTEST ARGUMENTS]
+usage: bash launch/test.sh [--interop] [PYTEST ARGUMENTS]
 
 Installs what it needs into .venv (once), then checks style (ruff) and the order of imports (import-linter),
 and runs the tests on two processes. Arguments go to pytest: `bash launch/test.sh tests/merging -k order`.
 
+  --interop      also installs torch, transformers, lm-eval and openai; without them the tests that compare with
+                 these libraries are skipped
   PYTHON=...     Python 3.11 or 3.12 to make .venv with; without effect once .venv is there
 HELP
   exit 0
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-make_environment requirements-test.txt
+pins=requirements-test.txt
+if [ "${1:-}" = --interop ]; then
+  pins=requirements-interop.txt
+  shift
+fi
+make_environment "$pins"
 cd "$root"
 ruff check
 ruff format --check

@@ -168,7 +168,8 @@ class Slice(NamedTuple):
     """A leaf to be read block by block: a whole array, or one expert's part of a stacked one.
 
     Attributes:
-      source: [layers, ...], or [layers, experts, ...] when `expert` is given; stored or in memory.
+      source: [layers, ...], or [layers, experts, ...] when `expert` is given; stored, in memory, or anything
+        that reads a block when it is indexed and has `shape` and `dtype`.
       expert: position on the expert axis, or None when there is no such axis.
       name: where it comes from, for errors.
     """

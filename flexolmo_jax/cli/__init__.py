@@ -16,7 +16,10 @@ VERBS = {
     "opt-out": "a model without some experts, exactly as if they had never been merged",
     "evaluate": "held-out loss of a model, with any experts left out",
     "generate": "text that continues a prompt, and each expert's share of it",
+    "serve": "a model answering the OpenAI API's requests for completions",
     "inspect": "what a directory is, and whether its digests hold",
+    "import-hf": "a model or a contribution of a Hugging Face directory",
+    "export-hf": "a Hugging Face directory of a model, an anchor or a contribution",
 }
 
 
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(verb: str, arguments: Sequence[str]) -> list[str]:
     """Parses the flags; returns what is not a flag."""
     try:
-        positional = flags.FLAGS([f"{PROGRAM} {verb}", *arguments])[1:]
+        positional = flags.FLAGS([f"{PROGRAM} {verb}", *map(_underscored, arguments)])[1:]
     except flags.Error as error:
         raise UserError(f"{_reason(error)} (see `{PROGRAM} {verb} --help`)") from error
     except Exception as error:  # reading a configuration file runs it, so it may be anything
@@ -57,6 +60,14 @@ def _parse(verb: str, arguments: Sequence[str]) -> list[str]:
     if positional and verb != "inspect":
         raise UserError(f"'{positional[0]}' is not a flag; write --name=value (see `{PROGRAM} {verb} --help`)")
     return positional
+
+
+def _underscored(argument: str) -> str:
+    """`--expert-names=x` is `--expert_names=x`; keys of a configuration are taken as they are."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--") or name.startswith("--config."):
+        return argument
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def _reason(error: Exception) -> str:

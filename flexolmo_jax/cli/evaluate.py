@@ -1,14 +1,24 @@
-"""Computes the held-out loss of a model on corpora: a row for each.
+"""Measures a model: its held-out loss on corpora, a row for each; or its figures on tasks of lm-evaluation-harness.
 
 flexolmo evaluate --model=runs/merged --data=corpora/news/heldout --data=corpora/code/heldout --without=news
+flexolmo evaluate --model=runs/merged --tasks=hellaswag,lambada_openai
+
+Tasks give the opt-out matrix: a row for the full model, and one without each contributed expert. With --without there
+is a single row, the model without those. Standard errors stand in parentheses.
 """
 
 from absl import flags
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory.")
 _DATA = flags.DEFINE_multi_string("data", [], "Corpus directory; give the flag once for each.")
+_TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, separated by commas (extra `eval`).")
+_INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks of your own.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Documents of each task at most, for a trial.", lower_bound=1)
 _WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
-_LENGTH = flags.DEFINE_integer("length", 256, "Tokens in a row.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 256, "Tokens in a row of a corpus.", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Tokens that the model may see in a task; by default, a row of its training.", lower_bound=1
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed at once.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
@@ -16,27 +26,64 @@ flags.mark_flags_as_required(["model"])
 
 
 def run() -> None:
-    """Evaluates, and prints the table."""
+    """Evaluates, and prints a table of the corpora and one of the tasks."""
     import json
 
     from etils import epath
 
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.evaluation.loss import evaluate_shown
-    from flexolmo_jax.evaluation.tables import loss_table, show
+    from flexolmo_jax.evaluation.tables import loss_table, opt_out_table, show
     from flexolmo_jax.inference.model import load
     from flexolmo_jax.training.inputs import open_corpora
 
-    if not _DATA.value:
-        raise UserError("--data: none given; give the flag once for each corpus directory")
+    if not _DATA.value and not _TASKS.value:
+        raise UserError("--data: none given; give the flag once for each corpus directory, or name --tasks")
+    evaluate_tasks = _harness() if _TASKS.value else None
     corpora = open_corpora(_DATA.value)
     model = load(_MODEL.value, _DTYPE.value)
-    losses = evaluate_shown(
-        model, corpora, title="evaluate", without=_WITHOUT.value, length=_LENGTH.value, batch_size=_BATCH_SIZE.value
-    )
-    rows = {label: loss.as_dict() for label, loss in losses.items()}
-    show(loss_table(rows))
+    figures, shown = {}, []
+    if corpora:
+        figures["data"] = _losses(model, corpora)
+        shown.append(loss_table(figures["data"]))
+    if evaluate_tasks:
+        figures["tasks"] = evaluate_tasks(
+            model,
+            _TASKS.value,
+            include_path=_INCLUDE_PATH.value,
+            limit=_LIMIT.value,
+            without=_WITHOUT.value,
+            batch_size=_BATCH_SIZE.value,
+            max_length=_MAX_LENGTH.value,
+        )
+        shown.append(opt_out_table(figures["tasks"]))
+    for table in shown:
+        show(table)
     if _JSON.value:
         file = epath.Path(_JSON.value)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(rows, indent=2) + "\n")
+        file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _losses(model, corpora):
+    """{corpus: the columns of the table}."""
+    from flexolmo_jax.evaluation.loss import evaluate_shown
+
+    losses = evaluate_shown(
+        model, corpora, title="evaluate", without=_WITHOUT.value, length=_LENGTH.value, batch_size=_BATCH_SIZE.value
+    )
+    return {label: loss.as_dict() for label, loss in losses.items()}
+
+
+def _harness():
+    """The function that runs tasks; the harness is an extra."""
+    import os
+
+    from flexolmo_jax.errors import UserError
+
+    # A standard error that is bootstrapped would be computed in forks, which JAX's threads do not survive.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    try:
+        from flexolmo_jax.interop.harness import evaluate_tasks
+    except ModuleNotFoundError as error:
+        raise UserError("--tasks: needs lm-eval; pip install 'flexolmo-jax[eval]'") from error
+    return evaluate_tasks

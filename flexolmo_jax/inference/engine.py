@@ -231,7 +231,8 @@ class Engine:
         """Makes room for that many positions."""
         if length > self._length:
             decoder, rows = self._model.decoder, len(self._slots)
-            self._state = _extend(decoder, self._state, rows, bucket(max(length, 2 * self._length)))
+            length = max(length, min(2 * self._length, self._max_length or 2 * self._length))
+            self._state = _extend(decoder, self._state, rows, bucket(length))
 
     def _collect(self, slot: int, tokens_T: np.ndarray, eos: bool) -> Update:
         """What the last step added to a slot; frees it where the request has ended."""

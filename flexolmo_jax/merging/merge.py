@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from etils import epath
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
@@ -12,7 +11,7 @@ from flexolmo_jax.checkpoint.tree import Slice, write_tree
 from flexolmo_jax.checkpoint.verify import check_digests, open_model
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.merging.contribution import Member, open_contribution, size
-from flexolmo_jax.progress import progress_bar
+from flexolmo_jax.progress import byte_progress
 
 
 def merge(
@@ -33,15 +32,27 @@ def merge(
     Raises:
       UserError: an input is not what its manifest says, two contributions have one name, or `out` exists.
     """
+    merged, shared, experts = gather(anchor, contributions, top_k)
+    with atomic_directory(out) as directory:
+        assemble(directory, merged, shared, experts)
+        copy_tokenizer(anchor, directory)
+    return merged
+
+
+def gather(
+    anchor: epath.PathLike, contributions: Sequence[epath.PathLike], top_k: int
+) -> tuple[directories.Model, dict[str, Slice], dict[str, dict[str, Slice]]]:
+    """Opens what a merge is made of, without reading a leaf's content.
+
+    Returns:
+      (the merge's manifest, {path: slice} of the shared leaves, {expert: {leaf: slice}} in the order of the roster).
+
+    Raises:
+      UserError: as `merge`, but for what only reading the content shows.
+    """
     if top_k < 1:
         raise UserError(f"--top_k={top_k}: must be at least 1")
-    manifest = directories.Model.read(anchor, flag="--anchor")
-    if len(manifest.experts) > 1:
-        raise UserError(
-            f"--anchor={anchor}: a merged model ({', '.join(manifest.roster)}); give the anchor it was made from"
-        )
-    if manifest.tuned:
-        raise UserError(f"--anchor={anchor}: was trained on after a merge; give the anchor as it was published")
+    manifest = read_anchor(anchor)
     shared, own = open_model(anchor, manifest, f"--anchor={anchor}")
     members, given = [], {}
     for path in contributions:
@@ -54,10 +65,23 @@ def merge(
     members.sort(key=lambda member: member.expert.name)
     members.insert(0, Member(manifest.experts[0], own[directories.ANCHOR_NAME]))
     merged = dataclasses.replace(manifest, experts=tuple(member.expert for member in members), top_k=top_k)
-    with atomic_directory(out) as directory:
-        assemble(directory, merged, shared, {member.expert.name: member.leaves for member in members})
-        copy_tokenizer(anchor, directory)
-    return merged
+    return merged, shared, {member.expert.name: member.leaves for member in members}
+
+
+def read_anchor(path: epath.PathLike) -> directories.Model:
+    """Reads the manifest of an anchor, the directory of `--anchor`.
+
+    Raises:
+      UserError: no model directory, or a merged model, or one that was trained on after a merge.
+    """
+    manifest = directories.Model.read(path, flag="--anchor")
+    if len(manifest.experts) > 1:
+        raise UserError(
+            f"--anchor={path}: a merged model ({', '.join(manifest.roster)}); give the anchor it was made from"
+        )
+    if manifest.tuned:
+        raise UserError(f"--anchor={path}: was trained on after a merge; give the anchor as it was published")
+    return manifest
 
 
 def assemble(
@@ -72,15 +96,9 @@ def assemble(
       UserError: the content of a leaf is not what its digest says, or is not finite.
     """
     total = sum(size(leaves) for leaves in (shared, *experts.values()))
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with progress_bar(TextColumn("{task.description}"), *columns) as progress:
-        task = progress.add_task(f"{len(experts)} experts", total=total)
-        digests = write_tree(
-            directory / directories.PARAMS,
-            directories.model_leaves(shared, experts),
-            directories.digest_name,
-            advance=lambda written: progress.update(task, advance=written),
-        )
+    with byte_progress(f"{len(experts)} experts", total) as advance:
+        leaves = directories.model_leaves(shared, experts)
+        digests = write_tree(directory / directories.PARAMS, leaves, directories.digest_name, advance)
     found_shared, found_experts = directories.split_digests(digests, manifest.roster)
     check_digests(found_shared, manifest.shared, shared)
     for expert, found in zip(manifest.experts, found_experts, strict=True):

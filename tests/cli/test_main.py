@@ -20,8 +20,14 @@ FLAGS = {
     "merge": ["anchor", "contribution", "out", "top_k"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
     "evaluate": ["model", "data", "without", "length", "batch_size", "dtype", "json"],
-    "generate": ["model", "prompt", "without", "max_new_tokens", "temperature", "seed", "dtype"],
+    "generate": [
+        *("model", "prompt", "without", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed"),
+        *("layers", "dtype"),
+    ],
+    "serve": ["model", "name", "host", "port", "slots", "queue", "max_length", "dtype", "verbose"],
     "inspect": ["check"],
+    "import-hf": ["source", "out", "expert_names", "public_rows_from", "as_contribution", "anchor", "expert"],
+    "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "drop_bias"],
 }
 
 
@@ -79,6 +85,9 @@ REQUIRED = {
     "opt-out": {"model": "x", "out": "x"},
     "evaluate": {"model": "x"},
     "generate": {"model": "x"},
+    "serve": {"model": "x"},
+    "import-hf": {"source": "x", "out": "x"},
+    "export-hf": {"out": "x"},
 }
 
 

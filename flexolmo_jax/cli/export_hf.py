@@ -1,0 +1,31 @@
+r"""Exports a model, an anchor, or an anchor with a contribution, in Hugging Face's form.
+
+    flexolmo export-hf --model=runs/merged --out=Flex-merged
+    flexolmo export-hf --contribution=runs/news/contribution --anchor=runs/anchor/model --out=Flex-news-2x
+
+transformers and vLLM load the result; its README.md says what is in it. It is read back and compared with the model's
+digests, and, where torch and transformers are installed, its logits with ours. import-hf makes the model of it again.
+"""
+
+from absl import flags
+
+_MODEL = flags.DEFINE_string("model", None, "Anchor or model directory.")
+_CONTRIBUTION = flags.DEFINE_string("contribution", None, "Contribution directory, with --anchor, in place of --model.")
+_ANCHOR = flags.DEFINE_string("anchor", None, "Model directory of the contribution's anchor.")
+_OUT = flags.DEFINE_string("out", None, "Local directory to make.")
+_SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Size of a file of weights at most, GB (1e9 bytes).", 1e-9)
+_DROP_BIAS = flags.DEFINE_bool("drop_bias", False, "Leave out expert biases, and measure what that changes.")
+flags.mark_flags_as_required(["out"])
+
+
+def run() -> None:
+    """Exports, and says what was found."""
+    from flexolmo_jax.errors import UserError
+    from flexolmo_jax.interop.export_hf import export, open_pair, open_source
+
+    given = tuple(bool(flag.value) for flag in (_MODEL, _CONTRIBUTION, _ANCHOR))
+    if given not in ((True, False, False), (False, True, True)):
+        raise UserError("--model: give either a model directory, or both --contribution and --anchor")
+    source = open_source(_MODEL.value) if _MODEL.value else open_pair(_CONTRIBUTION.value, _ANCHOR.value)
+    shard_bytes = int(min(_SHARD_SIZE.value, 1e9) * 1e9)
+    print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value)))

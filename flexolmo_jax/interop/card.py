@@ -1,0 +1,177 @@
+"""The model card: what an exported directory says of itself (`README.md`)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.interop import parity
+
+CARD_FILE = "README.md"
+# Of a data card, the keys that have a column or a sentence of their own.
+_COLUMNS = ("description", "license", "tokens", "trained_tokens")
+_LOAD = """```python
+from transformers import AutoModelForCausalLM{import_tokenizer}
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY", dtype="auto"){load_tokenizer}
+```"""
+
+
+def model_card(
+    manifest: directories.Model,
+    *,
+    size_of: Mapping[str, int],
+    gate: parity.Parity,
+    dropped: Mapping[str, parity.Difference],
+    tokenizer: bool,
+) -> str:
+    """Writes the card.
+
+    Args:
+      manifest: of the model, as it is exported.
+      size_of: {expert: its parameters}; under "" those that all experts share.
+      gate: what the parity gate found.
+      dropped: {sample: change of the logits} where biases were left out.
+      tokenizer: whether the directory has one.
+    """
+    merged = len(manifest.experts) > 1
+    sections = [
+        _front_matter(manifest),
+        "# " + (f"FlexOlmo: {', '.join(manifest.roster)}" if merged else "OLMo-2 anchor"),
+        _introduction(manifest, size_of),
+        "## Experts" if merged else "## Data",
+        _roster(manifest, size_of),
+        *_details(manifest),
+        *(
+            ["## How it was merged", _merge(manifest), "## Leaving an expert out", _opt_out(manifest, bool(dropped))]
+            if merged
+            else []
+        ),
+        "## Loading it",
+        _LOAD.format(
+            import_tokenizer=", AutoTokenizer" if tokenizer else "",
+            load_tokenizer='\ntokenizer = AutoTokenizer.from_pretrained("DIRECTORY")' if tokenizer else "",
+        ),
+        "transformers 5 or newer loads it, and so does vLLM: "
+        + f"`vllm serve DIRECTORY{' --model-impl transformers' if _normalized(manifest) else ''}`.",
+        *([] if tokenizer else ["It has no tokenizer, so it takes and gives token ids."]),
+        "## Checks",
+        _checks(gate, dropped),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(manifest: directories.Model) -> str:
+    licenses = list(dict.fromkeys(str(e.card["license"]) for e in manifest.experts if e.card.get("license")))
+    # Front matter knows one license; where there are several, the table says which.
+    said = [f"license: {json.dumps(licenses[0] if len(licenses) == 1 else 'other')}"] if licenses else []
+    tags = ["flexolmo", "mixture-of-experts"] if len(manifest.experts) > 1 else ["flexolmo", "anchor"]
+    lines = [*said, "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+
+
+def _introduction(manifest: directories.Model, size_of: Mapping[str, int]) -> str:
+    total, arch = sum(size_of.values()), manifest.architecture
+    shape = f"{arch['num_layers']} layers of width {arch['d_model']}, vocabulary {arch['vocab_size']:,}"
+    if len(manifest.experts) == 1:
+        return (
+            f"A dense model of {total:,} parameters ({shape}): the public anchor that owners of closed data train "
+            "their experts on."
+        )
+    top_k = min(manifest.top_k, len(manifest.experts))
+    own = sum(sorted((count for name, count in size_of.items() if name), reverse=True)[:top_k])
+    return (
+        f"A mixture of {len(manifest.experts)} experts, {total:,} parameters, of which {size_of[''] + own:,} compute "
+        f"each token (top {top_k}; {shape}). The first is the public anchor; the others started from it, and each was "
+        "trained by the owner of its data, apart from the others."
+    )
+
+
+def _roster(manifest: directories.Model, size_of: Mapping[str, int]) -> str:
+    rows = [["expert", "digest", "parameters", "tokens", "trained tokens", "license", "data"]]
+    for expert in manifest.experts:
+        card = expert.card
+        counts = [_number(card.get(key)) for key in ("tokens", "trained_tokens")]
+        said = [_cell(card.get(key)) for key in ("license", "description")]
+        rows.append([expert.name, f"`{expert.digest[:12]}`", _number(size_of[expert.name]), *counts, *said])
+    return _table(rows) + f"\n\nAll experts share {size_of['']:,} parameters (attention, norms, embeddings)."
+
+
+def _details(manifest: directories.Model) -> list[str]:
+    """What the data cards say besides."""
+    rows = [
+        [expert.name, _cell(key.replace("_", " ")), _cell(value)]
+        for expert in manifest.experts
+        for key, value in expert.card.items()
+        if key not in _COLUMNS and value not in ("", None)
+    ]
+    return [_table([["expert", "data card", ""], *rows])] if rows else []
+
+
+def _merge(manifest: directories.Model) -> str:
+    top_k = min(manifest.top_k, len(manifest.experts))
+    lines = [
+        "The experts' feed-forwards and router rows were stacked, sorted by name, without training "
+        f"([FlexOlmo](https://arxiv.org/abs/2507.07024)); {top_k} of {len(manifest.experts)} compute each token.",
+        "",
+        f"- anchor: `{manifest.anchor_digest}`",
+        *(f"- {expert.name}: `{expert.digest}`" for expert in manifest.experts[1:]),
+    ]
+    if manifest.tuned:
+        lines += ["", f"Changed since: {', '.join(f'`{leaf}`' for leaf in manifest.tuned['leaves'])}."]
+    return "\n".join(lines)
+
+
+def _opt_out(manifest: directories.Model, drop_bias: bool) -> str:
+    name, flag = manifest.roster[1], " --drop_bias" if drop_bias else ""
+    return f"""An expert is removed in the form that the model was merged in, and the rest exported again:
+
+    flexolmo import-hf --source=DIRECTORY --out=model
+    flexolmo opt-out --model=model --expert={name} --out=model-without-{name}
+    flexolmo export-hf --model=model-without-{name} --out=DIRECTORY-without-{name}{flag}
+
+The result is, byte for byte, what the merge would have been without that expert, unless more than the router was
+trained after it; `certificate.json` says which holds."""
+
+
+def _checks(gate: parity.Parity, dropped: Mapping[str, parity.Difference]) -> str:
+    lines = [f"- Read back: the {gate.tensors} tensors of this directory have the digests of the model's leaves."]
+    if gate.logits:
+        lines.append(
+            f"- Logits of transformers and of flexolmo-jax, float32, random tokens: {gate.logits} "
+            f"(allowed: {parity.MAX_DIFFERENCE:g} and {parity.MAX_KL:g})."
+        )
+    else:
+        lines.append("- The logits were not compared with those of transformers.")
+    if dropped:
+        lines.append(
+            "- The model's experts had biases in the router, for which this form has no place. They were left out "
+            "(`--drop_bias`). What that changes in the logits:"
+        )
+        lines += [f"  - {sample}: {change}" for sample, change in dropped.items()]
+    return "\n".join(lines)
+
+
+def _normalized(manifest: directories.Model) -> bool:
+    return bool(manifest.architecture.get("norm_topk_prob"))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "-"
+
+
+def _cell(value: Any) -> str:
+    """Text for a cell of a table, on one line."""
+    return " ".join(_words(value).split()).replace("|", "\\|") if value not in (None, "") else "-"
+
+
+def _words(value: Any) -> str:
+    """A value of a data card as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_words(part)}" for key, part in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

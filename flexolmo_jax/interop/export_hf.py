@@ -1,0 +1,238 @@
+"""To Hugging Face: an anchor becomes a dense OLMo-2, a model a FlexOlmo, an anchor with a contribution a pair.
+
+What is written is what `AutoModelForCausalLM.from_pretrained` and vLLM load. Tensors are written one at a time, and the
+finished directory is read back: mapped to our leaves again, it must have the digests of the manifest.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.atomic import atomic_directory
+from flexolmo_jax.checkpoint.tree import Slice, digest_slice
+from flexolmo_jax.checkpoint.verify import check_digests, open_model
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.interop import card, names, parity
+from flexolmo_jax.interop.config import CONFIG_FILE, config_document
+from flexolmo_jax.interop.hugging_face import open_hugging_face
+from flexolmo_jax.interop.safetensors_io import write_tensors
+from flexolmo_jax.interop.sidecar import CERTIFICATE_FILE, FOLDER, open_sidecar, write_sidecar
+from flexolmo_jax.interop.tokenizer_files import export_tokenizer
+from flexolmo_jax.merging.contribution import size
+from flexolmo_jax.merging.merge import gather
+from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.progress import byte_progress
+from flexolmo_jax.training.inputs import PUBLIC
+
+SAMPLE_TEXT = (
+    "An anchor is trained on public text. Each owner of closed text trains one expert on it, at home, and ships the "
+    "expert alone. A coordinator merges the experts into one model, and any owner may leave it again, at any time."
+)
+
+
+class Source(NamedTuple):
+    """What is exported.
+
+    Attributes:
+      path: the model directory, or the anchor's of a pair: where the tokenizer lies.
+      label: names it in errors.
+      manifest: of the model, or of the merge of the pair.
+      shared: its shared leaves.
+      experts: {expert: {leaf: slice}}.
+      merged_router: of a model that was changed after its merge, what `directories.merged_router` gives.
+    """
+
+    path: epath.Path
+    label: str
+    manifest: directories.Model
+    shared: dict[str, Slice]
+    experts: dict[str, dict[str, Slice]]
+    merged_router: dict[str, dict[str, Slice]] | None = None
+
+
+def open_source(model: epath.PathLike) -> Source:
+    """Opens an anchor or a model directory; raises UserError where it is not one."""
+    manifest = directories.Model.read(model, flag="--model")
+    label = f"--model={model}"
+    shared, experts = open_model(model, manifest, label)
+    merged_router = directories.merged_router(model, manifest) if manifest.tuned else None
+    return Source(epath.Path(model), label, manifest, shared, experts, merged_router)
+
+
+def open_pair(contribution: epath.PathLike, anchor: epath.PathLike) -> Source:
+    """Opens an anchor and a contribution as the model that their merge would be.
+
+    Raises:
+      UserError: either is damaged, or the contribution was made on another anchor.
+    """
+    label = f"--contribution={contribution} with --anchor={anchor}"
+    return Source(epath.Path(anchor), label, *gather(anchor, [contribution], top_k=2))
+
+
+def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, drop_bias: bool = False) -> list[str]:
+    """Makes a Hugging Face directory.
+
+    Args:
+      source: what `open_source` or `open_pair` opened.
+      out: local directory to make.
+      shard_bytes: of tensors in a file at most.
+      drop_bias: leave out expert biases, for which Hugging Face's form has no place, and measure what that changes.
+
+    Returns:
+      Lines that say what was found.
+
+    Raises:
+      UserError: biases are not zero and are not to be dropped, the source is not what its manifest says, the parity
+        gate fails, or `out` exists.
+    """
+    if "://" in str(out):
+        raise UserError(f"--out={out}: must be a local directory; copy it to its place afterwards")
+    biased = _biased_experts(source)
+    if biased and not drop_bias:
+        raise UserError(
+            f"{source.label}: Hugging Face's form has no place for the bias of {', '.join(biased)}; give --drop_bias "
+            "to leave it out and have the change of the logits measured"
+        )
+    dropped = _measure_dropping(source) if biased else {}
+    source = _without_bias(source) if biased else source
+    with atomic_directory(out) as directory:
+        manifest, experts = source.manifest, source.experts
+        write_sidecar(directory, manifest, experts, source.merged_router)
+        if (source.path / CERTIFICATE_FILE).exists():
+            (source.path / CERTIFICATE_FILE).copy(directory / FOLDER / CERTIFICATE_FILE)
+        files = _write_weights(directory, source, shard_bytes)
+        dtype = source.shared["embedding"].dtype
+        (directory / CONFIG_FILE).write_text(json.dumps(config_document(manifest, dtype), indent=2) + "\n")
+        has_tokenizer = export_tokenizer(source.path, directory, manifest)
+        gate = _check(directory, source)
+        page = card.model_card(manifest, size_of=_sizes(source), gate=gate, dropped=dropped, tokenizer=has_tokenizer)
+        (directory / card.CARD_FILE).write_text(page)
+    lines = [f"without the biases of {', '.join(biased)}, on {text}: {change}" for text, change in dropped.items()]
+    if not has_tokenizer:
+        lines.append("no tokenizer.json: the directory takes and gives token ids only")
+    held = f"{len(source.experts)} experts" if len(source.experts) > 1 else "an anchor"
+    return [f"{out}: {held}, {len(files)} file{'s' * (len(files) > 1)} of weights", *lines, *gate.lines()]
+
+
+def _biased_experts(source: Source) -> list[str]:
+    """Experts of a merged model whose bias is not zero; an anchor alone has no one to be weighed against."""
+    if len(source.experts) == 1:
+        return []
+    return [name for name, leaves in source.experts.items() if np.any(leaves[names.BIAS].read((slice(None),)) != 0)]
+
+
+def _without_bias(source: Source) -> Source:
+    """The same with biases of zero: a change after the merge, so that the router as merged is kept beside."""
+    experts, roster = {}, []
+    for expert in source.manifest.experts:
+        old = source.experts[expert.name][names.BIAS]
+        zeros = Slice(np.zeros(old.shape, old.dtype), None, old.name)
+        experts[expert.name] = {**source.experts[expert.name], names.BIAS: zeros}
+        digests = {**expert.leaves, names.BIAS: digest_slice(zeros, names.BIAS)}
+        roster.append(dataclasses.replace(expert, leaves=digests))
+    router = [directories.digest_name(path) for path in directories.ROUTER_LEAVES]
+    tuned = source.manifest.tuned or {
+        "leaves": [],
+        "merged_router": {e.name: {leaf: e.leaves[leaf] for leaf in router} for e in source.manifest.experts},
+        "card": {"description": "expert biases were left out"},
+    }
+    tuned = {**tuned, "leaves": sorted({*tuned["leaves"], directories.MIXTURE + "experts/" + names.BIAS})}
+    merged_router = source.merged_router or {
+        name: {leaf: leaves[leaf] for leaf in router} for name, leaves in source.experts.items()
+    }
+    manifest = dataclasses.replace(source.manifest, experts=tuple(roster), tuned=tuned)
+    return source._replace(manifest=manifest, experts=experts, merged_router=merged_router)
+
+
+def _measure_dropping(source: Source) -> dict[str, parity.Difference]:
+    """{sample: how far the logits move when biases are left out}."""
+    model = parity.in_memory(source.manifest, source.shared, source.experts)
+    samples = _samples(source)
+    before = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
+    biases = [path for path in model.params if path.endswith(f"experts/{names.BIAS}")]
+    model.params |= {path: jnp.zeros_like(model.params[path]) for path in biases}
+    after = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
+    return {name: parity.compare(before[name], after[name]) for name in samples}
+
+
+def _samples(source: Source) -> dict[str, np.ndarray]:
+    """{name: token ids [ROWS, LENGTH]}: random ones, and text: the model's public sample, or some words of ours."""
+    samples = {"random tokens": parity.random_tokens(source.manifest.architecture["vocab_size"])}
+    tokenizer = source.path / directories.TOKENIZER_FILE
+    if (source.path / PUBLIC).exists():
+        corpus = Corpus.open(source.path / PUBLIC)
+        text, ids = "its public sample", _first_tokens(corpus)
+    elif tokenizer.exists():
+        text, ids = "text", load_tokenizer(tokenizer, eos_id=source.manifest.eos_id).encode(SAMPLE_TEXT)
+    else:
+        return samples
+    if len(ids):
+        samples[text] = np.resize(ids, (parity.ROWS, parity.LENGTH)).astype(np.int32)
+    return samples
+
+
+def _first_tokens(corpus: Corpus) -> np.ndarray:
+    ids, at = np.zeros(0, np.int32), 0
+    while len(ids) < parity.ROWS * parity.LENGTH and at < len(corpus):
+        ids, at = np.concatenate([ids, corpus[at].astype(np.int32)]), at + 1
+    return ids
+
+
+def _write_weights(directory: epath.Path, source: Source, shard_bytes: int) -> list[str]:
+    members = list(source.experts.values())
+    table = _table(source.manifest)
+    written = {name: (t.shape, names.tensor_dtype(t, source.shared, members)) for name, t in table.items()}
+    total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in written.values())
+    with byte_progress("export", total) as advance:
+        return write_tensors(
+            pathlib.Path(directory),
+            written,
+            lambda name: names.tensor_values(table[name], source.shared, members),
+            shard_bytes,
+            advance,
+        )
+
+
+def _table(manifest: directories.Model) -> dict[str, names.Tensor]:
+    architecture = Architecture.from_dict(manifest.architecture, "the model")
+    experts = len(manifest.experts)
+    return names.tensors(architecture, experts if experts > 1 else None)
+
+
+def _check(directory: epath.Path, source: Source) -> parity.Parity:
+    """The parity gate: maps the finished directory back, and compares it with the manifest."""
+    opened = open_hugging_face(pathlib.Path(directory), "--out", label=source.label)
+    sidecar = open_sidecar(opened, "--out")
+    manifest = source.manifest
+    with byte_progress("compare", size(source.shared) + sum(map(size, source.experts.values()))) as advance:
+        _check_leaves(opened.shared, manifest.shared, advance)
+        for expert, leaves in zip(manifest.experts, opened.experts, strict=True):
+            _check_leaves(leaves | sidecar.leaves[expert.name], expert.leaves, advance)
+    difference = parity.compare_logits(pathlib.Path(directory), manifest, source.shared, source.experts)
+    return parity.Parity(len(opened.table), difference)
+
+
+def _check_leaves(leaves: Mapping[str, Slice], digests: Mapping[str, str], advance) -> None:
+    if leaves.keys() != digests.keys():
+        raise UserError(f"--out: leaf {min(leaves.keys() ^ digests.keys())} has no place in Hugging Face's form")
+    for leaf, part in leaves.items():
+        check_digests({leaf: digest_slice(part, directories.digest_name(leaf))}, digests, leaves)
+        advance(size({leaf: part}))
+
+
+def _sizes(source: Source) -> dict[str, int]:
+    """{expert: its parameters}, and under "" those that all share."""
+
+    def count(leaves):
+        return sum(int(np.prod(part.shape)) for part in leaves.values())
+
+    return {"": count(source.shared), **{name: count(leaves) for name, leaves in source.experts.items()}}

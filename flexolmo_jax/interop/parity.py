@@ -1,0 +1,203 @@
+"""The parity gate: what was converted must give back the same bytes, and compute the same logits."""
+
+import contextlib
+import gc
+import importlib.util
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.tree import Slice
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.inference.model import Model
+from flexolmo_jax.interop import names
+from flexolmo_jax.interop.hugging_face import same_bytes
+from flexolmo_jax.interop.safetensors_io import Stored
+from flexolmo_jax.model.decoder import separate_layers
+
+MAX_DIFFERENCE, MAX_KL = 1e-4, 1e-6
+ROWS, LENGTH = 2, 64
+EXTRA = "pip install 'flexolmo-jax[interop]' brings torch and transformers"
+
+
+class Difference(NamedTuple):
+    """How far two models' logits are apart on some tokens.
+
+    Attributes:
+      max_abs: the largest absolute difference of a logit.
+      kl: KL divergence of the second from the first, nats, mean over tokens.
+      tokens: how many were compared.
+    """
+
+    max_abs: float
+    kl: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"max abs difference {self.max_abs:.2g}, KL {self.kl:.2g} nats, over {self.tokens} tokens"
+
+
+class Parity(NamedTuple):
+    """What the gate found: how many tensors have identical bytes, and the logits, where they could be compared."""
+
+    tensors: int
+    logits: Difference | None
+
+    def lines(self) -> list[str]:
+        """What to print."""
+        return [
+            f"round trip: identical bytes in all {self.tensors} tensors",
+            f"logits, float32, against transformers: {self.logits}"
+            if self.logits
+            else f"logits were not compared, torch and transformers are not installed ({EXTRA})",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for a data card."""
+        logits = self.logits._asdict() if self.logits else "not compared"
+        return {"tensors_with_identical_bytes": self.tensors, "logits": logits}
+
+
+def check_bytes(
+    table: Mapping[str, names.Tensor],
+    stored: Mapping[str, Stored],
+    shared: Mapping[str, Slice],
+    experts: Sequence[Mapping[str, Slice]],
+    advance: Callable[[int], None] = lambda size: None,
+) -> list[str]:
+    """Compares tensors, as they would be exported from our leaves, with the bytes of a directory.
+
+    Args:
+      table: which tensors.
+      stored: where theirs lie.
+      shared: our shared leaves.
+      experts: our experts' leaves, in their order.
+      advance: called with the number of bytes compared, as they are.
+
+    Returns:
+      The names of those that differ.
+    """
+    different = []
+    for name, tensor in table.items():
+        values = stored[name].read()
+        if not same_bytes(names.tensor_values(tensor, shared, experts), values):
+            different.append(name)
+        advance(values.nbytes)
+    return different
+
+
+def in_memory(
+    manifest: directories.Model, shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]
+) -> Model:
+    """A float32 model of these leaves."""
+    params = {}
+    for path, content in directories.model_leaves(shared, experts).items():
+        one = isinstance(content, Slice)
+        values = _whole(content) if one else np.stack([_whole(part) for part in content], axis=1)
+        for name, leaf in separate_layers({path: values}, manifest.architecture["num_layers"]).items():
+            params[name] = jnp.asarray(leaf, jnp.float32)
+    return Model(manifest, params)
+
+
+def compare_logits(
+    directory: pathlib.Path,
+    manifest: directories.Model,
+    shared: Mapping[str, Slice],
+    experts: Mapping[str, Mapping[str, Slice]],
+) -> Difference | None:
+    """Compares the logits of a directory, as transformers computes them, with ours on random tokens, in float32.
+
+    One side after the other is in memory.
+
+    Returns:
+      The difference, or None where torch and transformers are not installed.
+
+    Raises:
+      UserError: transformers cannot load the directory, or the logits are further apart than the gate allows.
+    """
+    if not transformers_installed():
+        return None
+    length = min(LENGTH, int(manifest.experts[0].card.get("sequence_length") or LENGTH))
+    tokens = random_tokens(manifest.architecture["vocab_size"], length)
+    theirs = _their_logits(directory, tokens)
+    gc.collect()
+    difference = compare(theirs, our_logits(in_memory(manifest, shared, experts), tokens))
+    # Written so that NaN fails.
+    if not (difference.max_abs <= MAX_DIFFERENCE and difference.kl <= MAX_KL):
+        raise UserError(
+            f"{directory}: its logits here and in transformers differ ({difference}); at most {MAX_DIFFERENCE:g} and "
+            f"{MAX_KL:g} are allowed, so nothing was written; please report this with the directory's config.json"
+        )
+    return difference
+
+
+def transformers_installed() -> bool:
+    """Whether the other side can be computed."""
+    return all(map(importlib.util.find_spec, ("torch", "transformers")))
+
+
+def random_tokens(vocab_size: int, length: int = LENGTH) -> np.ndarray:
+    """Token ids [ROWS, length], the same at every call."""
+    return np.random.default_rng(0).integers(0, vocab_size, (ROWS, length))
+
+
+def our_logits(model: Model, tokens_BxS: np.ndarray) -> np.ndarray:
+    """float32 [batch, length, vocab], at the device's full precision."""
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(model.logits(tokens_BxS))
+
+
+def compare(first: np.ndarray, second: np.ndarray) -> Difference:
+    """The difference of two arrays of logits [batch, length, vocab]."""
+    log_p, log_q = (_log_softmax(logits.astype(np.float64)) for logits in (first, second))
+    kl_BxS = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+    return Difference(float(np.abs(first - second).max()), float(kl_BxS.mean()), kl_BxS.size)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def _whole(part: Slice) -> np.ndarray:
+    return part.read(tuple(slice(0, length) for length in part.shape))
+
+
+def _their_logits(directory: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # transformers raises anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{directory}: transformers cannot load it ({reason}); version 5 or newer is needed") from error
+    odd = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info.get(kind, ())]
+    if odd:
+        raise UserError(f"{directory}: transformers does not find its weights as they are ({odd[0]}); use version 5")
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from showing bars; errors are raised anyway."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

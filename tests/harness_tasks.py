@@ -1,0 +1,45 @@
+"""The local tasks of lm-evaluation-harness, and tiny models for them that can be exported without loss."""
+
+import contextlib
+import pathlib
+
+import pytest
+import small
+
+from flexolmo_jax.merging.merge import merge
+
+ROOT = pathlib.Path(__file__).parent.parent
+TASKS = ROOT / "tests" / "data_files" / "tasks"
+NAMES = ("local_choice", "local_generate", "local_last_word", "local_rolling")
+EXPERTS = ("code", "news")
+
+
+def write_models(home):
+    """Writes `home/merged` with all experts and `home/without-NAME` for each; no expert has a bias."""
+    leaves = small.random_leaves(seed=0)
+    leaves["blocks/mixture/anchor/bias"] *= 0
+    leaves["head"] *= 0.5
+    anchor = small.anchor(home / "anchor", leaves=leaves)
+    contributions = {}
+    for seed, name in enumerate(EXPERTS, start=1):
+        own = small.expert_leaves(anchor, seed)
+        own["bias"] *= 0
+        contributions[name] = small.contribution(home / name, anchor, leaves=own)
+    merge(anchor, list(contributions.values()), home / "merged", top_k=2)
+    for name in EXPERTS:
+        merge(anchor, [home / other for other in EXPERTS if other != name], home / f"without-{name}", top_k=2)
+
+
+@contextlib.contextmanager
+def offline(cache):
+    """Runs at the root of the repository, which the tasks' paths start from, with `cache` for their data."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_CACHE", str(cache))
+        patch.setenv("DISABLE_MULTIPROC", "1")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield

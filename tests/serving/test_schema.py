@@ -1,0 +1,198 @@
+"""Requests as they are read, and each way to get one wrong."""
+
+import dataclasses
+import json
+
+import pytest
+
+from flexolmo_jax.inference.engine import Request
+from flexolmo_jax.inference.model import seeds
+from flexolmo_jax.serving.errors import ApiError
+from flexolmo_jax.serving.schema import Served, parse
+
+EOS = 256
+SERVED = Served(
+    names=("tiny", "other"),
+    roster=("anchor", "code", "news"),
+    encode=lambda text: [EOS, *text.encode()],
+    decode=lambda ids: bytes(id for id in ids if id < EOS).decode(),
+    vocab_size=260,
+    max_length=40,
+    max_sequences=6,
+)
+
+
+def read(**fields):
+    return parse(json.dumps({"model": "tiny", "prompt": "hi"} | fields).encode(), SERVED)
+
+
+def without_seed(completion):
+    return [dataclasses.replace(request, seed=0) for request in completion.requests]
+
+
+def test_a_request_of_nothing_but_model_and_prompt_has_the_defaults_of_openai():
+    completion = read()
+    expected = Request((EOS, *b"hi"), max_new_tokens=16, without=(), temperature=1.0, top_k=0, top_p=1.0, stop=())
+    assert without_seed(completion) == [expected]
+    assert (completion.model, completion.n, completion.echoes) == ("tiny", 1, ("",))
+    assert (completion.stream, completion.include_usage, completion.experts_per_layer) == (False, False, False)
+
+
+def test_null_is_the_same_as_nothing():
+    names = ["max_tokens", "temperature", "top_p", "top_k", "n", "best_of", "stop", "seed", "stream", "stream_options"]
+    names += ["echo", "without", "experts_per_layer", "suffix", "logprobs", "logit_bias", "presence_penalty", "user"]
+    assert without_seed(read(**dict.fromkeys(names))) == without_seed(read())
+
+
+def test_every_field_reaches_the_engine():
+    completion = read(
+        model="other",
+        max_tokens=3,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=7,
+        seed=11,
+        stop=["a", "b"],
+        without=["news"],
+        echo=True,
+        stream=True,
+        stream_options={"include_usage": True},
+        experts_per_layer=True,
+    )
+    request = Request(
+        (EOS, *b"hi"), 3, ("news",), temperature=0.5, top_k=7, top_p=0.25, seed=seeds(11, 1)[0], stop=("a", "b")
+    )
+    assert completion.requests == (request,)
+    assert (completion.model, completion.echoes) == ("other", ("hi",))
+    assert completion.stream
+    assert completion.include_usage
+    assert completion.experts_per_layer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("", [(EOS,)]),
+        ("ï", [(EOS, 0xC3, 0xAF)]),
+        (["a", ""], [(EOS, 97), (EOS,)]),
+        ([1, 2], [(1, 2)]),
+        ([[1], [2, 259]], [(1,), (2, 259)]),
+    ],
+)
+def test_prompts_of_every_kind(prompt, expected):
+    assert [request.token_ids for request in read(prompt=prompt).requests] == expected
+
+
+def test_n_choices_of_each_prompt_have_seeds_of_their_own():
+    completion = read(prompt=["a", "b"], n=3, best_of=3, seed=7)
+    assert [request.token_ids[1] for request in completion.requests] == [97] * 3 + [98] * 3
+    assert len({request.seed for request in completion.requests}) == 6
+    # The first is that of a request that asks for it alone.
+    assert completion.requests[0] == read(prompt="a", seed=7).requests[0]
+
+
+def test_without_a_seed_every_request_draws_anew():
+    assert len({read().requests[0].seed for _ in range(8)}) > 1
+
+
+def test_one_text_where_a_list_may_stand():
+    request = read(stop="end", without="news").requests[0]
+    assert (request.stop, request.without) == (("end",), ("news",))
+
+
+def test_what_does_not_change_the_answer_is_accepted():
+    neutral = {"suffix": "", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "someone"}
+    assert without_seed(read(**neutral)) == without_seed(read())
+
+
+def test_a_request_may_fill_the_whole_length():
+    assert read(prompt="x" * 23).requests[0].max_new_tokens == 16
+    with pytest.raises(ApiError):
+        read(prompt="x" * 24)
+
+
+BAD = [
+    ({"prompt": None}, "prompt", "is missing", "a list of token ids"),
+    ({"prompt": []}, "prompt", "is []"),
+    ({"prompt": [[]]}, "prompt", "is [[]]"),
+    ({"prompt": [1, "a"]}, "prompt", "token ids"),
+    ({"prompt": ["a", [1]]}, "prompt", "token ids"),
+    ({"prompt": [[1], 2]}, "prompt", "token ids"),
+    ({"prompt": [1.0]}, "prompt", "token ids"),
+    ({"prompt": [True]}, "prompt", "token ids"),
+    ({"prompt": {"a": 1}}, "prompt", "a list of texts"),
+    ({"prompt": "\ud800"}, "prompt", "\\ud800"),
+    ({"prompt": [260]}, "prompt", "0 to 259"),
+    ({"prompt": [[3], [-1]]}, "prompt", "0 to 259"),
+    ({"prompt": "x" * 24}, "prompt", "25 tokens", "max_tokens=16", "40"),
+    ({"prompt": ["a"] * 7}, "prompt", "7 times n=1", "6"),
+    ({"prompt": ["a"] * 2, "n": 4}, "prompt", "2 times n=4", "6"),
+    ({"max_tokens": 0}, "max_tokens", "is 0", "from 1"),
+    ({"max_tokens": 2.0}, "max_tokens", "whole number"),
+    ({"max_tokens": "3"}, "max_tokens", '"3"'),
+    ({"max_tokens": True}, "max_tokens", "is true"),
+    ({"max_tokens": 10**400}, "max_tokens", "..."),
+    ({"temperature": -0.1}, "temperature", "-0.1", "from 0"),
+    ({"temperature": float("nan")}, "temperature", "NaN"),
+    ({"temperature": float("inf")}, "temperature", "Infinity"),
+    ({"temperature": 10**400}, "temperature", "to 100"),
+    ({"temperature": "warm"}, "temperature", "a number"),
+    ({"temperature": False}, "temperature", "a number"),
+    ({"top_p": 0}, "top_p", "above 0 and at most 1"),
+    ({"top_p": 1.01}, "top_p", "1.01"),
+    ({"top_k": -1}, "top_k", "from 0"),
+    ({"n": 0}, "n", "from 1"),
+    ({"best_of": 2}, "best_of", "the same as n"),
+    ({"seed": -1}, "seed", "from 0 to 4294967295"),
+    ({"seed": 2**32}, "seed", "4294967296"),
+    ({"stop": ["a"] * 5}, "stop", "5 texts", "at most 4"),
+    ({"stop": ""}, "stop", "not empty"),
+    ({"stop": ["a", 1]}, "stop", "a text"),
+    ({"stop": "\udc00"}, "stop", "a text"),
+    ({"stream": 1}, "stream", "true or false"),
+    ({"stream": "yes"}, "stream", "true or false"),
+    ({"echo": 1.0}, "echo", "true or false"),
+    ({"experts_per_layer": []}, "experts_per_layer", "true or false"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "where stream is true"),
+    ({"stream": True, "stream_options": {"usage": 1}}, "stream_options", "include_usage"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "include_usage", "true or false"),
+    ({"without": ["nosuch"]}, "without", '"nosuch"', "anchor, code, news"),
+    ({"without": ["anchor", "code", "news"]}, "without", "at least one"),
+    ({"without": {"news": 1}}, "without", "list"),
+    ({"suffix": "x"}, "suffix", "not supported"),
+    ({"logprobs": 0}, "logprobs", "not supported"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+    ({"withuot": ["news"]}, "withuot", "not a field", "without"),
+    ({"\ud800": 1}, "?", "not a field"),
+    ({"model": None}, "model", "is missing", "tiny"),
+    ({"model": 3}, "model", "is 3", "tiny"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field", "words"), [(fields, field, words) for fields, field, *words in BAD])
+def test_a_bad_field_is_named_with_what_would_be_right(fields, field, words):
+    with pytest.raises(ApiError) as caught:
+        read(**fields)
+    error = caught.value
+    assert (error.status, error.field) == (400, field)
+    assert error.body["error"]["type"] == "invalid_request_error"
+    assert error.body["error"]["param"] == field
+    json.dumps(error.body, ensure_ascii=False).encode()  # can be sent
+    assert "\n" not in error.message
+    assert len(error.message) < 300
+    for word in (*words, field if field != "?" else ""):
+        assert word in error.message
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}", b"[1]", b"null"])
+def test_what_is_no_json_object_is_refused(body):
+    with pytest.raises(ApiError, match="the body is") as caught:
+        parse(body, SERVED)
+    assert caught.value.status == 400
+
+
+def test_another_model_is_not_found():
+    with pytest.raises(ApiError, match='"gpt" is not served here; ask for "tiny"') as caught:
+        read(model="gpt")
+    assert (caught.value.status, caught.value.field, caught.value.code) == (404, "model", "model_not_found")

@@ -1,0 +1,114 @@
+"""The verb in a process of its own, and the addresses it listens on."""
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import pytest
+import small
+from small import assert_refused, flexolmo
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.serving.server import address, listen
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory):
+    return small.anchor(tmp_path_factory.mktemp("server") / "tiny")
+
+
+@pytest.fixture
+def taken():
+    """A port that something listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def request(url, method, path, body=None):
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
+    connection.request(method, path, None if body is None else json.dumps(body))
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_the_verb_serves_until_it_is_told_to_end(anchor, end):
+    command = [sys.executable, "-m", "flexolmo_jax", "serve", f"--model={anchor}", "--port=0", "--name=mine"]
+    command += ["--verbose"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            ready = process.stdout.readline()
+            start = f"serving {anchor} at http://127.0.0.1:"
+            assert ready.startswith(start)
+            assert ready.endswith("/v1\n")
+            url = ready.split()[-1]
+            assert [model["id"] for model in request(url, "GET", "/v1/models")[1]["data"]] == ["mine", "tiny"]
+            for name in ("mine", "tiny"):
+                body = {"model": name, "prompt": "hi", "max_tokens": 2}
+                status, answer = request(url, "POST", "/v1/completions", body)
+                assert (status, answer["model"], answer["usage"]["experts"]) == (200, name, {"anchor": 1.0})
+            process.send_signal(end)
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.kill()
+    assert (process.returncode, out) == (0, "")
+    lines = err.splitlines()
+    assert len(lines) == 3
+    assert '"GET /v1/models HTTP/1.1" 200' in lines[0]
+
+
+def test_bad_flags_are_refused(anchor, taken, tmp_path):
+    given = [f"--model={anchor}"]
+    assert_refused(flexolmo("serve", *given, f"--port={taken}"), "serve", f"--port={taken}", "in use", "0 for any")
+    assert_refused(flexolmo("serve", *given, "--port=65536"), "serve", "--port=65536")
+    assert_refused(flexolmo("serve", *given, "--slots=0"), "serve", "--slots=0")
+    assert_refused(flexolmo("serve", *given, "--port=0", "--host=no.such.invalid"), "serve", "no.such.invalid")
+    assert_refused(flexolmo("serve", f"--model={tmp_path}/nosuch", "--port=0"), "serve", f"--model={tmp_path}/nosuch")
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    small.anchor(tmp_path / "mute")
+    (tmp_path / "mute/tokenizer.json").unlink()
+    assert_refused(flexolmo("serve", f"--model={tmp_path}/mute", "--port=0"), "serve", "mute", "tokenizer.json")
+
+
+def test_signals_are_handled_as_before_when_serving_is_refused(tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    flexolmo("serve", f"--model={tmp_path}/nosuch", "--port=0")
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_addresses(taken, capsys):
+    with listen("127.0.0.1", 0) as listener:
+        assert address(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with listen("localhost", 0) as listener:
+        assert address(listener).startswith("http://127.0.0.1:")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=f"--port={taken}: is in use"):
+        listen("127.0.0.1", taken)
+    for host in ("no.such.invalid", "x" * 70):
+        with pytest.raises(UserError, match=f"--host={host}.*cannot be listened on"):
+            listen(host, 0)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_an_address_of_ipv6(capsys):
+    try:
+        listener = listen("::1", 0)
+    except UserError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with listener:
+        assert address(listener) == f"http://[::1]:{listener.getsockname()[1]}"
+    assert capsys.readouterr().err == ""
+
+
+def test_an_address_that_others_reach_is_warned_of(capsys):
+    with listen("0.0.0.0", 0):
+        warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert "--host=0.0.0.0" in warning
+    assert "no authentication" in warning
