@@ -14,7 +14,7 @@ VERBS = {
     "train": "an anchor, an expert, or a model's router, as a configuration says",
     "merge": "an anchor and contributions to one model",
     "opt-out": "a model without some experts, exactly as if they had never been merged",
-    "evaluate": "held-out loss of a model, with any experts left out",
+    "evaluate": "held-out loss of a model, or its scores on tasks, with any experts left out",
     "generate": "text that continues a prompt, and each expert's share of it",
     "serve": "a model answering the OpenAI API's requests for completions",
     "inspect": "what a directory is, and whether its digests hold",

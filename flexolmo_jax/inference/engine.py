@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -201,6 +201,22 @@ class Engine:
         tokens_BxT, position_B, eos_B = jax.device_get((self._state.tokens_BxT, position_B, eos_B))
         self._position_B = np.array(position_B)
         return [self._collect(slot, tokens_BxT[slot], bool(eos_B[slot])) for slot in running]
+
+    def run(self, requests: Sequence[Request], max_steps: int = 8) -> Iterator[tuple[int, Update]]:
+        """Takes any number of requests through, in their order as slots free up; yields (index of a request, update).
+
+        Raises:
+          UserError: as `add`.
+        """
+        waiting, in_flight = list(enumerate(requests)), {}
+        while waiting or in_flight:
+            joining, waiting = waiting[: self.free], waiting[self.free :]
+            ids = self.add([request for _, request in joining])
+            in_flight |= {id: index for id, (index, _) in zip(ids, joining, strict=True)}
+            for update in self.step(max_steps):
+                yield in_flight[update.id], update
+                if update.continuation:
+                    del in_flight[update.id]
 
     def cancel(self, id: int) -> None:
         """Drops a request; nothing happens where it has ended."""

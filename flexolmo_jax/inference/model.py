@@ -134,18 +134,13 @@ class Model:
         if not requests:
             return []
         engine = Engine(self, slots=min(bucket(len(requests), 1), MAX_SLOTS))
-        waiting, in_flight = list(enumerate(requests)), {}
-        done: list[Continuation | None] = [None] * len(requests)
-        while waiting or in_flight:
-            joining, waiting = waiting[: engine.free], waiting[engine.free :]
-            ids = engine.add([request for _, request in joining])
-            in_flight |= {id: index for id, (index, _) in zip(ids, joining, strict=True)}
-            for update in engine.step(STREAM_STEPS if stop or on_text else max_new_tokens):
-                if on_text and update.text:
-                    on_text(in_flight[update.id], update.text)
-                if update.continuation:
-                    done[in_flight.pop(update.id)] = update.continuation
-        return done
+        done: dict[int, Continuation] = {}
+        for index, update in engine.run(requests, STREAM_STEPS if stop or on_text else max_new_tokens):
+            if on_text and update.text:
+                on_text(index, update.text)
+            if update.continuation:
+                done[index] = update.continuation
+        return [done[index] for index in range(len(requests))]
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt: a text is the beginning of a document, after the EOS of the one before.

@@ -167,19 +167,16 @@ class FlexOlmoLM(TemplateLM):
         """The text that continues each context, up to EOS, the first of its stop strings, or its last token."""
         each_seed = seeds(self._seed, len(requests))
         todo = [self._request(*request.args, seed) for request, seed in zip(requests, each_seed, strict=True)]
-        waiting = sorted(range(len(todo)), key=lambda i: -len(todo[i].token_ids))
+        order = sorted(range(len(todo)), key=lambda i: -len(todo[i].token_ids))
         engine = Engine(self.model, slots=min(bucket(max(len(todo), 1), 1), self.batch_size))
-        in_flight, texts = {}, [""] * len(todo)
+        texts = [""] * len(todo)
         with self._progress("generate_until", len(todo), disable_tqdm) as advance:
-            while waiting or in_flight:
-                joining, waiting = waiting[: engine.free], waiting[engine.free :]
-                in_flight |= zip(engine.add([todo[i] for i in joining]), joining, strict=True)
-                for update in engine.step():
-                    if update.continuation:
-                        i = in_flight.pop(update.id)
-                        texts[i] = update.continuation.text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
-                        advance(1)
+            for index, update in engine.run([todo[i] for i in order]):
+                if update.continuation:
+                    i = order[index]
+                    texts[i] = update.continuation.text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+                    advance(1)
         return texts
 
     def _request(self, context: str, gen_kwargs: dict[str, Any], seed: int) -> Request:

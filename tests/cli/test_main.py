@@ -19,7 +19,10 @@ FLAGS = {
     "train": ["config", "workdir"],
     "merge": ["anchor", "contribution", "out", "top_k"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
-    "evaluate": ["model", "data", "without", "length", "batch_size", "dtype", "json"],
+    "evaluate": [
+        *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),
+        *("dtype", "json"),
+    ],
     "generate": [
         *("model", "prompt", "without", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed"),
         *("layers", "dtype"),

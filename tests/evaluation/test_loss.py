@@ -79,7 +79,7 @@ def test_the_verb_prints_a_row_for_each_corpus_and_writes_them(home, tmp_path):
         "evaluate", *arguments, f"--length={LENGTH}", "--batch_size=3", f"--json={tmp_path}/new/rows.json"
     )
     assert (result.status, result.err) == (0, "")
-    rows = json.loads((tmp_path / "new" / "rows.json").read_text())
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())["data"]
     assert list(rows) == ["first", "second"]
     nats = plain_nats(flexolmo_jax.load(home / "merged"), small.TEXTS, ())
     size = len("".join(small.TEXTS).encode())

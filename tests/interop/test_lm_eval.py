@@ -1,6 +1,7 @@
 """The model of lm-evaluation-harness: its figures, texts and tokens are those of the harness's own `hf`."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -279,7 +280,8 @@ def test_several_experts_may_be_left_out(model):
 
 
 def run_program(*arguments):
-    command = [sys.executable, "-m", "flexolmo_jax.interop.lm_eval", "--model", "flexolmo", *map(str, arguments)]
+    script = pathlib.Path(sys.executable).with_name("lm_eval")  # the one that this package installs
+    command = [sys.executable, str(script), "--model", "flexolmo", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
