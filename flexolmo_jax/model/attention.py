@@ -88,4 +88,6 @@ class Attention(nn.Module):
         out_BxSxHxC = sharding.constrain(out_BxSxHxC, ("batch", "length", "heads", None), self.rules)
         shape = (arch.num_heads, arch.head_dim, arch.d_model)
         kernel = parameter(self, "out", shape, ("heads", None, "embed")).astype(self.dtype)
-        return jnp.einsum("BSHC,HCD->BSD", out_BxSxHxC, kernel), cache
+        # One contracted dimension: of two, a CPU makes one by copying the kernel.
+        out_BxSxHC = out_BxSxHxC.reshape(*out_BxSxHxC.shape[:2], -1)
+        return out_BxSxHC @ kernel.reshape(-1, arch.d_model), cache
