@@ -1,7 +1,9 @@
 """The command line: a table of verbs, each a module that declares its flags and does its work in `run`."""
 
 import importlib
+import os
 import sys
+import types
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -25,30 +27,40 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb; bad input ends in one line on standard error and exit status 2."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(_overview())
-        return
-    verb, *arguments = arguments
+    verb, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["help"]
     try:
-        if verb not in VERBS:
-            raise UserError(f"'{verb}' is no verb; use one of {', '.join(VERBS)}")
-        module = importlib.import_module(f"flexolmo_jax.cli.{verb.replace('-', '_')}")
-        if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in arguments):
-            print(_help(verb, module))
-            return
-        positional = _parse(verb, arguments)
-        logging.use_absl_handler()
-        logging.set_verbosity(logging.WARNING)
-        module.run(*positional)
+        _run(verb, rest)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROGRAM} {verb}: interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UserError, OSError) as error:
         text = str(error) if isinstance(error, UserError) else _reason(error)
         sys.stderr.write(f"{PROGRAM} {verb}: {' '.join(text.split())}\n")
         sys.exit(2)
 
 
-def _parse(verb: str, arguments: Sequence[str]) -> list[str]:
-    """Parses the flags; returns what is not a flag."""
+def _run(verb: str, arguments: Sequence[str]) -> None:
+    if verb in ("--help", "-h", "help"):
+        print(_overview())
+        return
+    if verb not in VERBS:
+        raise UserError(f"'{verb}' is no verb; use one of {', '.join(VERBS)}")
+    module = importlib.import_module(f"flexolmo_jax.cli.{verb.replace('-', '_')}")
+    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in arguments):
+        print(_help(verb, module))
+        return
+    positional = _parse(verb, module, arguments)
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    module.run(*positional)
+
+
+def _parse(verb: str, module: types.ModuleType, arguments: Sequence[str]) -> list[str]:
+    """Parses the flags that a verb's module defines; returns what is not a flag."""
     try:
         positional = flags.FLAGS([f"{PROGRAM} {verb}", *map(_underscored, arguments)])[1:]
     except flags.Error as error:
@@ -57,6 +69,9 @@ def _parse(verb: str, arguments: Sequence[str]) -> list[str]:
         config = next((argument for argument in arguments if argument.startswith("--config=")), "--config")
         reason = f"{type(error).__name__}: {_reason(error)}"
         raise UserError(f"{config}: {reason}; the keys of a configuration are those of configs/base.py") from error
+    for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
+        if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
+            raise UserError(f"--{flag.name}: given {flag.present} times; give it once")
     if positional and verb != "inspect":
         raise UserError(f"'{positional[0]}' is not a flag; write --name=value (see `{PROGRAM} {verb} --help`)")
     return positional
@@ -82,5 +97,5 @@ def _overview() -> str:
     return "\n".join([f"usage: {PROGRAM} VERB [--flag=value ...]", "", *lines, "", f"{PROGRAM} VERB --help says more."])
 
 
-def _help(verb: str, module) -> str:
+def _help(verb: str, module: types.ModuleType) -> str:
     return "\n".join([f"{PROGRAM} {verb}: {VERBS[verb]}", "", module.__doc__.strip(), flags.FLAGS.module_help(module)])

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from flexolmo_jax.model.mixture import chosen_weights
 
 SHORTEST = 16
 AHEAD = 256
+CHUNK = 256
 GREEDY = Sampling((0.0, np.float32), (0, np.int32), (1.0, np.float32), (0, np.uint32))
 
 
@@ -50,17 +52,27 @@ class Request:
     def __post_init__(self):
         """Raises UserError where a value makes no sense."""
         rules = {
-            "token_ids": (len(self.token_ids) > 0, "at least one token"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
-            "top_k": (self.top_k >= 0, "at least 0 (0: no limit)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "seed": (0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of strings, none of them empty"),
+            "token_ids": (lambda ids: len(ids) > 0 and all(_is_whole(id, 0) for id in ids), "at least one token id"),
+            "max_new_tokens": (lambda count: _is_whole(count, 1), "a whole number, at least 1 and below 2**31"),
+            "without": (_are_texts, "a list of names"),
+            "temperature": (lambda t: isinstance(t, Real) and 0 <= t < math.inf, "a number, at least 0 and finite"),
+            "top_k": (lambda count: _is_whole(count, 0), "a whole number, at least 0 (no limit) and below 2**31"),
+            "top_p": (lambda p: isinstance(p, Real) and 0 < p <= 1, "a number above 0 and at most 1"),
+            "seed": (lambda seed: _is_whole(seed, 0, 2**32), "a whole number, at least 0 and below 2**32"),
+            "stop": (lambda stop: _are_texts(stop) and all(stop), "a list of texts, none of them empty"),
         }
         for field, (holds, rule) in rules.items():
-            if not holds:
-                raise UserError(f"{field} is {getattr(self, field)!r}; it must be {rule}")
+            value = getattr(self, field)
+            if not holds(value):
+                raise UserError(f"{field} is {value!r}; it must be {rule}")
+
+
+def _is_whole(value: object, least: int, below: int = 2**31) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < below
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
 
 
 class Continuation(NamedTuple):
@@ -309,13 +321,27 @@ def _extend(decoder: Decoder, state: _State | None, rows: int, length: int) -> _
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _admit(decoder, params, state: _State, slots_b, tokens_bxS, lengths_b, mask_bxE) -> _State:
-    """Reads prompts into slots, all but their last token, which the first decoding step reads."""
+    """Reads prompts into slots, all but their last token, which the first decoding step reads.
+
+    Long prompts are read in chunks: attention's memory then grows with the length of a prompt, not its square.
+    """
     rows, length = tokens_bxS.shape
-    read_bxS = jnp.arange(length) < lengths_b[:, None] - 1
-    fresh = _extend(decoder, None, rows, length).cache
-    mask_bxSxE = mask_bxE[:, None] & read_bxS[..., None]
-    out = decoder.apply_flat(params, tokens_bxS, expert_mask=mask_bxSxE, cache=fresh)
-    new = _State(tokens_bxS, jnp.moveaxis(_chosen(decoder, out.router_weights_LxBxSxE), 0, 2), out.cache)
+    size = length if length <= CHUNK else math.gcd(length, CHUNK)
+    last_b = lengths_b - 1
+
+    def read(chunk, new):
+        positions_bxC = jnp.broadcast_to(chunk * size + jnp.arange(size), (rows, size))
+        chunk_bxC = jax.lax.dynamic_slice_in_dim(tokens_bxS, chunk * size, size, axis=1)
+        mask_bxCxE = mask_bxE[:, None] & (positions_bxC < last_b[:, None])[..., None]
+        out = decoder.apply_flat(
+            params, chunk_bxC, positions_BxS=positions_bxC, expert_mask=mask_bxCxE, cache=new.cache
+        )
+        chosen_bxCxLxE = jnp.moveaxis(_chosen(decoder, out.router_weights_LxBxSxE), 0, 2)
+        routing = jax.lax.dynamic_update_slice_in_dim(new.routing_BxTxLxE, chosen_bxCxLxE, chunk * size, axis=1)
+        return _State(tokens_bxS, routing, out.cache)
+
+    new = _extend(decoder, None, rows, length)._replace(tokens_BxT=tokens_bxS)
+    new = jax.lax.fori_loop(0, -(-jnp.max(last_b) // size), read, new)
 
     def insert(old, new):
         within = tuple(slice(size) for size in new.shape[1:])

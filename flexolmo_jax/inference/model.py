@@ -17,6 +17,7 @@ from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder, separate_layers
 from flexolmo_jax.training.step import make_loss_step
 
+DTYPES = ("float32", "bfloat16")
 MAX_SLOTS = 32
 STREAM_STEPS = 8
 
@@ -64,6 +65,8 @@ class Model:
         Raises:
           UserError: a name is not on the roster, or nothing would be left.
         """
+        if isinstance(without, str):
+            raise UserError(f"without is the text {without!r}; give a list of names")
         unknown = [name for name in without if name not in self.roster]
         if unknown:
             raise UserError(f"--without={unknown[0]}: not on the roster, which is {', '.join(self.roster)}")
@@ -85,7 +88,7 @@ class Model:
         decoder = self.decoder
         if top_k is not None and decoder.layout.kind == "stacked":
             decoder = decoder.clone(layout=Layout.of_roster(len(self.roster), top_k))
-        return _forward(decoder, self.params, jnp.asarray(token_ids), self.expert_mask(without)).logits_BxSxV
+        return _forward(decoder, self.params, self._tokens(token_ids), self.expert_mask(without)).logits_BxSxV
 
     def loss_step(self, batch: Mapping[str, np.ndarray], mask_E: np.ndarray) -> dict[str, jax.Array]:
         """Sums of a batch of `data.pipeline`: tokens, cross_entropy (nats), routing_E."""
@@ -96,8 +99,19 @@ class Model:
 
         Rows may be filled up with any tokens at the end: what comes later changes nothing.
         """
-        tokens_BxS = jnp.asarray(token_ids, jnp.int32)
+        tokens_BxS = self._tokens(token_ids)
         return Scores(*jax.device_get(_score(self.decoder, self.params, tokens_BxS, self.expert_mask(without))))
+
+    def _tokens(self, token_ids: Any) -> np.ndarray:
+        """Token ids as int32 [batch, length]; raises UserError where they are none of the vocabulary."""
+        tokens_BxS, size = np.asarray(token_ids), self.decoder.architecture.vocab_size
+        if tokens_BxS.ndim != 2 or not np.issubdtype(tokens_BxS.dtype, np.integer):
+            raise UserError(
+                f"token_ids: {tokens_BxS.dtype.name}{list(tokens_BxS.shape)}; give integers [batch, length]"
+            )
+        if tokens_BxS.size and not 0 <= tokens_BxS.min() <= tokens_BxS.max() < size:
+            raise UserError(f"token_ids: from {tokens_BxS.min()} to {tokens_BxS.max()}; the vocabulary has {size}")
+        return tokens_BxS.astype(np.int32)
 
     def generate(
         self,
@@ -127,8 +141,10 @@ class Model:
         Raises:
           UserError: a value makes no sense, or it is a text and the model has no tokenizer.
         """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts is the text {prompts!r}; give a list of prompts")
         requests = [
-            Request(ids, max_new_tokens, tuple(without), temperature, top_k, top_p, prompt_seed, tuple(stop))
+            Request(ids, max_new_tokens, without, temperature, top_k, top_p, prompt_seed, stop)
             for ids, prompt_seed in zip(map(self.encode, prompts), seeds(seed, len(prompts)), strict=True)
         ]
         if not requests:
@@ -146,19 +162,22 @@ class Model:
         """The token ids of a prompt: a text is the beginning of a document, after the EOS of the one before.
 
         Raises:
-          UserError: a text, and the model has no tokenizer.
+          UserError: a text, and the model has no tokenizer; or half a character is in it.
         """
         if not isinstance(prompt, str):
-            return [int(id) for id in prompt]
+            return np.atleast_1d(prompt).tolist()
         if self.tokenizer is None:
-            raise UserError("generate: the model has no tokenizer.json; text needs one")
+            raise UserError("the model has no tokenizer.json, which text needs; give token ids, or another model")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"prompt {prompt!r}: is not UTF-8 ({error.reason}); give it in that encoding") from None
         return [self.manifest.eos_id, *self.tokenizer.encode(prompt).tolist()]
 
 
 def seeds(seed: int, count: int) -> list[int]:
     """Seeds for `count` requests that draw independently, from one."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed is {seed}; it must be from 0 to 2**32 - 1")
+    Request([0], seed=seed)  # refuses what is no seed
     return np.random.SeedSequence(seed).generate_state(count).tolist()
 
 
@@ -170,8 +189,10 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
       dtype: of the parameters and of the computation, "float32" or "bfloat16".
 
     Raises:
-      UserError: not a model directory, or a damaged one.
+      UserError: not a model directory, or a damaged one, or a dtype that is not computed in.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     manifest = directories.Model.read(path, flag="--model")
     stored = directories.open_params(path)
     file = epath.Path(path) / directories.TOKENIZER_FILE

@@ -80,7 +80,8 @@ class FlexOlmoLM(TemplateLM):
             raise UserError(f"dtype={dtype}: must be float32 or bfloat16")
         self.model = path if isinstance(path, Model) else load(str(path), dtype)
         if self.model.tokenizer is None:
-            raise UserError(f"path={path}: has no tokenizer.json; tasks are texts and need one")
+            source = f"path={path}: it" if isinstance(path, str) else "the model"
+            raise UserError(f"{source} has no tokenizer.json; tasks are texts and need one")
         names = without if isinstance(without, list | tuple) else str(without).split("+")
         self.without = tuple(str(name) for name in names if name != "")
         self.model.expert_mask(self.without)

@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import small
@@ -70,6 +71,19 @@ def test_help_of_a_verb_names_its_flags_and_a_command(verb):
     assert sorted(described) == sorted(FLAGS[verb])
     # Flags need no order, and help no valid flags.
     assert flexolmo(verb, "--nonsense", "--help") == result
+
+
+def test_an_interrupted_verb_says_so_in_one_line(monkeypatch):
+    monkeypatch.setattr("flexolmo_jax.data.tokenizer.load_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
+    result = flexolmo("tokenize", "--input=README.md", "--tokenizer=bytes", "--out=x")
+    assert (result.status, result.out, result.err) == (130, "", "flexolmo tokenize: interrupted\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m flexolmo_jax | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141)  # it may have written all before the reader went
+    assert done.stderr == ""
 
 
 def test_an_unknown_verb_is_refused():

@@ -173,6 +173,14 @@ def test_why_a_request_ended(model):
     found = finish_one(ending, REQUESTS[0])
     assert (found.token_ids, found.text, found.finish_reason) == ([], "", "stop")
     assert sum(found.experts.values()) == pytest.approx(1)
+    # EOS is not kept, but was written after all tokens that are.
+    second = finish_one(model, REQUESTS[2]).token_ids
+    later = next(i for i in range(1, len(second)) if second[i] not in second[:i])
+    ending = Model(dataclasses.replace(model.manifest, eos_id=second[later]), model.params, model.tokenizer)
+    found = finish_one(ending, REQUESTS[2])
+    assert found.token_ids == second[:later]
+    same_tokens_read = finish_one(model, dataclasses.replace(REQUESTS[2], max_new_tokens=later + 1))
+    np.testing.assert_allclose(found.layers, same_tokens_read.layers, atol=1e-6)
 
 
 def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(model, alone):
@@ -216,6 +224,18 @@ def test_an_engine_refuses_what_it_cannot_hold(model):
         engine.add([Request([1], 1)])
     with pytest.raises(UserError, match=r"stop is .*; the model has no tokenizer"):
         Engine(Model(model.manifest, model.params)).add([Request([1], 1, stop=("x",))])
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_prompts_read_in_chunks_give_the_same(model, monkeypatch, chunk):
+    """Of 2 prompts, the longer takes several chunks, and the shorter ends within one of them."""
+    prompts = [[256, *b"a long prompt, which is read in several parts " * 2], [256, *b"a shorter one " * 2]]
+    expected = model.generate(prompts, 5)
+    monkeypatch.setattr(engine_module, "CHUNK", chunk)
+    engine_module._admit.clear_cache()
+    for found, other in zip(model.generate(prompts, 5), expected, strict=True):
+        assert_same(found, other)
+    engine_module._admit.clear_cache()
 
 
 def test_streams_are_handed_to_their_prompts(model):

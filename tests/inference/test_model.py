@@ -130,17 +130,41 @@ def test_top_k_of_a_request(home, model):
         model.logits(tokens, top_k=0)
 
 
-def test_bad_requests_are_refused(model):
-    for names, message in ((["nosuch"], "nosuch: not on the roster"), (model.roster, "no expert would be left")):
+def test_bad_requests_are_refused(home, model):
+    refused = (["nosuch"], "nosuch: not on the roster"), (model.roster, "no expert would be left"), ("code", "list of")
+    for names, message in refused:
         with pytest.raises(UserError, match=message):
             model.logits([[1]], without=names)
-    bad = {"max_new_tokens": 0, "temperature": np.nan, "top_k": -1, "top_p": 0.0, "seed": -1, "stop": [""]}
-    for name, value in bad.items():
-        with pytest.raises(UserError, match=f"{name} is .*; it must be"):
-            model.generate(["x"], **{name: value})
-    for prompt, message in (([], "at least one token"), ([260], "holds 260"), ([-1], "holds -1")):
+    bad = {
+        "max_new_tokens": (0, 1.5, None, 2**31),
+        "temperature": (-1, np.nan, None, "1"),
+        "top_k": (-1, 2**31, 1.0),
+        "top_p": (0.0, 1.1, None),
+        "seed": (-1, 2**32, None),
+        "stop": ([""], "word", None, [1]),
+        "without": ("code", None),
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"{name} is .*; it must be"):
+                model.generate(["x"], **{name: value})
+    prompts = (
+        ([], "at least one token"),
+        ([260], "holds 260"),
+        ([-1], "must be"),
+        ([1.5], "must be"),
+        ("\ud83d", "UTF-8"),
+    )
+    for prompt, message in prompts:
         with pytest.raises(UserError, match=message):
             model.generate([prompt])
+    with pytest.raises(UserError, match="prompts is the text 'ab'"):
+        model.generate("ab")
+    for tokens in ([1, 2], [[1.5]], [[260]], [[-1]]):
+        with pytest.raises(UserError, match="token_ids: "):
+            model.logits(tokens)
+    with pytest.raises(UserError, match="dtype is 'float16'; it must be one of float32, bfloat16"):
+        flexolmo_jax.load(home / "merged", dtype="float16")
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         Model(model.manifest, model.params).generate(["x"])
     assert model.generate([]) == []
@@ -179,6 +203,10 @@ def test_the_verb_prints_each_continuation_and_its_shares(home, model):
         (["--prompt=x", "--max_new_tokens=0"], ["--max_new_tokens=0"]),
         (["--prompt=x", "--temperature=-1"], ["--temperature=-1"]),
         (["--prompt=x", "--temperature=nan"], ["temperature", "finite"]),
+        (["--prompt=x", "--top_k=99999999999"], ["top_k", "99999999999"]),
+        (["--prompt=x", "--max_new_tokens=99999999999"], ["max_new_tokens", "99999999999"]),
+        (["--prompt=\udcff"], ["UTF-8"]),
+        (["--prompt=x", "--seed=1", "--seed=2"], ["--seed", "given 2 times"]),
         (["--prompt=x", "--top_p=0"], ["top_p", "above 0"]),
         (["--prompt=x", "--stop="], ["stop", "none of them empty"]),
         (["--prompt=x", "--seed=-1"], ["--seed=-1"]),

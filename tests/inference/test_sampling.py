@@ -89,6 +89,12 @@ def test_a_draw_depends_on_its_seed_and_position_alone():
     np.testing.assert_array_equal(np.roll(alone, -1), first)
 
 
+def test_draws_at_other_positions_are_independent():
+    x = np.zeros((ROWS, VOCAB), np.float32)
+    drawn = np.stack([draw(x, settings(1.0, seed=np.arange(ROWS)), np.full(ROWS, at)) for at in range(40)])
+    assert min(len(set(column.tolist())) for column in drawn.T) > VOCAB / 4
+
+
 def test_even_the_smallest_temperature_gives_a_token():
     x = logits() * 1e6
     np.testing.assert_array_equal(draw(x, settings(1e-40), np.zeros(ROWS, int)), np.argmax(x, -1))
