@@ -25,6 +25,7 @@ PARAMS = "params"
 MODEL_FILE = "model.json"
 CONTRIBUTION_FILE = "contribution.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FOLDER = "hugging_face"  # what an imported model had beside it: settings of the tokenizer, of generation
 # A model that was tuned after its merge keeps the router as the merge made it, in a tree of its own.
 MERGED_ROUTER = "merged_router"
 ROUTER_LEAVES = (MIXTURE + "experts/row", MIXTURE + "experts/bias")
@@ -87,6 +88,12 @@ class Model:
     @property
     def roster(self) -> list[str]:
         return [expert.name for expert in self.experts]
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens in a row that the anchor was trained on, where its data card says so."""
+        length = self.experts[0].card.get("sequence_length")
+        return length if type(length) is int and length > 0 else None
 
     @property
     def anchor_digest(self) -> str:
@@ -245,6 +252,15 @@ def write_merged_router(directory: epath.Path, router: Mapping[str, Mapping[str,
 def open_params(directory: epath.PathLike) -> dict[str, ts.TensorStore]:
     """Opens the parameters of a model or a contribution for reading."""
     return open_tree(epath.Path(directory) / PARAMS)
+
+
+def copy_files(source: epath.Path, directory: epath.Path) -> None:
+    """Copies the files of a folder without folders, where there is one, to the folder that `directory` will be."""
+    if source.is_dir():
+        directory.mkdir()
+        for file in source.iterdir():
+            if not file.is_dir():
+                file.copy(directory / file.name)
 
 
 def kind_of(directory: epath.PathLike) -> str | None:

@@ -20,7 +20,10 @@ _QUEUE = flags.DEFINE_integer(
     lower_bound=1,
 )
 _MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", 2048, "Tokens of a prompt and its continuation together, at most.", lower_bound=2
+    "max_length",
+    None,
+    "Tokens of a prompt and its continuation together, at most; by default, a row of the anchor's training.",
+    lower_bound=2,
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 _VERBOSE = flags.DEFINE_boolean("verbose", False, "Log a line for each request.")

@@ -20,6 +20,7 @@ from flexolmo_jax.serving.app import make_app
 from flexolmo_jax.serving.scheduler import Scheduler
 from flexolmo_jax.serving.schema import Served
 
+DEFAULT_LENGTH = 2048
 _GRACE = 5  # seconds that a client has to take the rest of its answer when the server ends
 
 
@@ -31,7 +32,7 @@ def serve(
     name: str | None = None,
     slots: int = 8,
     queue: int = 32,
-    max_length: int = 2048,
+    max_length: int | None = None,
     dtype: str = "float32",
     verbose: bool = False,
 ) -> None:
@@ -46,7 +47,8 @@ def serve(
       name: what requests may call the model, besides the name of its directory.
       slots: requests decoded at once.
       queue: requests that may wait for a slot.
-      max_length: tokens of a prompt and its continuation together, at most.
+      max_length: tokens of a prompt and its continuation together, at most; None: a row of the anchor's training,
+        or `DEFAULT_LENGTH` where its data card does not say.
       dtype: of parameters and computation.
       verbose: whether to log each request.
 
@@ -58,6 +60,7 @@ def serve(
         if model.tokenizer is None:
             raise UserError(f"--model={path}: has no tokenizer.json; put the tokenizer's there, for requests are text")
         directory = epath.Path(path).resolve().name
+        max_length = max_length or model.manifest.sequence_length or DEFAULT_LENGTH
         served = Served(
             names=tuple(dict.fromkeys([name or directory, directory])),
             roster=tuple(model.roster),

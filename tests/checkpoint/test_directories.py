@@ -152,3 +152,10 @@ def test_taking_a_model_apart_and_putting_it_together_gives_the_same(count):
     values = parts.read(whole) if count == 1 else np.stack([part.read(whole) for part in parts], axis=1)
     np.testing.assert_array_equal(values, tree[f"blocks/mixture/{name}/up"])
     np.testing.assert_array_equal(rebuilt["head"].read(whole), tree["head"])
+
+
+@pytest.mark.parametrize(("said", "length"), [(256, 256), ("long", None), (-3, None), (True, None), (None, None)])
+def test_the_length_of_a_row_is_what_the_anchors_card_says(said, length):
+    anchor = dataclasses.replace(MODEL.experts[0], card={"sequence_length": said})
+    assert dataclasses.replace(MODEL, experts=(anchor, MODEL.experts[1])).sequence_length == length
+    assert MODEL.sequence_length is None

@@ -18,7 +18,11 @@ from flexolmo_jax.serving.server import address, listen
 
 @pytest.fixture(scope="module")
 def anchor(tmp_path_factory):
-    return small.anchor(tmp_path_factory.mktemp("server") / "tiny")
+    path = small.anchor(tmp_path_factory.mktemp("server") / "tiny")
+    manifest = json.loads((path / "model.json").read_text())
+    manifest["experts"][0]["card"]["sequence_length"] = 100
+    (path / "model.json").write_text(json.dumps(manifest))
+    return path
 
 
 @pytest.fixture
@@ -46,7 +50,8 @@ def test_the_verb_serves_until_it_is_told_to_end(anchor, end):
             assert ready.startswith(start)
             assert ready.endswith("/v1\n")
             url = ready.split()[-1]
-            assert [model["id"] for model in request(url, "GET", "/v1/models")[1]["data"]] == ["mine", "tiny"]
+            models = request(url, "GET", "/v1/models")[1]["data"]
+            assert [(model["id"], model["max_length"]) for model in models] == [("mine", 100), ("tiny", 100)]
             for name in ("mine", "tiny"):
                 body = {"model": name, "prompt": "hi", "max_tokens": 2}
                 status, answer = request(url, "POST", "/v1/completions", body)
