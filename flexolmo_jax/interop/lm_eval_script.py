@@ -11,6 +11,6 @@ def main() -> None:
     try:
         from flexolmo_jax.interop import lm_eval
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"lm_eval: {error.name} is missing; pip install 'flexolmo-jax[eval]'\n")
+        sys.stderr.write(f"lm_eval: {error.name.partition(".")[0]} is missing; pip install 'flexolmo-jax[eval]'\n")
         sys.exit(2)
     lm_eval.main()
