@@ -11,6 +11,7 @@ def main() -> None:
     try:
         from flexolmo_jax.interop import lm_eval
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"lm_eval: {error.name.partition(".")[0]} is missing; pip install 'flexolmo-jax[eval]'\n")
+        missing = error.name.partition(".")[0]
+        sys.stderr.write(f"lm_eval: {missing} is missing; pip install 'flexolmo-jax[eval]'\n")
         sys.exit(2)
     lm_eval.main()
