@@ -4,8 +4,11 @@ r"""Exports a model, an anchor, or an anchor with a contribution, in Hugging Fac
     flexolmo export-hf --contribution=runs/news/contribution --anchor=runs/anchor/model --out=Flex-news-2x
 
 transformers and vLLM load the result; its README.md says what is in it. It is read back and compared with the model's
-digests, and, where torch and transformers are installed, its logits with ours. import-hf makes the model of it again.
+digests, and its logits with ours where torch and transformers are installed and the model fits in memory twice in
+float32. import-hf makes the model of it again.
 """
+
+import math
 
 from absl import flags
 
@@ -26,6 +29,8 @@ def run() -> None:
     given = tuple(bool(flag.value) for flag in (_MODEL, _CONTRIBUTION, _ANCHOR))
     if given not in ((True, False, False), (False, True, True)):
         raise UserError("--model: give either a model directory, or both --contribution and --anchor")
+    if math.isnan(_SHARD_SIZE.value):
+        raise UserError("--shard_size=nan: is no number; give the size of a file at most, in GB")
     source = open_source(_MODEL.value) if _MODEL.value else open_pair(_CONTRIBUTION.value, _ANCHOR.value)
     shard_bytes = int(min(_SHARD_SIZE.value, 1e9) * 1e9)
     print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value)))

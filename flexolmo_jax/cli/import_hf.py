@@ -5,9 +5,12 @@ r"""Imports a local Hugging Face directory: OLMo-2 as an anchor, FlexOlmo as a m
     flexolmo import-hf --source=Flex-math-2x7B --as-contribution --anchor=anchor --expert=math --out=math
 
 Sharded or not, experts one by one or fused. What was written is compared with the source, byte for byte, and, where
-torch and transformers are installed, the logits with theirs. A dense model has no router row; a pair's public row is
-taken over with --public-rows-from=Flex-math-2x7B, and pairs made against those rows are then contributions to it.
+torch and transformers are installed and the model fits in memory twice in float32, the logits with theirs. A dense
+model has no router row; a pair's public row is taken over with --public-rows-from=Flex-math-2x7B, and pairs made
+against those rows are then contributions to it.
 """
+
+import pathlib
 
 from absl import flags
 
@@ -41,7 +44,9 @@ def run() -> None:
         holds = contribution.expert.name
     else:
         from flexolmo_jax.interop.import_hf import import_model
+        from flexolmo_jax.interop.tokenizer_files import unused_eos
 
         manifest, lines = import_model(_SOURCE.value, _OUT.value, _NAMES.value, _ROWS.value)
+        lines = [*unused_eos(pathlib.Path(_SOURCE.value)), *lines]
         holds = ", ".join(manifest.roster)
     print("\n".join([f"{_OUT.value}: {holds}", *lines]))

@@ -73,50 +73,60 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_id=256)
 
 
-def load_tokenizer(source: epath.PathLike, eos_token: str | None = None, *, eos_id: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    source: epath.PathLike,
+    eos_token: str | None = None,
+    *,
+    eos_id: int | None = None,
+    label: str | None = None,
+    eos_label: str = "--eos_token",
+) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
       source: a `tokenizer.json`, or "bytes" for `byte_tokenizer`.
       eos_token: the token that closes documents; by default the first well-known name in the vocabulary.
       eos_id: the same as an id, for those who kept it with the file; it stands before `eos_token`.
+      label: what to call the source in errors; by default --tokenizer and its name.
+      eos_label: where the user says which token EOS is, for errors.
 
     Raises:
       UserError: the file is missing or is no tokenizer, or no token can serve as EOS.
     """
-    backend = byte_tokenizer().backend if source == BYTES else _read(epath.Path(source))
-    tokenizer = Tokenizer(backend, _find_eos(backend, source, eos_token) if eos_id is None else eos_id)
+    label = label or f"--tokenizer={source}"
+    backend = byte_tokenizer().backend if source == BYTES else _read(epath.Path(source), label)
+    tokenizer = Tokenizer(backend, _find_eos(backend, label, eos_token, eos_label) if eos_id is None else eos_id)
     eos_text = backend.id_to_token(tokenizer.eos_id)
     if eos_text is None:
-        raise UserError(f"--tokenizer={source}: has no token {eos_id}, the EOS; name the right tokenizer.json")
+        raise UserError(f"{label}: has no token {eos_id}, the EOS; name the right tokenizer.json")
     if tokenizer.eos_id in tokenizer.encode(eos_text):
         raise UserError(
-            f"--tokenizer={source}: encodes the plain text {eos_text!r} as its EOS; "
-            "mark that token special in added_tokens, or choose another with --eos_token"
+            f"{label}: encodes the plain text {eos_text!r} as its EOS; "
+            f"mark that token special in added_tokens, or choose another with {eos_label}"
         )
     return tokenizer
 
 
-def _read(path: epath.Path) -> tokenizers.Tokenizer:
+def _read(path: epath.Path, label: str) -> tokenizers.Tokenizer:
     if path.is_dir():
-        raise UserError(f"--tokenizer={path}: is a directory; name the tokenizer.json in it")
+        raise UserError(f"{label}: is a directory; name the tokenizer.json in it")
     if not path.exists():
-        raise UserError(f'--tokenizer={path}: no such file; name a tokenizer.json, or "{BYTES}"')
+        raise UserError(f'{label}: no such file; name a tokenizer.json, or "{BYTES}"')
     try:
         return tokenizers.Tokenizer.from_str(path.read_bytes().decode())
     except Exception as error:  # `tokenizers` raises nothing narrower
         reason = str(error).splitlines()[0]
-        raise UserError(f"--tokenizer={path}: is not a tokenizer.json of Hugging Face ({reason})") from error
+        raise UserError(f"{label}: is not a tokenizer.json of Hugging Face ({reason})") from error
 
 
-def _find_eos(backend: tokenizers.Tokenizer, source: epath.PathLike, eos_token: str | None) -> int:
+def _find_eos(backend: tokenizers.Tokenizer, label: str, eos_token: str | None, eos_label: str) -> int:
     names = _KNOWN_EOS if eos_token is None else (eos_token,)
     ids = [id for name in names if (id := backend.token_to_id(name)) is not None]
     if ids:
         return ids[0]
     if eos_token is None:
-        raise UserError(f"--tokenizer={source}: has no EOS token of a known name; pass --eos_token")
-    raise UserError(f"--eos_token={eos_token}: is not in the vocabulary of --tokenizer={source}")
+        raise UserError(f"{label}: has no EOS token of a known name; say which it is with {eos_label}")
+    raise UserError(f"{eos_label}={eos_token}: is not in the vocabulary of {label}")
 
 
 def _byte_vocabulary() -> dict[str, int]:

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.interop import parity
+from flexolmo_jax.merging.opt_out import imported_experts
 
 CARD_FILE = "README.md"
 # Of a data card, the keys that have a column or a sentence of their own.
@@ -15,6 +16,32 @@ from transformers import AutoModelForCausalLM{import_tokenizer}
 
 model = AutoModelForCausalLM.from_pretrained("DIRECTORY", dtype="auto"){load_tokenizer}
 ```"""
+_BEGINNING = """A document begins after EOS. `flexolmo generate` and `flexolmo serve` put it in front of a text;
+with transformers, `tokenizer(tokenizer.eos_token + text)` gives the same."""
+
+
+class _How(NamedTuple):
+    """What there is to say of experts that came together in one way: how, and what leaving one out gives."""
+
+    experts: str
+    merge: str
+    opt_out: str
+
+
+_MERGED = _How(
+    " The first is the public anchor; the others started from it, and each was trained by the owner of its data, apart "
+    "from the others.",
+    "The experts' feed-forwards and router rows were stacked, sorted by name, without training "
+    "([FlexOlmo](https://arxiv.org/abs/2507.07024))",
+    """The result is, byte for byte, what the merge would have been without that expert, unless more than the router was
+trained after it; `certificate.json` says which holds.""",
+)
+_IMPORTED = _How(
+    "",
+    "The experts were imported as one model; what was trained together before that is not known",
+    """The result is, byte for byte, the imported model without that expert, unless more than the router was trained
+after the import. What was trained together before the import is not known; `certificate.json` says so.""",
+)
 
 
 def model_card(
@@ -52,9 +79,9 @@ def model_card(
             import_tokenizer=", AutoTokenizer" if tokenizer else "",
             load_tokenizer='\ntokenizer = AutoTokenizer.from_pretrained("DIRECTORY")' if tokenizer else "",
         ),
+        _BEGINNING if tokenizer else "It has no tokenizer, so it takes and gives token ids.",
         "transformers 5 or newer loads it, and so does vLLM: "
         + f"`vllm serve DIRECTORY{' --model-impl transformers' if _normalized(manifest) else ''}`.",
-        *([] if tokenizer else ["It has no tokenizer, so it takes and gives token ids."]),
         "## Checks",
         _checks(gate, dropped),
     ]
@@ -82,9 +109,12 @@ def _introduction(manifest: directories.Model, size_of: Mapping[str, int]) -> st
     own = sum(sorted((count for name, count in size_of.items() if name), reverse=True)[:top_k])
     return (
         f"A mixture of {len(manifest.experts)} experts, {total:,} parameters, of which {size_of[''] + own:,} compute "
-        f"each token (top {top_k}; {shape}). The first is the public anchor; the others started from it, and each was "
-        "trained by the owner of its data, apart from the others."
+        f"each token (top {top_k}; {shape}).{_how(manifest).experts}"
     )
+
+
+def _how(manifest: directories.Model) -> _How:
+    return _IMPORTED if imported_experts(manifest) else _MERGED
 
 
 def _roster(manifest: directories.Model, size_of: Mapping[str, int]) -> str:
@@ -111,8 +141,7 @@ def _details(manifest: directories.Model) -> list[str]:
 def _merge(manifest: directories.Model) -> str:
     top_k = min(manifest.top_k, len(manifest.experts))
     lines = [
-        "The experts' feed-forwards and router rows were stacked, sorted by name, without training "
-        f"([FlexOlmo](https://arxiv.org/abs/2507.07024)); {top_k} of {len(manifest.experts)} compute each token.",
+        f"{_how(manifest).merge}; {top_k} of {len(manifest.experts)} compute each token.",
         "",
         f"- anchor: `{manifest.anchor_digest}`",
         *(f"- {expert.name}: `{expert.digest}`" for expert in manifest.experts[1:]),
@@ -130,8 +159,7 @@ def _opt_out(manifest: directories.Model, drop_bias: bool) -> str:
     flexolmo opt-out --model=model --expert={name} --out=model-without-{name}
     flexolmo export-hf --model=model-without-{name} --out=DIRECTORY-without-{name}{flag}
 
-The result is, byte for byte, what the merge would have been without that expert, unless more than the router was
-trained after it; `certificate.json` says which holds."""
+{_how(manifest).opt_out}"""
 
 
 def _checks(gate: parity.Parity, dropped: Mapping[str, parity.Difference]) -> str:
@@ -172,6 +200,8 @@ def _cell(value: Any) -> str:
 
 def _words(value: Any) -> str:
     """A value of a data card as text."""
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {_words(part)}" for key, part in value.items())
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -14,6 +14,7 @@ from flexolmo_jax.model.architecture import Architecture
 CONFIG_FILE = "config.json"
 DENSE, MIXTURE = "olmo2", "flex_olmo"
 CLASSES = {DENSE: "Olmo2ForCausalLM", MIXTURE: "FlexOlmoForCausalLM"}
+_KNOWN = [(model_type, [name]) for model_type, name in CLASSES.items()]
 SEQUENCE_LENGTH = "sequence_length"  # in a data card, as training writes it
 DEFAULT_LENGTH = 4096
 # Keys that would change what is computed: {key: the one value that is computed here}.
@@ -34,15 +35,20 @@ class Config(NamedTuple):
       architecture: sizes and numerics.
       num_experts: the anchor included, or None for a dense model.
       top_k: experts that compute each token.
-      eos_id: the token that closes a document, or None where it is not said.
+      eos_ids: the tokens that close a document, the first of which is used; none where it is not said.
       max_length: tokens in a row, at most.
     """
 
     architecture: Architecture
     num_experts: int | None
     top_k: int
-    eos_id: int | None
+    eos_ids: tuple[int, ...]
     max_length: int
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that closes a document, or None where it is not said."""
+        return self.eos_ids[0] if self.eos_ids else None
 
 
 def read_config(directory: pathlib.Path) -> Config:
@@ -53,11 +59,10 @@ def read_config(directory: pathlib.Path) -> Config:
     """
     file = directory / CONFIG_FILE
     document = _read(file)
-    model_type = document.get("model_type")
-    if model_type not in CLASSES or document.get("architectures", [CLASSES[model_type]]) != [CLASSES[model_type]]:
-        named = ", ".join(map(str, document.get("architectures") or [])) or "no architecture"
-        known = " or ".join(f"{name} ({kind})" for kind, name in CLASSES.items())
-        raise UserError(f"{file}: {named} of model_type {model_type!r}; only {known} is read")
+    model_type, named = document.get("model_type"), document.get("architectures")
+    if (model_type, document.get("architectures", [CLASSES.get(str(model_type))])) not in _KNOWN:
+        known = " or ".join(f"{_short(names)} ({kind})" for kind, names in _KNOWN)
+        raise UserError(f"{file}: architectures is {_short(named)}, model_type {_short(model_type)}; only {known} is read")
     for key, value in _FIXED.items():
         if document.get(key) not in (None, value):
             raise UserError(f"{file}: {key} is {_short(document[key])}; only {_short(value)} is computed here")
@@ -86,7 +91,7 @@ def read_config(directory: pathlib.Path) -> Config:
         architecture,
         num_experts,
         top_k,
-        _eos_id(number, architecture.vocab_size),
+        _eos_ids(number, architecture.vocab_size),
         number.size("max_position_embeddings", default=DEFAULT_LENGTH),
     )
 
@@ -135,9 +140,9 @@ def generation_document(manifest: directories.Model) -> dict[str, Any]:
 
 
 def sequence_length(manifest: directories.Model) -> int:
-    """Tokens in a row that the anchor was trained on, as its data card says."""
+    """Tokens in a row that the anchor was trained on, as its data card says; a default where it says no number."""
     length = manifest.experts[0].card.get(SEQUENCE_LENGTH)
-    return length if isinstance(length, int) else DEFAULT_LENGTH
+    return length if type(length) is int and length > 0 else DEFAULT_LENGTH
 
 
 class _Numbers(NamedTuple):
@@ -202,15 +207,13 @@ def _is_default(rope: Mapping[str, Any]) -> bool:
     return all(kind == "default" for kind in kinds) and rope.keys() <= {"rope_type", "type", "rope_theta"}
 
 
-def _eos_id(number: _Numbers, vocab_size: int) -> int | None:
-    """The first of `eos_token_id`, where there are several."""
+def _eos_ids(number: _Numbers, vocab_size: int) -> tuple[int, ...]:
+    """`eos_token_id`: absent, an id, or several."""
     value = number.document.get("eos_token_id")
-    first = value[0] if isinstance(value, list) and value else value
-    if first is None:
-        return None
-    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < vocab_size:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
         raise UserError(f"{number.file}: eos_token_id is {_short(value)}; it must be an id below {vocab_size}")
-    return first
+    return tuple(ids)
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,7 @@ from flexolmo_jax.interop import card, names, parity
 from flexolmo_jax.interop.config import CONFIG_FILE, config_document
 from flexolmo_jax.interop.hugging_face import open_hugging_face
 from flexolmo_jax.interop.safetensors_io import write_tensors
-from flexolmo_jax.interop.sidecar import CERTIFICATE_FILE, FOLDER, open_sidecar, write_sidecar
+from flexolmo_jax.interop.sidecar import FOLDER, copy_beside, open_sidecar, write_sidecar
 from flexolmo_jax.interop.tokenizer_files import export_tokenizer
 from flexolmo_jax.merging.contribution import size
 from flexolmo_jax.merging.merge import gather
@@ -49,6 +49,7 @@ class Source(NamedTuple):
       shared: its shared leaves.
       experts: {expert: {leaf: slice}}.
       merged_router: of a model that was changed after its merge, what `directories.merged_router` gives.
+      pair: whether `path` is the anchor's alone, so that what else lies there is not of what is exported.
     """
 
     path: epath.Path
@@ -57,6 +58,7 @@ class Source(NamedTuple):
     shared: dict[str, Slice]
     experts: dict[str, dict[str, Slice]]
     merged_router: dict[str, dict[str, Slice]] | None = None
+    pair: bool = False
 
 
 def open_source(model: epath.PathLike) -> Source:
@@ -75,7 +77,7 @@ def open_pair(contribution: epath.PathLike, anchor: epath.PathLike) -> Source:
       UserError: either is damaged, or the contribution was made on another anchor.
     """
     label = f"--contribution={contribution} with --anchor={anchor}"
-    return Source(epath.Path(anchor), label, *gather(anchor, [contribution], top_k=2))
+    return Source(epath.Path(anchor), label, *gather(anchor, [contribution], top_k=2), pair=True)
 
 
 def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, drop_bias: bool = False) -> list[str]:
@@ -91,8 +93,8 @@ def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, dr
       Lines that say what was found.
 
     Raises:
-      UserError: biases are not zero and are not to be dropped, the source is not what its manifest says, the parity
-        gate fails, or `out` exists.
+      UserError: biases are not zero and are not to be dropped, or the memory is too small to measure what that
+        changes, the source is not what its manifest says, the parity gate fails, or `out` exists.
     """
     if "://" in str(out):
         raise UserError(f"--out={out}: must be a local directory; copy it to its place afterwards")
@@ -102,13 +104,13 @@ def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, dr
             f"{source.label}: Hugging Face's form has no place for the bias of {', '.join(biased)}; give --drop_bias "
             "to leave it out and have the change of the logits measured"
         )
-    dropped = _measure_dropping(source) if biased else {}
-    source = _without_bias(source) if biased else source
     with atomic_directory(out) as directory:
+        dropped = _measure_dropping(source) if biased else {}
+        source = _without_bias(source) if biased else source
         manifest, experts = source.manifest, source.experts
         write_sidecar(directory, manifest, experts, source.merged_router)
-        if (source.path / CERTIFICATE_FILE).exists():
-            (source.path / CERTIFICATE_FILE).copy(directory / FOLDER / CERTIFICATE_FILE)
+        if not source.pair:
+            copy_beside(source.path, directory / FOLDER)
         files = _write_weights(directory, source, shard_bytes)
         dtype = source.shared["embedding"].dtype
         (directory / CONFIG_FILE).write_text(json.dumps(config_document(manifest, dtype), indent=2) + "\n")
@@ -155,6 +157,9 @@ def _without_bias(source: Source) -> Source:
 
 def _measure_dropping(source: Source) -> dict[str, parity.Difference]:
     """{sample: how far the logits move when biases are left out}."""
+    reason = parity.too_large(source.shared, source.experts)
+    if reason:
+        raise UserError(f"--drop_bias: measuring what it changes {reason}; export on a machine with more memory")
     model = parity.in_memory(source.manifest, source.shared, source.experts)
     samples = _samples(source)
     before = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
@@ -172,7 +177,8 @@ def _samples(source: Source) -> dict[str, np.ndarray]:
         corpus = Corpus.open(source.path / PUBLIC)
         text, ids = "its public sample", _first_tokens(corpus)
     elif tokenizer.exists():
-        text, ids = "text", load_tokenizer(tokenizer, eos_id=source.manifest.eos_id).encode(SAMPLE_TEXT)
+        encoder = load_tokenizer(tokenizer, eos_id=source.manifest.eos_id, label=str(tokenizer))
+        text, ids = "text", encoder.encode(SAMPLE_TEXT)
     else:
         return samples
     if len(ids):

@@ -50,11 +50,11 @@ def open_hugging_face(path: pathlib.Path, flag: str, label: str | None = None) -
     if not path.is_dir():
         raise UserError(f"{flag}={path}: no such directory; give a local directory in Hugging Face's form")
     config = read_config(path)
-    table = names.tensors(config.architecture, config.num_experts)
     stored = names.separate_experts(open_tensors(path), config.architecture.d_ff)
     if config.architecture.tied_embeddings and names.HEAD in stored:
         _check_tie(stored)
         del stored[names.HEAD]
+    table = _table(path, config, stored)
     _check_tensors(path, table, stored)
     shapes = leaf_shapes(config.architecture)
     leaves = names.leaves(table, stored, shapes, label or f"{flag}={path}")
@@ -75,10 +75,18 @@ def absent_leaves(leaves: dict[str, Slice], architecture: Architecture, label: s
     return {leaf: Slice(np.zeros(shapes[leaf], dtype), None, f"{label}: {leaf}") for leaf in sorted(missing)}
 
 
+def _table(path: pathlib.Path, config: Config, stored: dict[str, Stored]) -> dict[str, names.Tensor]:
+    """`names.tensors`, up to the first that is missing: config.json may imply any number of them."""
+    table = {}
+    for name, tensor in names.each_tensor(config.architecture, config.num_experts):
+        if name not in stored:
+            raise UserError(f"{path}: tensor {name} is missing, which config.json implies; copy it again")
+        table[name] = tensor
+    return table
+
+
 def _check_tensors(path: pathlib.Path, table: dict[str, names.Tensor], stored: dict[str, Stored]) -> None:
-    missing, unknown = table.keys() - stored.keys(), stored.keys() - table.keys()
-    if missing:
-        raise UserError(f"{path}: tensor {min(missing)} is missing, which config.json implies; copy it again")
+    unknown = stored.keys() - table.keys()
     if unknown:
         raise UserError(f"{path}: tensor {min(unknown)} is not one of the model that config.json describes")
     dtypes: dict[tuple[str, ...], tuple[str, np.dtype]] = {}

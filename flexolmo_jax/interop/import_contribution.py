@@ -13,10 +13,11 @@ from flexolmo_jax.checkpoint.verify import open_model
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import names, parity
 from flexolmo_jax.interop.hugging_face import HuggingFace, absent_leaves, open_hugging_face, same_bytes
-from flexolmo_jax.interop.import_hf import IMPORTED, failed, imported_note
-from flexolmo_jax.interop.sidecar import open_sidecar
+from flexolmo_jax.interop.import_hf import failed, imported_note
+from flexolmo_jax.interop.sidecar import Sidecar, open_sidecar
 from flexolmo_jax.merging.contribution import size
 from flexolmo_jax.merging.merge import read_anchor
+from flexolmo_jax.merging.opt_out import IMPORTED
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.progress import byte_progress
 
@@ -27,7 +28,8 @@ def import_contribution(
     """Makes a contribution of the second expert of a pair.
 
     All that the pair shares with the anchor is compared with it first, bit for bit: the shared leaves, and the first
-    expert's feed-forward and router rows.
+    expert's feed-forward, router rows and bias. A directory that `export_hf` wrote gives back the contribution that was
+    exported, also where its bias was left out.
 
     Args:
       source: local directory of the pair.
@@ -60,10 +62,10 @@ def import_contribution(
             f"differ); give the --anchor that the pair was trained on"
         )
     label = f"--source={source}"
-    leaves = opened.experts[1] | absent_leaves(opened.experts[1], opened.config.architecture, label)
     sidecar = open_sidecar(opened, "--source")
-    if sidecar:
-        leaves |= sidecar.leaves[sidecar.manifest.roster[1]]
+    _check_anchor(sidecar, base, first, source, anchor)
+    without_bias = absent_leaves(opened.experts[1], opened.config.architecture, label)
+    leaves = opened.experts[1] | without_bias | (_bias(sidecar) if sidecar else {})
     with atomic_directory(out) as directory:
         with byte_progress("import", size(leaves)) as advance:
             content = dict(sorted(leaves.items()))
@@ -82,16 +84,51 @@ def import_contribution(
         if different:
             raise failed(opened, different)
         pair = dataclasses.replace(base, experts=(base.experts[0], expert), top_k=opened.config.top_k)
-        experts = {directories.ANCHOR_NAME: first, name: written}
+        experts = {directories.ANCHOR_NAME: first | without_bias, name: written | without_bias}
         gate = parity.Parity(len(opened.table), parity.compare_logits(opened.path, pair, shared, experts))
-        before = sidecar.manifest.experts[1] if sidecar else None
-        exported = before is not None and dict(before.leaves) == dict(expert.leaves)
-        card = before.card if exported else {IMPORTED: imported_note(opened, gate)}
+        exported = sidecar is not None and expert.leaves == _exported_leaves(sidecar)
+        card = sidecar.manifest.experts[1].card if exported else {IMPORTED: imported_note(opened, gate)}
         contribution = directories.Contribution(
             dataclasses.replace(expert, card=card), base.anchor_digest, base.architecture
         )
         contribution.write(directory)
-    return contribution, gate.lines()
+    changed = sidecar is not None and not exported
+    lines = [f"{source}: was changed since its export; imported as it is now, without its owner's card"]
+    return contribution, [*(lines if changed else []), *gate.lines()]
+
+
+def _check_anchor(
+    sidecar: Sidecar | None,
+    base: directories.Model,
+    first: Mapping[str, Slice],
+    source: str,
+    anchor: epath.PathLike,
+) -> None:
+    """What no tensor says of the anchor, its bias: the sidecar has its digest, and other writers know none."""
+    if sidecar and sidecar.manifest.anchor_digest != base.anchor_digest:
+        raise UserError(
+            f"--source={source}: was made on the anchor {sidecar.manifest.anchor_digest[:12]}, and --anchor={anchor} "
+            f"is {base.anchor_digest[:12]}, which differs in its bias; give the anchor that the pair was trained on"
+        )
+    if not sidecar and first[names.BIAS].read((slice(None),)).any():
+        raise UserError(
+            f"--source={source}: says nothing of biases, and that of --anchor={anchor} is not zero; "
+            "give the anchor that the pair was trained on"
+        )
+
+
+def _bias(sidecar: Sidecar) -> dict[str, Slice]:
+    """The expert's bias as its owner made it, which lies in the router as merged where it was left out."""
+    name, held = sidecar.manifest.roster[1], sidecar.leaves
+    if sidecar.manifest.tuned:
+        held = directories.merged_router(sidecar.path, sidecar.manifest)
+    return {names.BIAS: held[name][names.BIAS]}
+
+
+def _exported_leaves(sidecar: Sidecar) -> dict[str, str]:
+    """{leaf: digest} of the expert as it was merged."""
+    expert, tuned = sidecar.manifest.experts[1], sidecar.manifest.tuned
+    return {**expert.leaves, **(tuned["merged_router"][expert.name] if tuned else {})}
 
 
 def _check_architecture(opened: HuggingFace, base: directories.Model, anchor: epath.PathLike) -> None:

@@ -22,9 +22,9 @@ from flexolmo_jax.interop.hugging_face import HuggingFace, absent_leaves, open_h
 from flexolmo_jax.interop.sidecar import FOLDER, Sidecar, open_sidecar, restore
 from flexolmo_jax.interop.tokenizer_files import import_tokenizer, read_tokenizer
 from flexolmo_jax.merging.contribution import size
+from flexolmo_jax.merging.opt_out import IMPORTED
 from flexolmo_jax.progress import byte_progress
 
-IMPORTED = "imported"  # in a data card
 Experts = dict[str, dict[str, Slice]]
 
 
@@ -75,7 +75,7 @@ def import_model(
         if changes:
             lines.append(f"{source}: was changed since its export ({', '.join(changes)}); imported as it is now")
         if not restored:
-            note = imported_note(opened, gate)
+            note = imported_note(opened, gate) | {"experts": order}
             note |= {"public_rows_from": _name(public_rows_from)} if public_rows_from else {}
             manifest = _with_cards(manifest, sidecar, {SEQUENCE_LENGTH: opened.config.max_length, IMPORTED: note})
         manifest.write(directory)

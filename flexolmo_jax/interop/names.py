@@ -8,7 +8,7 @@ read too.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +76,11 @@ class Tensor(NamedTuple):
 
 def tensors(arch: Architecture, num_experts: int | None) -> dict[str, Tensor]:
     """{name: tensor} of a model in Hugging Face's form; `num_experts` None for a dense one (`Olmo2ForCausalLM`)."""
+    return dict(each_tensor(arch, num_experts))
+
+
+def each_tensor(arch: Architecture, num_experts: int | None) -> Iterator[tuple[str, Tensor]]:
+    """The items of `tensors` one by one, for sizes that may be absurd."""
     d_model, d_ff = arch.d_model, arch.d_ff
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     shapes = {
@@ -91,22 +96,21 @@ def tensors(arch: Architecture, num_experts: int | None) -> dict[str, Tensor]:
         "up_proj": (d_ff, d_model),
         "down_proj": (d_model, d_ff),
     }
-    found = {EMBEDDING: Tensor((arch.vocab_size, d_model), False, (Part(None, "embedding", None),))}
+    yield EMBEDDING, Tensor((arch.vocab_size, d_model), False, (Part(None, "embedding", None),))
     for layer in range(arch.num_layers):
         prefix = f"model.layers.{layer}."
         for leaf, (stem, transposed) in _BLOCK.items():
-            found[f"{prefix}{stem}.weight"] = Tensor(shapes[stem], transposed, (Part(None, leaf, layer),))
+            yield f"{prefix}{stem}.weight", Tensor(shapes[stem], transposed, (Part(None, leaf, layer),))
         for expert in range(num_experts or 1):
             for leaf, stem in _EXPERT.items():
                 name = f"{prefix}mlp.experts.{expert}.{stem}" if num_experts else f"{prefix}mlp.{stem}"
-                found[f"{name}.weight"] = Tensor(shapes[stem], True, (Part(expert, leaf, layer),))
+                yield f"{name}.weight", Tensor(shapes[stem], True, (Part(expert, leaf, layer),))
         if num_experts:
             rows = tuple(Part(expert, ROW, layer) for expert in range(num_experts))
-            found[f"{prefix}mlp.gate.weight"] = Tensor((num_experts, d_model), False, rows)
-    found["model.norm.weight"] = Tensor((d_model,), False, (Part(None, "final_norm/scale", None),))
+            yield f"{prefix}mlp.gate.weight", Tensor((num_experts, d_model), False, rows)
+    yield "model.norm.weight", Tensor((d_model,), False, (Part(None, "final_norm/scale", None),))
     if not arch.tied_embeddings:
-        found[HEAD] = Tensor((arch.vocab_size, d_model), True, (Part(None, "head", None),))
-    return found
+        yield HEAD, Tensor((arch.vocab_size, d_model), True, (Part(None, "head", None),))
 
 
 def separate_experts(stored: Mapping[str, Stored], d_ff: int) -> dict[str, Stored]:

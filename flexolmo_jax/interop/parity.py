@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib.util
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,19 +11,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.tree import Slice
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.interop import names
+from flexolmo_jax.interop.config import sequence_length
 from flexolmo_jax.interop.hugging_face import same_bytes
 from flexolmo_jax.interop.safetensors_io import Stored
 from flexolmo_jax.model.decoder import separate_layers
 
 MAX_DIFFERENCE, MAX_KL = 1e-4, 1e-6
 ROWS, LENGTH = 2, 64
-EXTRA = "pip install 'flexolmo-jax[interop]' brings torch and transformers"
+NOT_INSTALLED = "torch and transformers are not installed (pip install 'flexolmo-jax[interop]' brings them)"
+HELD = 2  # times the size of a model, at most, that loading it in float32 takes, here and in transformers
 
 
 class Difference(NamedTuple):
@@ -43,10 +47,20 @@ class Difference(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """What the gate found: how many tensors have identical bytes, and the logits, where they could be compared."""
+    """What the gate found.
+
+    Attributes:
+      tensors: how many have identical bytes.
+      compared: how far the logits are apart, or why they were not compared.
+    """
 
     tensors: int
-    logits: Difference | None
+    compared: Difference | str
+
+    @property
+    def logits(self) -> Difference | None:
+        """The difference, where there is one."""
+        return None if isinstance(self.compared, str) else self.compared
 
     def lines(self) -> list[str]:
         """What to print."""
@@ -54,13 +68,13 @@ class Parity(NamedTuple):
             f"round trip: identical bytes in all {self.tensors} tensors",
             f"logits, float32, against transformers: {self.logits}"
             if self.logits
-            else f"logits were not compared, torch and transformers are not installed ({EXTRA})",
+            else f"logits were not compared: {self.compared}",
         ]
 
     def as_dict(self) -> dict[str, Any]:
         """The same for a data card."""
-        logits = self.logits._asdict() if self.logits else "not compared"
-        return {"tensors_with_identical_bytes": self.tensors, "logits": logits}
+        logits = {"logits": self.logits._asdict()} if self.logits else {"logits": "not compared", "because": self.compared}
+        return {"tensors_with_identical_bytes": self.tensors, **logits}
 
 
 def check_bytes(
@@ -91,6 +105,13 @@ def check_bytes(
     return different
 
 
+def too_large(shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]) -> str:
+    """Says how much memory a float32 model of these leaves needs, and how much is free; "" where it fits."""
+    parameters = sum(math.prod(part.shape) for leaves in (shared, *experts.values()) for part in leaves.values())
+    needed, free = HELD * 4 * parameters, psutil.virtual_memory().available
+    return f"needs about {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} are free" if needed > free else ""
+
+
 def in_memory(
     manifest: directories.Model, shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]
 ) -> Model:
@@ -109,21 +130,21 @@ def compare_logits(
     manifest: directories.Model,
     shared: Mapping[str, Slice],
     experts: Mapping[str, Mapping[str, Slice]],
-) -> Difference | None:
+) -> Difference | str:
     """Compares the logits of a directory, as transformers computes them, with ours on random tokens, in float32.
 
     One side after the other is in memory.
 
     Returns:
-      The difference, or None where torch and transformers are not installed.
+      The difference, or why there is none: torch and transformers are not installed, or the memory is too small.
 
     Raises:
       UserError: transformers cannot load the directory, or the logits are further apart than the gate allows.
     """
-    if not transformers_installed():
-        return None
-    length = min(LENGTH, int(manifest.experts[0].card.get("sequence_length") or LENGTH))
-    tokens = random_tokens(manifest.architecture["vocab_size"], length)
+    reason = too_large(shared, experts) if transformers_installed() else NOT_INSTALLED
+    if reason:
+        return reason
+    tokens = random_tokens(manifest.architecture["vocab_size"], min(LENGTH, sequence_length(manifest)))
     theirs = _their_logits(directory, tokens)
     gc.collect()
     difference = compare(theirs, our_logits(in_memory(manifest, shared, experts), tokens))

@@ -1,8 +1,9 @@
 """What Hugging Face's form has no place for, kept in a folder of the exported directory.
 
 The folder `flexolmo/` holds the manifest (`model.json`: names, data cards, digests), the leaves without a tensor of
-theirs (biases, and an anchor's router row), and, of a tuned model, the router as merged. With it an exported directory
-can be imported again without a loss. transformers and vLLM do not look into it.
+theirs (biases, and an anchor's router row), of a tuned model the router as merged, and, where there are, a certificate
+and the sample of public data. With it an exported directory can be imported again without a loss. transformers and vLLM
+do not look into it.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,15 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.tree import Slice, open_tree, write_tree
 from flexolmo_jax.checkpoint.verify import check_digests
+from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop.hugging_face import HuggingFace, leaf_shapes
 from flexolmo_jax.interop.names import BIAS, ROW
+from flexolmo_jax.merging.opt_out import CERTIFICATE_FILE
 from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.training.inputs import PUBLIC
 
 FOLDER = "flexolmo"
-CERTIFICATE_FILE = "certificate.json"
 
 
 class Sidecar(NamedTuple):
@@ -97,15 +100,23 @@ def open_sidecar(opened: HuggingFace, flag: str) -> Sidecar | None:
     return Sidecar(folder, manifest, leaves)
 
 
+def copy_beside(source: epath.Path, directory: epath.Path) -> None:
+    """Copies what may lie beside a model's parameters: its certificate, and its sample of public data."""
+    if (source / CERTIFICATE_FILE).exists():
+        (source / CERTIFICATE_FILE).copy(directory / CERTIFICATE_FILE)
+    directories.copy_files(source / PUBLIC, directory / PUBLIC)
+
+
 def restore(sidecar: Sidecar, directory: epath.Path) -> None:
     """Brings back into a model directory what lies beside its parameters and its manifest.
 
     Raises:
-      UserError: the router as merged is not what the manifest says.
+      UserError: the router as merged, or the public sample, is not what was exported.
     """
     if sidecar.manifest.tuned:
         routers = directories.merged_router(sidecar.path, sidecar.manifest)
         for name, found in directories.write_merged_router(directory, routers).items():
             check_digests(found, sidecar.manifest.tuned["merged_router"][name], routers[name])
-    if (sidecar.path / CERTIFICATE_FILE).exists():
-        (sidecar.path / CERTIFICATE_FILE).copy(directory / CERTIFICATE_FILE)
+    if (sidecar.path / PUBLIC).exists():
+        Corpus.open(sidecar.path / PUBLIC).verify()
+    copy_beside(sidecar.path, directory)

@@ -12,9 +12,9 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.interop.config import CONFIG_FILE, Config, generation_document, sequence_length
+from flexolmo_jax.interop.config import CONFIG_FILE, Config, generation_document, read_config, sequence_length
 
-KEPT = "hugging_face"
+KEPT = directories.TOKENIZER_FOLDER
 FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -29,13 +29,20 @@ def read_tokenizer(source: pathlib.Path, config: Config) -> tuple[str, int]:
         if config.eos_id is None:
             raise UserError(f"{source / CONFIG_FILE}: lacks eos_token_id; add the id of the token that ends a document")
         return "", config.eos_id
-    tokenizer = load_tokenizer(file, eos_id=config.eos_id)
+    said = f"eos_token_id in {source / CONFIG_FILE}"
+    tokenizer = load_tokenizer(file, eos_id=config.eos_id, label=str(file), eos_label=said)
     if tokenizer.vocab_size > config.architecture.vocab_size:
         raise UserError(
             f"{file}: has ids up to {tokenizer.vocab_size - 1}, and config.json a vocab_size of "
             f"{config.architecture.vocab_size}; copy the tokenizer again from the model's source"
         )
     return tokenizer.digest, tokenizer.eos_id
+
+
+def unused_eos(source: pathlib.Path) -> list[str]:
+    """A line where `config.json` names several tokens as EOS, of which the first is used."""
+    file, ids = source / CONFIG_FILE, read_config(source).eos_ids
+    return [f"{file}: names {len(ids)} tokens as EOS; the first, {ids[0]}, is used here"] if len(ids) > 1 else []
 
 
 def import_tokenizer(source: pathlib.Path, directory: epath.Path, manifest: directories.Model) -> None:
@@ -69,7 +76,7 @@ def _documents(directory: epath.Path, manifest: directories.Model) -> dict[str, 
     documents = {"generation_config.json": generation_document(manifest)}
     file = directory / directories.TOKENIZER_FILE
     if file.exists():
-        eos = load_tokenizer(file, eos_id=manifest.eos_id).backend.id_to_token(manifest.eos_id)
+        eos = load_tokenizer(file, eos_id=manifest.eos_id, label=str(file)).backend.id_to_token(manifest.eos_id)
         documents["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": eos,

@@ -107,7 +107,8 @@ def assemble(
 
 
 def copy_tokenizer(source: epath.PathLike, directory: epath.Path) -> None:
-    """Copies `tokenizer.json` from one model directory to another, where there is one."""
+    """Copies `tokenizer.json`, and what else an import kept of it, from one model directory to another."""
     tokenizer = epath.Path(source) / directories.TOKENIZER_FILE
     if tokenizer.exists():
         tokenizer.copy(directory / directories.TOKENIZER_FILE)
+    directories.copy_files(epath.Path(source) / directories.TOKENIZER_FOLDER, directory / directories.TOKENIZER_FOLDER)

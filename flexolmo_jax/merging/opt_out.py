@@ -14,6 +14,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.merging.merge import assemble, copy_tokenizer
 
 CERTIFICATE_FILE = "certificate.json"
+IMPORTED = "imported"  # in an anchor's data card: where a model came from; "experts" are those that came with it
 EXACT = "exact: every leaf equals, byte for byte, the merge that never had the removed experts"
 ROUTER_RETURNED = EXACT + "; the router is the merge's again, its later tuning was undone"
 ROUTER_KEPT = (
@@ -23,6 +24,10 @@ ROUTER_KEPT = (
 REMOVED_ONLY = (
     "removed: the experts' own leaves are gone; the leaves named in 'trained_together' were trained after the merge, "
     "while they took part"
+)
+UNKNOWN = "; what was trained together before the import is not known"
+AS_IMPORTED = (
+    "as imported: every leaf equals, byte for byte, the imported model's without the removed experts" + UNKNOWN
 )
 
 
@@ -58,7 +63,7 @@ def opt_out(
         "removed": [{"name": e.name, "digest": e.digest} for e in manifest.experts if e.name in names],
         "remaining": [{"name": e.name, "digest": e.digest} for e in remaining.experts],
         "anchor_digest": remaining.anchor_digest,
-        "guarantee": _guarantee(trained, together),
+        "guarantee": _guarantee(trained, together, bool(imported_experts(manifest))),
         "trained_together": sorted(together),
     }
     with atomic_directory(out) as directory:
@@ -81,8 +86,17 @@ def check_removable(names: Sequence[str], roster: Sequence[str], flag: str) -> N
             raise UserError(f"{flag}={name}: {what}; contributed experts: {known}")
 
 
-def _guarantee(trained: Set[str], together: Set[str]) -> str:
-    """Which guarantee holds, by what was trained after the merge, and what of it the result still holds."""
+def imported_experts(manifest: directories.Model) -> list[str]:
+    """The contributed experts that were imported together with the anchor, of whose merge nothing is known."""
+    note = manifest.experts[0].card.get(IMPORTED)
+    names = note.get("experts") if isinstance(note, dict) else None
+    return [name for name in manifest.roster[1:] if isinstance(names, list) and name in names]
+
+
+def _guarantee(trained: Set[str], together: Set[str], imported: bool) -> str:
+    """Which guarantee holds, by what was trained after the merge or the import, and what of it the result holds."""
+    if imported:
+        return REMOVED_ONLY + UNKNOWN if together else AS_IMPORTED
     if not together:
         return ROUTER_RETURNED if trained else EXACT
     return ROUTER_KEPT if together <= set(directories.ROUTER_LEAVES) else REMOVED_ONLY

@@ -117,7 +117,7 @@ def test_eos_is_the_argument_or_a_known_name(tmp_path):
 @pytest.mark.parametrize(
     ("special", "eos_token", "message"),
     [
-        (("<stop>",), None, r"^--tokenizer=.*tokenizer\.json: .*pass --eos_token$"),
+        (("<stop>",), None, r"^--tokenizer=.*tokenizer\.json: .*say which it is with --eos_token$"),
         (("</s>",), "<stop>", r"^--eos_token=<stop>: is not in the vocabulary of --tokenizer=.*json$"),
         (("</s>",), "a", r"^--tokenizer=.*: encodes the plain text 'a' as its EOS; "),
     ],
@@ -126,6 +126,22 @@ def test_eos_errors(tmp_path, special, eos_token, message):
     path = write(tmp_path / "tokenizer.json", word_tokenizer("?", "a", special=special))
     with pytest.raises(UserError, match=message):
         load_tokenizer(path, eos_token)
+
+
+@pytest.mark.parametrize(
+    ("special", "eos_id", "message"),
+    [
+        (("<stop>",), None, r"^the file: has no EOS token of a known name; say which it is with the key$"),
+        (("</s>",), 1, r"^the file: encodes the plain text 'a' as its EOS; .* choose another with the key$"),
+        (("</s>",), 9, r"^the file: has no token 9, the EOS; "),
+        (None, None, r"^the file: is not a tokenizer.json"),
+    ],
+)
+def test_errors_name_what_the_caller_says(tmp_path, special, eos_id, message):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}" if special is None else word_tokenizer("?", "a", special=special).to_str())
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(path, eos_id=eos_id, label="the file", eos_label="the key")
 
 
 @pytest.mark.parametrize(

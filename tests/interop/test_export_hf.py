@@ -13,6 +13,10 @@ import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.interop import parity
 from flexolmo_jax.merging.merge import merge
+from flexolmo_jax.merging.opt_out import AS_IMPORTED
+
+
+BIAS = directories.MIXTURE + "anchor/bias"
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +87,9 @@ def test_what_was_changed_outside_is_imported_as_it_is_now(home, tmp_path, chang
     assert (after.anchor_digest == before.anchor_digest) is True
     assert (after.experts[2].digest == before.experts[2].digest) is (change != "weights")
     assert "imported" in after.experts[0].card
+    # What was done outside may have trained the experts together.
+    printed = run("opt-out", f"--model={tmp_path}/back", "--expert=code", f"--out={tmp_path}/without")
+    assert AS_IMPORTED in printed
 
 
 def test_a_sidecar_of_another_model_is_refused(home, tmp_path):
@@ -155,10 +162,31 @@ def test_the_public_sample_is_what_biases_are_measured_on(home, tmp_path):
     assert not (tmp_path / "out" / "public").exists()
 
 
-def test_a_pair_goes_out_as_its_merge_would(home, tmp_path):
+@pytest.fixture
+def published(home, tmp_path):
+    """The anchor as a run of training publishes it, with a sample of public data."""
+    shutil.copytree(home / "anchor", tmp_path / "anchor")
+    small.corpus(tmp_path / "anchor" / "public")
+    return tmp_path / "anchor"
+
+
+def test_the_public_sample_goes_along(published, tmp_path):
+    run("export-hf", f"--model={published}", f"--out={tmp_path}/out")
+    run("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/back")
+    assert "public/corpus.json" in small.files(published)
+    assert small.files(tmp_path / "back") == small.files(published)
+    tokens = tmp_path / "out/flexolmo/public/tokens-00000.npy"
+    data = tokens.read_bytes()
+    tokens.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    result = flexolmo("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/again")
+    assert_refused(result, "import-hf", str(tokens), "differs from the digest")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_pair_goes_out_as_its_merge_would(home, published, tmp_path):
     merge(home / "anchor", [home / "news"], tmp_path / "pair", top_k=2)
     run("export-hf", f"--model={tmp_path}/pair", f"--out={tmp_path}/expected")
-    run("export-hf", f"--contribution={home}/news", f"--anchor={home}/anchor", f"--out={tmp_path}/out")
+    run("export-hf", f"--contribution={home}/news", f"--anchor={published}", f"--out={tmp_path}/out")
     assert small.files(tmp_path / "out") == small.files(tmp_path / "expected")
     assert hf.config(tmp_path / "out")["num_experts_per_tok"] == 2
 
@@ -176,6 +204,37 @@ def test_a_pair_comes_back_as_the_contribution_it_was(home, tmp_path):
     assert found.expert.digest == expected.expert.digest
     assert found.expert.card["imported"]["from"] == "out"
     merge(home / "anchor", [tmp_path / "published"], tmp_path / "merged", top_k=2)
+
+
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_a_pair_of_an_anchor_with_another_bias_is_no_contribution(home, tmp_path, sidecar):
+    """The bias is in no tensor."""
+    leaves = small.read_params(home / "anchor")
+    biased = small.anchor(tmp_path / "biased", leaves=leaves | {BIAS: leaves[BIAS] + 1})
+    run("export-hf", f"--contribution={home}/news", f"--anchor={home}/anchor", f"--out={tmp_path}/out")
+    if not sidecar:
+        shutil.rmtree(tmp_path / "out" / "flexolmo")
+    flags = [f"--source={tmp_path}/out", "--as_contribution", f"--anchor={biased}", "--expert=news"]
+    result = flexolmo("import-hf", *flags, f"--out={tmp_path}/news")
+    assert_refused(result, "import-hf", f"--anchor={biased}", "bias", "trained on")
+    assert not (tmp_path / "news").exists()
+
+
+def test_a_contribution_gets_its_bias_back(home, tmp_path):
+    run("export-hf", f"--contribution={home}/math", f"--anchor={home}/anchor", f"--out={tmp_path}/out", "--drop_bias")
+    flags = [f"--source={tmp_path}/out", "--as_contribution", f"--anchor={home}/anchor", "--expert=math"]
+    printed = run("import-hf", *flags, f"--out={tmp_path}/math")
+    assert small.files(tmp_path / "math") == small.files(home / "math")
+    assert "changed" not in printed
+
+
+def test_a_contribution_that_was_changed_outside_has_another_card(home, tmp_path):
+    run("export-hf", f"--contribution={home}/news", f"--anchor={home}/anchor", f"--out={tmp_path}/out")
+    tensors, name = hf.weights(tmp_path / "out"), "model.layers.1.mlp.experts.1.up_proj.weight"
+    hf.save_file(tensors | {name: tensors[name] + 1}, tmp_path / "out" / "model.safetensors")
+    flags = [f"--source={tmp_path}/out", "--as_contribution", f"--anchor={home}/anchor", "--expert=news"]
+    assert "changed since its export" in run("import-hf", *flags, f"--out={tmp_path}/news")
+    assert list(directories.Contribution.read(tmp_path / "news", flag="").expert.card) == ["imported"]
 
 
 def test_an_anchor_takes_the_rows_of_published_pairs(home, tmp_path):
@@ -257,6 +316,7 @@ def test_the_model_card(home, tmp_path):
     assert "Changed since: `blocks/mixture/experts/row`" in page
     assert "flexolmo opt-out --model=model --expert=code" in page
     assert 'AutoTokenizer.from_pretrained("DIRECTORY")' in page
+    assert "tokenizer(tokenizer.eos_token + text)" in page
     assert "were not compared with those of transformers" in page
 
 

@@ -14,6 +14,7 @@ import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.verify import check_model, open_model
 from flexolmo_jax.interop import parity
+from flexolmo_jax.merging.opt_out import AS_IMPORTED
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,23 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case):
     start = expected["prompt"].shape[1]
     greedy = np.asarray(model.logits(written)).argmax(axis=-1)[:, start - 1 : -1]
     np.testing.assert_array_equal(greedy, expected["generated"])
+
+
+def test_what_was_before_the_import_is_not_vouched_for(case, tmp_path):
+    name, out, _ = case
+    exported(out, tmp_path / "out")
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "It has no tokenizer" in page
+    assert "tokenizer(" not in page
+    if name == golden.DENSE:
+        assert "not known" not in page
+        return
+    assert "experts anchor, expert1, expert2, expert3" in page
+    assert "what was trained together before that is not known" in page
+    assert "byte for byte, the imported model without that expert" in page
+    assert "were stacked" not in page
+    result = flexolmo("opt-out", f"--model={out}", "--expert=expert2", f"--out={tmp_path}/without")
+    assert result.out.splitlines()[1] == AS_IMPORTED
 
 
 def test_export_gives_back_every_byte(case, tmp_path):

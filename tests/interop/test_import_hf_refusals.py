@@ -1,7 +1,6 @@
 """What `flexolmo import-hf` may be handed: each fault is named in one line, and nothing is written."""
 
 import json
-import os
 import shutil
 
 import golden
@@ -11,6 +10,7 @@ import pytest
 import small
 from small import assert_refused, flexolmo
 
+from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.interop import parity
 
 NORM = "model.layers.1.post_attention_layernorm.weight"
@@ -72,19 +72,16 @@ def index_with(change):
     return file_with(hf.INDEX, changed)
 
 
-def shard_outside(link):
-    """Makes directories of which a shard lies beside the directory."""
+def shard_elsewhere(name):
+    """Makes directories whose index names a shard by that path, where it lies."""
 
     def make(path):
         hf.golden_with(path, shards=3)
-        outside = path.parent / "outside.safetensors"
-        shutil.move(path / SHARD, outside)
-        if link == "symbolic link":
-            (path / SHARD).symlink_to(outside)
-        else:
-            name = str(outside) if link == "absolute" else f"../{outside.name}"
-            index = path / hf.INDEX
-            index.write_text(index.read_text().replace(SHARD, name))
+        there = path / name.format(home=path.parent)
+        there.parent.mkdir(exist_ok=True)
+        shutil.move(path / SHARD, there)
+        index = path / hf.INDEX
+        index.write_text(index.read_text().replace(SHARD, name.format(home=path.parent)))
 
     return make
 
@@ -127,12 +124,16 @@ def tokenizer_of(text):
 
 
 def wide_tokenizer(path):
-    from flexolmo_jax.data.tokenizer import byte_tokenizer
-
     tensors = hf.weights(golden.GOLDEN / golden.MIXTURE)
     tensors |= {name: tensors[name][:200].copy() for name in ("model.embed_tokens.weight", "lm_head.weight")}
     hf.golden_with(path, tensors=tensors, vocab_size=200, eos_token_id=10)
     byte_tokenizer().save(path / "tokenizer.json")
+
+
+def nameless_eos(path):
+    hf.golden_with(path, eos_token_id=None)
+    backend = byte_tokenizer().backend.to_str().replace("<|endoftext|>", "<stop>")
+    (path / "tokenizer.json").write_text(backend)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}
@@ -146,9 +147,16 @@ REFUSED = {
     "config is a list": (file_with("config.json", lambda data: b"[]"), ["config.json", "damaged"]),
     "other architecture": (
         config_with(model_type="llama", architectures=["LlamaForCausalLM"]),
-        ["config.json", "LlamaForCausalLM", "'llama'", "FlexOlmoForCausalLM"],
+        ["config.json", 'architectures is ["LlamaForCausalLM"]', '"llama"', '["FlexOlmoForCausalLM"] (flex_olmo)'],
     ),
     "other head": (config_with(architectures=["FlexOlmoModel"]), ["config.json", "FlexOlmoModel"]),
+    "architecture of a dense model": (config_with(architectures=["Olmo2ForCausalLM"]), ["flex_olmo", "only"]),
+    "architecture is a text": (
+        config_with(architectures="FlexOlmoForCausalLM"),
+        ['architectures is "FlexOlmoForCausalLM", model_type "flex_olmo"', '["FlexOlmoForCausalLM"] (flex_olmo)'],
+    ),
+    "architecture is a number": (config_with(architectures=3), ["architectures is 3"]),
+    "model type is a list": (config_with(model_type=["flex_olmo"]), ['model_type ["flex_olmo"]']),
     "yarn": (config_with(rope_parameters=YARN), ["config.json", "rope_parameters", "yarn", "default rope"]),
     "old rope scaling": (config_with(rope_scaling={"type": "linear", "factor": 2}), ["rope_scaling", "linear"]),
     "partial rope": (
@@ -170,6 +178,13 @@ REFUSED = {
     "top-k above the experts": (config_with(num_experts_per_tok=5), ["num_experts_per_tok is 5", "4 experts"]),
     "EOS outside": (config_with(eos_token_id=512), ["eos_token_id is 512", "below 512"]),
     "no EOS": (config_with(eos_token_id=None), ["config.json", "lacks eos_token_id"]),
+    "EOS of no known name": (
+        nameless_eos,
+        ["tokenizer.json: has no EOS token of a known name", "with eos_token_id in", "config.json"],
+    ),
+    "one EOS of several outside": (config_with(eos_token_id=[2, 512]), ["eos_token_id is [2, 512]", "below 512"]),
+    "more layers than there are": (config_with(num_hidden_layers=10**15), ["model.layers.2.", "missing"]),
+    "experts without end": (config_with(num_experts=10**15), ["mlp.experts.4.", "missing"]),
     "fewer experts than said": (config_with(num_experts=5), ["mlp.experts.4.", "missing"]),
     "more experts than said": (config_with(num_experts=3), ["tensor model.layers.0.mlp.experts.3.", "is not one of"]),
     "other vocabulary": (config_with(vocab_size=500), ["model.embed_tokens.weight", "[512, 64]", "[500, 64]"]),
@@ -196,10 +211,12 @@ REFUSED = {
     "tensor not in the index": (index_with(lambda names: names.pop(NORM)), [f"holds {NORM}", hf.INDEX]),
     "tensor in another shard": (index_with(lambda names: names.update({NORM: SHARD})), [NORM, hf.INDEX]),
     "tensor in no shard": (index_with(lambda names: names.update({"x": SHARD})), [SHARD, "lacks x"]),
-    "index names a directory": (index_with(lambda names: names.update({NORM: "."})), [hf.INDEX, "missing"]),
-    "index leads outside": (shard_outside("relative"), [hf.INDEX, "../outside.safetensors", "outside the directory"]),
-    "index leads away": (shard_outside("absolute"), [hf.INDEX, "outside the directory"]),
-    "link leads outside": (shard_outside("symbolic link"), [hf.INDEX, SHARD, "outside the directory", "cp -rL"]),
+    "index names the directory": (index_with(lambda names: names.update({NORM: "."})), [hf.INDEX, "'.'", "beside it"]),
+    "index names the parent": (index_with(lambda names: names.update({NORM: ".."})), [hf.INDEX, "'..'", "beside it"]),
+    "index names a folder": (index_with(lambda names: names.update({NORM: "x/"})), [hf.INDEX, "'x/'", "beside it"]),
+    "index leads outside": (shard_elsewhere("../x.safetensors"), [hf.INDEX, "'../x.safetensors'", "no file beside it"]),
+    "index leads away": (shard_elsewhere("{home}/x.safetensors"), [hf.INDEX, "/x.safetensors'", "no file beside it"]),
+    "index leads inside": (shard_elsewhere("a/x.safetensors"), [hf.INDEX, "'a/x.safetensors'", "no file beside it"]),
     "damaged tokenizer": (tokenizer_of("{}"), ["tokenizer.json", "is not a tokenizer.json"]),
     "tokenizer is too large": (wide_tokenizer, ["tokenizer.json", "256", "vocab_size of 200"]),
 }
@@ -272,9 +289,24 @@ def test_an_existing_out_is_kept(tmp_path):
     )
 
 
-def test_a_link_that_stays_inside_is_followed(tmp_path):
-    hf.golden_with(tmp_path / "source", shards=3)
-    (tmp_path / "source" / "blobs").mkdir()
-    shutil.move(tmp_path / "source" / SHARD, tmp_path / "source" / "blobs" / "x")
-    os.symlink(os.path.join("blobs", "x"), tmp_path / "source" / SHARD)
-    assert flexolmo("import-hf", f"--source={tmp_path}/source", f"--out={tmp_path}/out").status == 0
+def test_a_directory_of_links_is_read(tmp_path):
+    """As the cache of Hugging Face keeps a model: every file is a link into a folder of blobs."""
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "blobs").mkdir()
+    source = hf.golden_with(tmp_path / "snapshots" / "main", shards=3)
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.move(file, tmp_path / "blobs" / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    result = flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/out")
+    assert (result.status, result.err) == (0, "")
+    assert "identical bytes in all" in result.out
+
+
+def test_all_but_the_first_of_several_eos_are_named_as_unused(tmp_path):
+    said = {}
+    for name, ids in (("one", [7]), ("several", [7, 3, 5])):
+        source = hf.golden_with(tmp_path / name, eos_token_id=ids)
+        said[name] = flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/out_{name}").out
+        assert json.loads((tmp_path / f"out_{name}" / "model.json").read_text())["eos_id"] == 7
+    assert "config.json: names 3 tokens as EOS; the first, 7, is used here\n" in said["several"]
+    assert "EOS" not in said["one"]

@@ -12,7 +12,16 @@ import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.merging.merge import merge
-from flexolmo_jax.merging.opt_out import CERTIFICATE_FILE, EXACT, REMOVED_ONLY, ROUTER_KEPT, ROUTER_RETURNED, opt_out
+from flexolmo_jax.merging.opt_out import (
+    AS_IMPORTED,
+    CERTIFICATE_FILE,
+    EXACT,
+    REMOVED_ONLY,
+    ROUTER_KEPT,
+    ROUTER_RETURNED,
+    UNKNOWN,
+    opt_out,
+)
 
 NAMES = ["code", "legal", "news"]
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12))
@@ -120,6 +129,49 @@ def test_what_else_was_tuned_is_named(home, tmp_path, keep):
         source = np.delete(tuned[path], 2, axis=1) if keep or path == GATE else never[path]
         np.testing.assert_array_equal(out[path], source)
     assert directories.Model.read(tmp_path / "out", flag="").tuned["leaves"] == certificate["trained_together"]
+
+
+def with_card(path, source, card):
+    """A copy of a model whose anchor has that data card."""
+    shutil.copytree(source, path)
+    document = json.loads((path / "model.json").read_text())
+    document["experts"][0]["card"] = card
+    (path / "model.json").write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model", "keep", "guarantee"),
+    [
+        ("merge-code-legal-news", False, AS_IMPORTED),
+        ("tuned", False, AS_IMPORTED),
+        ("tuned", True, REMOVED_ONLY + UNKNOWN),
+        ("tuned-beyond", False, REMOVED_ONLY + UNKNOWN),
+    ],
+)
+def test_of_an_imported_model_no_more_is_said_than_is_known(home, tmp_path, model, keep, guarantee):
+    card = {"imported": {"experts": ["anchor", *NAMES]}}
+    certificate = opt_out(with_card(tmp_path / "model", home / model, card), ["legal"], tmp_path / "out", keep)
+    assert certificate["guarantee"] == guarantee
+    # What is left came from the import, too.
+    assert opt_out(tmp_path / "out", ["news"], tmp_path / "second", keep)["guarantee"] == guarantee
+
+
+@pytest.mark.parametrize("note", ["elsewhere", {"experts": ["anchor"]}, {"experts": 4}, {"experts": ["anchor", "x"]}])
+def test_a_merge_on_an_imported_anchor_is_a_merge(home, tmp_path, note):
+    model = with_card(tmp_path / "model", home / "merge-code-legal-news", {"imported": note})
+    assert opt_out(model, ["legal"], tmp_path / "out")["guarantee"] == EXACT
+
+
+def test_settings_of_the_tokenizer_come_along(home, tmp_path):
+    shutil.copytree(home / "anchor", tmp_path / "anchor")
+    (tmp_path / "anchor" / "hugging_face").mkdir()
+    (tmp_path / "anchor" / "hugging_face" / "generation_config.json").write_text('{"temperature": 0.6}')
+    merge(tmp_path / "anchor", [home / "code", home / "news"], tmp_path / "merged", top_k=2)
+    opt_out(tmp_path / "merged", ["code"], tmp_path / "out")
+    for path in ("merged", "out"):
+        kept = tmp_path / path / "hugging_face" / "generation_config.json"
+        assert kept.read_text() == '{"temperature": 0.6}'
 
 
 @pytest.mark.parametrize("kept", ["merged_router", "params"])
