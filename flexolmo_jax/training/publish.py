@@ -86,6 +86,9 @@ def _write_model(product: epath.Path, config: ConfigDict, inputs: Inputs, tree: 
             tuned=tuned,
         ).write(directory)
         (inputs.corpora[0][0][0].path / directories.TOKENIZER_FILE).copy(directory / directories.TOKENIZER_FILE)
+        if before:
+            source = epath.Path(config.start_from)
+            directories.copy_files(source / directories.TOKENIZER_FOLDER, directory / directories.TOKENIZER_FOLDER)
         if config.publish.public_documents:
             _publish_sample(config, inputs.corpora[0][0][0], directory / PUBLIC)
     return product

@@ -15,7 +15,6 @@ from flexolmo_jax.interop import parity
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.merging.opt_out import AS_IMPORTED
 
-
 BIAS = directories.MIXTURE + "anchor/bias"
 
 
@@ -220,12 +219,16 @@ def test_a_pair_of_an_anchor_with_another_bias_is_no_contribution(home, tmp_path
     assert not (tmp_path / "news").exists()
 
 
-def test_a_contribution_gets_its_bias_back(home, tmp_path):
+def test_a_contribution_gets_its_bias_back(home, tmp_path, monkeypatch):
     run("export-hf", f"--contribution={home}/math", f"--anchor={home}/anchor", f"--out={tmp_path}/out", "--drop_bias")
     flags = [f"--source={tmp_path}/out", "--as_contribution", f"--anchor={home}/anchor", "--expert=math"]
+    compared = []
+    monkeypatch.setattr(parity, "compare_logits", lambda *given: compared.extend(given[3].values()) or "not here")
     printed = run("import-hf", *flags, f"--out={tmp_path}/math")
     assert small.files(tmp_path / "math") == small.files(home / "math")
     assert "changed" not in printed
+    # What transformers computes has none.
+    assert [leaves["bias"].read((slice(None),)).any() for leaves in compared] == [False, False]
 
 
 def test_a_contribution_that_was_changed_outside_has_another_card(home, tmp_path):
@@ -318,6 +321,15 @@ def test_the_model_card(home, tmp_path):
     assert 'AutoTokenizer.from_pretrained("DIRECTORY")' in page
     assert "tokenizer(tokenizer.eos_token + text)" in page
     assert "were not compared with those of transformers" in page
+
+
+def test_a_text_begins_as_the_card_says(home, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run("export-hf", f"--model={home}/anchor", f"--out={tmp_path}/out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("naïve", " two  words\n"):
+        ids = tokenizer(tokenizer.eos_token + text)["input_ids"]
+        assert ids == flexolmo_jax.load(home / "anchor").encode(text)
 
 
 def test_the_card_of_what_an_owner_wrote_stays_a_table(home, tmp_path):

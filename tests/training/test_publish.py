@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import small
 
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories
@@ -14,6 +15,7 @@ from flexolmo_jax.checkpoint.tree import combined_digest, open_tree
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.training.inputs import read_inputs
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.state import initial_leaves, shardings
@@ -188,3 +190,13 @@ def test_the_manifest_of_a_contribution_does_not_depend_on_the_order_of_leaves(m
     assert (published / file).read_text() == (made.expert.product / file).read_text()
     leaves = json.loads((published / file).read_text())["leaves"]
     assert combined_digest(leaves) == json.loads((published / file).read_text())["digest"]
+
+
+def test_settings_kept_from_an_import_come_along(tmp_path):
+    anchor, corpus = small.anchor(tmp_path / "anchor"), small.corpus(tmp_path / "corpus")
+    pair = [small.contribution(tmp_path / name, anchor, seed=seed) for seed, name in enumerate(["code", "news"])]
+    (anchor / directories.TOKENIZER_FOLDER).mkdir()
+    (anchor / directories.TOKENIZER_FOLDER / "generation_config.json").write_text("{}")
+    merge(anchor, pair, tmp_path / "merged", top_k=2)
+    tuned = small.tuned(tmp_path / "tuned", tmp_path / "merged", corpus)
+    assert (tuned / directories.TOKENIZER_FOLDER / "generation_config.json").read_text() == "{}"
