@@ -10,8 +10,6 @@ model has no router row; a pair's public row is taken over with --public-rows-fr
 against those rows are then contributions to it.
 """
 
-import pathlib
-
 from absl import flags
 
 _SOURCE = flags.DEFINE_string("source", None, "Local directory in Hugging Face's form.")
@@ -44,9 +42,7 @@ def run() -> None:
         holds = contribution.expert.name
     else:
         from flexolmo_jax.interop.import_hf import import_model
-        from flexolmo_jax.interop.tokenizer_files import unused_eos
 
         manifest, lines = import_model(_SOURCE.value, _OUT.value, _NAMES.value, _ROWS.value)
-        lines = [*unused_eos(pathlib.Path(_SOURCE.value)), *lines]
         holds = ", ".join(manifest.roster)
     print("\n".join([f"{_OUT.value}: {holds}", *lines]))

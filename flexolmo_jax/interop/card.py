@@ -170,7 +170,7 @@ def _checks(gate: parity.Parity, dropped: Mapping[str, parity.Difference]) -> st
             f"(allowed: {parity.MAX_DIFFERENCE:g} and {parity.MAX_KL:g})."
         )
     else:
-        lines.append("- The logits were not compared with those of transformers.")
+        lines.append(f"- The logits were not compared with those of transformers: {gate.compared}.")
     if dropped:
         lines.append(
             "- The model's experts had biases in the router, for which this form has no place. They were left out "

@@ -62,7 +62,8 @@ def read_config(directory: pathlib.Path) -> Config:
     model_type, named = document.get("model_type"), document.get("architectures")
     if (model_type, document.get("architectures", [CLASSES.get(str(model_type))])) not in _KNOWN:
         known = " or ".join(f"{_short(names)} ({kind})" for kind, names in _KNOWN)
-        raise UserError(f"{file}: architectures is {_short(named)}, model_type {_short(model_type)}; only {known} is read")
+        said = f"architectures is {_short(named)}, model_type {_short(model_type)}"
+        raise UserError(f"{file}: {said}; only {known} is read")
     for key, value in _FIXED.items():
         if document.get(key) not in (None, value):
             raise UserError(f"{file}: {key} is {_short(document[key])}; only {_short(value)} is computed here")
@@ -141,8 +142,7 @@ def generation_document(manifest: directories.Model) -> dict[str, Any]:
 
 def sequence_length(manifest: directories.Model) -> int:
     """Tokens in a row that the anchor was trained on, as its data card says; a default where it says no number."""
-    length = manifest.experts[0].card.get(SEQUENCE_LENGTH)
-    return length if type(length) is int and length > 0 else DEFAULT_LENGTH
+    return manifest.sequence_length or DEFAULT_LENGTH
 
 
 class _Numbers(NamedTuple):

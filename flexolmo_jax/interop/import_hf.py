@@ -20,7 +20,7 @@ from flexolmo_jax.interop import names, parity
 from flexolmo_jax.interop.config import CLASSES, DENSE, MIXTURE, SEQUENCE_LENGTH
 from flexolmo_jax.interop.hugging_face import HuggingFace, absent_leaves, open_hugging_face
 from flexolmo_jax.interop.sidecar import FOLDER, Sidecar, open_sidecar, restore
-from flexolmo_jax.interop.tokenizer_files import import_tokenizer, read_tokenizer
+from flexolmo_jax.interop.tokenizer_files import import_tokenizer, read_tokenizer, unused_eos
 from flexolmo_jax.merging.contribution import size
 from flexolmo_jax.merging.opt_out import IMPORTED
 from flexolmo_jax.progress import byte_progress
@@ -54,7 +54,9 @@ def import_model(
     order = [directories.ANCHOR_NAME, *_names(opened, expert_names, sidecar)]
     experts = _experts(opened, order, sidecar, _public_rows(opened, public_rows_from))
     digest, eos_id = read_tokenizer(opened.path, opened.config)
-    lines = [] if digest else [f"{source}: has no tokenizer.json; the model takes and gives token ids only"]
+    lines = unused_eos(opened.path, opened.config)
+    if not digest:
+        lines.append(f"{source}: has no tokenizer.json; the model takes and gives token ids only")
     with atomic_directory(out) as directory:
         shared_digests, expert_digests = _write(directory, opened.shared, experts)
         manifest = directories.Model(

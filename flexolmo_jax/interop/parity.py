@@ -73,8 +73,10 @@ class Parity(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """The same for a data card."""
-        logits = {"logits": self.logits._asdict()} if self.logits else {"logits": "not compared", "because": self.compared}
-        return {"tensors_with_identical_bytes": self.tensors, **logits}
+        found = {"tensors_with_identical_bytes": self.tensors}
+        if self.logits:
+            return found | {"logits": self.logits._asdict()}
+        return found | {"logits": "not compared", "because": self.compared}
 
 
 def check_bytes(

@@ -12,7 +12,7 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.interop.config import CONFIG_FILE, Config, generation_document, read_config, sequence_length
+from flexolmo_jax.interop.config import CONFIG_FILE, Config, generation_document, sequence_length
 
 KEPT = directories.TOKENIZER_FOLDER
 FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -39,9 +39,9 @@ def read_tokenizer(source: pathlib.Path, config: Config) -> tuple[str, int]:
     return tokenizer.digest, tokenizer.eos_id
 
 
-def unused_eos(source: pathlib.Path) -> list[str]:
+def unused_eos(source: pathlib.Path, config: Config) -> list[str]:
     """A line where `config.json` names several tokens as EOS, of which the first is used."""
-    file, ids = source / CONFIG_FILE, read_config(source).eos_ids
+    file, ids = source / CONFIG_FILE, config.eos_ids
     return [f"{file}: names {len(ids)} tokens as EOS; the first, {ids[0]}, is used here"] if len(ids) > 1 else []
 
 

@@ -1,14 +1,22 @@
-"""Import and export hold a few tensors, however large the model is: peak memory of processes of their own."""
+"""Import and export hold a few tensors, however large the model is; what needs all of it is done where it fits."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
+import types
 
+import golden
 import numpy as np
+import psutil
 import pytest
+import small
+from small import assert_refused, flexolmo
 
-from flexolmo_jax.interop import names
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.tree import Slice
+from flexolmo_jax.interop import config, names, parity
 from flexolmo_jax.interop.safetensors_io import write_tensors
 from flexolmo_jax.model.architecture import Architecture
 
@@ -66,3 +74,85 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     growth = sizes[6] - sizes[2]
     for verb in ("import-hf", "export-hf"):
         assert peaks[verb, 6] - peaks[verb, 2] < 0.1 * growth
+
+
+def leave_free(monkeypatch, size):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=size))
+
+
+def refuse(*_):
+    raise AssertionError("a whole model was asked for")
+
+
+def test_a_model_is_in_memory_only_where_it_fits_twice_in_float32(monkeypatch):
+    shared = {"a": Slice(np.zeros((3, 5), np.float16), None, "a")}
+    experts = {name: {"b": Slice(np.zeros((2, 2, 5_000_000), np.float16), i, "b")} for i, name in enumerate("xy")}
+    leave_free(monkeypatch, 2 * 4 * 20_000_015)
+    assert parity.too_large(shared, experts) == ""
+    leave_free(monkeypatch, 2 * 4 * 20_000_015 - 1)
+    assert parity.too_large(shared, experts) == "needs about 0.2 GB of memory, 0.2 are free"
+    leave_free(monkeypatch, 0)
+    assert parity.too_large(shared, experts) == "needs about 0.2 GB of memory, 0.0 are free"
+
+
+def test_logits_of_what_does_not_fit_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "transformers_installed", lambda: True)
+    monkeypatch.setattr(parity, "_their_logits", refuse)
+    monkeypatch.setattr(parity, "in_memory", refuse)
+    leave_free(monkeypatch, 0)
+    reason = "needs about 0.0 GB of memory, 0.0 are free"
+    for verb, flag in (
+        ("import-hf", f"--source={golden.GOLDEN / golden.MIXTURE}"),
+        ("export-hf", f"--model={tmp_path}/import-hf"),
+    ):
+        result = flexolmo(verb, flag, f"--out={tmp_path}/{verb}")
+        assert (result.status, result.err) == (0, "")
+        assert f"logits were not compared: {reason}\n" in result.out
+    note = directories.Model.read(tmp_path / "import-hf", flag="").experts[0].card["imported"]
+    assert (note["logits"], note["because"]) == ("not compared", reason)
+    assert (
+        f"were not compared with those of transformers: {reason}." in (tmp_path / "export-hf" / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(("said", "length"), [("long", 64), (-3, 64), (0, 64), (True, 64), (None, 64), (16, 16)])
+def test_logits_are_compared_over_no_more_tokens_than_the_model_was_trained_on(tmp_path, monkeypatch, said, length):
+    small.anchor(tmp_path / "anchor")
+    manifest = directories.Model.read(tmp_path / "anchor", flag="")
+    anchor = dataclasses.replace(manifest.experts[0], card={config.SEQUENCE_LENGTH: said})
+    manifest = dataclasses.replace(manifest, experts=(anchor,))
+    monkeypatch.setattr(parity, "transformers_installed", lambda: True)
+    monkeypatch.setattr(parity, "in_memory", lambda *_: None)
+    for side in ("_their_logits", "our_logits"):
+        monkeypatch.setattr(parity, side, lambda _, tokens: np.zeros((*tokens.shape, 3), np.float32))
+    assert parity.compare_logits(tmp_path, manifest, {}, {}).tokens == parity.ROWS * length
+    assert config.sequence_length(manifest) == (16 if length == 16 else config.DEFAULT_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    home = tmp_path_factory.mktemp("biased")
+    small.anchor(home / "anchor")
+    small.contribution(home / "news", home / "anchor", seed=1)
+    flexolmo("merge", f"--anchor={home}/anchor", f"--contribution={home}/news", f"--out={home}/merged")
+    return home / "merged"
+
+
+def test_biases_are_not_dropped_where_the_change_cannot_be_measured(biased, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "in_memory", refuse)
+    leave_free(monkeypatch, 0)
+    result = flexolmo("export-hf", f"--model={biased}", f"--out={tmp_path}/out", "--drop_bias")
+    assert_refused(result, "export-hf", "--drop_bias", "needs about 0.0 GB of memory, 0.0 are free", "more memory")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_out_is_seen_before_the_model_is_loaded(biased, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "in_memory", refuse)
+    result = flexolmo("export-hf", f"--model={biased}", f"--out={tmp_path}", "--drop_bias")
+    assert_refused(result, "export-hf", f"--out={tmp_path}", "exists already")
+
+
+def test_a_shard_size_is_a_number(biased, tmp_path):
+    result = flexolmo("export-hf", f"--model={biased}", f"--out={tmp_path}/out", "--drop_bias", "--shard_size=nan")
+    assert_refused(result, "export-hf", "--shard_size=nan", "in GB")
+    assert not list(tmp_path.iterdir())

@@ -183,8 +183,9 @@ REFUSED = {
         ["tokenizer.json: has no EOS token of a known name", "with eos_token_id in", "config.json"],
     ),
     "one EOS of several outside": (config_with(eos_token_id=[2, 512]), ["eos_token_id is [2, 512]", "below 512"]),
-    "more layers than there are": (config_with(num_hidden_layers=10**15), ["model.layers.2.", "missing"]),
-    "experts without end": (config_with(num_experts=10**15), ["mlp.experts.4.", "missing"]),
+    # Of any number, the first that is missing ends the search.
+    "layers without end": (config_with(num_hidden_layers=10**5), ["model.layers.2.self_attn.q_proj", "missing"]),
+    "experts without end": (config_with(num_experts=10**5), ["model.layers.0.mlp.experts.4.gate_proj", "missing"]),
     "fewer experts than said": (config_with(num_experts=5), ["mlp.experts.4.", "missing"]),
     "more experts than said": (config_with(num_experts=3), ["tensor model.layers.0.mlp.experts.3.", "is not one of"]),
     "other vocabulary": (config_with(vocab_size=500), ["model.embed_tokens.weight", "[512, 64]", "[500, 64]"]),
