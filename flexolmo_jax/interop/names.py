@@ -118,11 +118,8 @@ def separate_experts(stored: Mapping[str, Stored], d_ff: int) -> dict[str, Store
     found = {}
     for name, tensor in stored.items():
         match = re.fullmatch(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)", name)
-        fused_rows = {"gate_up_proj": 2 * d_ff, "down_proj": None}
-        if not match or len(tensor.shape) != 3 or 0 in tensor.shape:
-            found[name] = tensor
-            continue
-        if tensor.shape[1] != (fused_rows[match[2]] or tensor.shape[1]):
+        fused = match and len(tensor.shape) == 3 and 0 not in tensor.shape
+        if not fused or (match[2] == "gate_up_proj" and tensor.shape[1] != 2 * d_ff):
             found[name] = tensor
             continue
         for expert in range(tensor.shape[0]):
