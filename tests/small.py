@@ -65,6 +65,12 @@ def flexolmo(*arguments):
     return Result(status, out.getvalue(), err.getvalue())
 
 
+def with_defaults(given, *defaults):
+    """The flags that are given, and the defaults of those that are not."""
+    named = {flag.partition("=")[0] for flag in given}
+    return [*given, *(flag for flag in defaults if flag.partition("=")[0] not in named)]
+
+
 def assert_refused(result, verb, *words):
     """Exit status 2, and one line on standard error that begins with the verb and holds all the words."""
     assert result.status == 2, result

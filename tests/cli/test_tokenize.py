@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from small import assert_refused, flexolmo
+from small import assert_refused, flexolmo, with_defaults
 
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 
@@ -59,7 +59,6 @@ def test_refuses_bad_input(texts, tmp_path, arguments, words):
     (texts / "latin.txt").write_bytes(b"na\xefve")
     (texts / "empty.txt").write_text("")
     given = [argument.format(texts=texts) for argument in arguments]
-    if not any(argument.startswith("--out=") for argument in given):
-        given.append(f"--out={tmp_path}/corpus")
-    assert_refused(flexolmo("tokenize", *given), "tokenize", *words)
+    flags = with_defaults(given, f"--out={tmp_path}/corpus")
+    assert_refused(flexolmo("tokenize", *flags), "tokenize", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]

@@ -115,5 +115,6 @@ def test_the_verb_refuses_another_tokenizer(home, tmp_path):
     ],
 )
 def test_the_verb_refuses_bad_values(home, arguments, words):
-    given = [f"--model={home}/merged", f"--data={home}/first", *(a.format(home=home) for a in arguments)]
-    assert_refused(flexolmo("evaluate", *given), "evaluate", *words)
+    given = [argument.format(home=home) for argument in arguments]
+    flags = small.with_defaults(given, f"--model={home}/merged", f"--data={home}/first")
+    assert_refused(flexolmo("evaluate", *flags), "evaluate", *words)

@@ -61,7 +61,7 @@ def assert_equal(matrix, expected):
 
 def run(home, *arguments, model="merged"):
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-    return flexolmo("evaluate", f"--model={home}/{model}", *options, *arguments)
+    return flexolmo("evaluate", f"--model={home}/{model}", *small.with_defaults(arguments, *options))
 
 
 def cells(text):
