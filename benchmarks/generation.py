@@ -25,7 +25,8 @@ from rich.table import Table
 
 import flexolmo_jax
 from flexolmo_jax import cli
-from flexolmo_jax.inference.engine import Engine, Request
+from flexolmo_jax.inference.engine import Engine
+from flexolmo_jax.inference.request import Request
 
 # The third, batched_mm, copies the experts' kernels for every token: on a CPU it is slower than these many times over.
 IMPLEMENTATIONS = ("eager", "grouped_mm")

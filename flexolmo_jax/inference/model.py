@@ -12,7 +12,8 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories, tree
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.inference.engine import Continuation, Engine, Request, bucket
+from flexolmo_jax.inference.engine import Engine, bucket
+from flexolmo_jax.inference.request import Continuation, Request
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder, separate_layers
 from flexolmo_jax.training.step import make_loss_step

@@ -24,8 +24,9 @@ from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.inference.engine import Engine, Request, bucket
+from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.model import Model, load, seeds
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.interop.config import sequence_length
 from flexolmo_jax.progress import progress_bar
 

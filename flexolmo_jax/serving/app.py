@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.inference.engine import Continuation
+from flexolmo_jax.inference.request import Continuation
 from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.reply import Reply
 from flexolmo_jax.serving.scheduler import Job, Scheduler

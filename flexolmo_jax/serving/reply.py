@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.inference.engine import Continuation
+from flexolmo_jax.inference.request import Continuation
 from flexolmo_jax.serving.schema import Completion
 
 

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
-from flexolmo_jax.inference.engine import Engine, Request, Update
+from flexolmo_jax.inference.engine import Engine
+from flexolmo_jax.inference.request import Request, Update
 from flexolmo_jax.serving.errors import ApiError
 
 _LOG = logging.getLogger(__name__)

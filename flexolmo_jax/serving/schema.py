@@ -6,8 +6,8 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flexolmo_jax.inference.engine import Request
 from flexolmo_jax.inference.model import seeds
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.serving.errors import ApiError
 
 _SEEDS = 2**32

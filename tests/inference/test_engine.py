@@ -13,8 +13,9 @@ import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference import engine as engine_module
-from flexolmo_jax.inference.engine import Engine, Request, bucket
+from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.model import Model
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.model.decoder import separate_layers
 

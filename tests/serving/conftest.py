@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from flexolmo_jax.inference.engine import Continuation, Update
+from flexolmo_jax.inference.request import Continuation, Update
 from flexolmo_jax.serving.scheduler import Scheduler
 from flexolmo_jax.serving.schema import Served
 from flexolmo_jax.serving.server import Server, address, listen

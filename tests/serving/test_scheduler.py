@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from flexolmo_jax.inference.engine import Request
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.scheduler import Scheduler
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from flexolmo_jax.inference.engine import Request
 from flexolmo_jax.inference.model import seeds
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.schema import Served, parse
 
