@@ -1,9 +1,7 @@
 """Contributions as a coordinator receives them: opened, checked, and refused with a reason."""
 
-import math
 from typing import NamedTuple
 
-import numpy as np
 from etils import epath
 
 from flexolmo_jax.checkpoint import directories
@@ -66,4 +64,4 @@ def open_contribution(path: epath.PathLike, anchor: directories.Model, anchor_le
 
 def size(leaves: dict[str, Slice]) -> int:
     """Bytes of a set of leaves."""
-    return sum(math.prod(part.shape) * np.dtype(part.dtype).itemsize for part in leaves.values())
+    return sum(part.nbytes for part in leaves.values())

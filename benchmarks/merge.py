@@ -1,0 +1,188 @@
+"""Wall time and memory of `flexolmo merge` and `flexolmo opt-out`, next to copying and reading the same bytes.
+
+    python benchmarks/merge.py --experts 4 16
+
+An anchor and its contributions have random float32 weights. In turns, each verb runs in a process of its own, `cp -r`
+copies as many bytes as the verb writes, and every byte that it must read is read once; inputs lie in the page cache,
+where they fit. Times are medians, and the ratio is that of the verb to copying and reading. A verb's time is that of
+all it does once Python has started and the modules are imported; the command's is from start to end. Its memory is
+the peak of the process above what it held before the verb. Linux only.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.tree import Slice, write_tree
+from flexolmo_jax.model.architecture import ANCHOR, Architecture
+from flexolmo_jax.model.decoder import Decoder
+
+VERB = """
+import json, re, sys, time
+from flexolmo_jax import cli
+from flexolmo_jax.merging import merge, opt_out
+
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+before, start = peak(), time.perf_counter()
+cli.main(sys.argv[1:])
+print(json.dumps({"seconds": time.perf_counter() - start, "memory": peak() - before}))
+"""
+
+
+def main() -> None:
+    """Measures every number of experts, prints a table, and writes the figures where asked."""
+    options = _options()
+    results = []
+    for experts in options.experts:
+        with tempfile.TemporaryDirectory(dir=options.directory) as home:
+            results += _measure(pathlib.Path(home), experts, options)
+    _show(results)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({**vars(options), "results": results}, file, indent=2)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in dict(d_model=1024, d_ff=2752, layers=16, heads=16, vocab=512, runs=5, pause=6).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--experts", type=int, nargs="+", default=[4], help="with the anchor")
+    parser.add_argument("--directory", help="where to put a temporary directory; the system's own by default")
+    parser.add_argument("--json", help="file for the figures")
+    return parser.parse_args()
+
+
+def _measure(home: pathlib.Path, experts: int, options: argparse.Namespace) -> list[dict]:
+    """Merges the inputs, then opts the last expert out; the disk holds two copies of the weights at most."""
+    names = _write_inputs(home / "inputs", experts, options)
+    inputs = [f"--anchor={home}/inputs/anchor", *(f"--contribution={home}/inputs/{name}" for name in names)]
+    merge = ["merge", *inputs, f"--out={home}/out"]
+    results = [_compare(merge, home / "inputs", home / "out", options)]
+    _verb([*merge[:-1], f"--out={home}/model"])
+    shutil.rmtree(home / "inputs")
+    # What opting out reads and writes: the model without the files of an expert. Links to them take no room.
+    shutil.copytree(home / "model", home / "rest", copy_function=os.link)
+    for part in (home / "rest" / directories.PARAMS).glob(f"blocks.mixture.experts.*/c/*/{experts - 1}"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    opt_out = ["opt-out", f"--model={home}/model", f"--expert={names[-1]}", f"--out={home}/out"]
+    results.append(_compare(opt_out, home / "rest", home / "out", options))
+    return [{"experts": experts, **result} for result in results]
+
+
+def _write_inputs(home: pathlib.Path, experts: int, options: argparse.Namespace) -> list[str]:
+    """Writes an anchor and contributions with random weights; returns the names of the contributions."""
+    architecture = Architecture(
+        vocab_size=options.vocab,
+        num_layers=options.layers,
+        d_model=options.d_model,
+        num_heads=options.heads,
+        num_kv_heads=options.heads,
+        d_ff=options.d_ff,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+    )
+    rng = np.random.default_rng(0)
+    leaves = {
+        path: Slice(rng.random(leaf.shape, np.float32), None, path)
+        for path, leaf in Decoder(architecture, ANCHOR).abstract().items()
+    }
+    digests = write_tree(home / "anchor" / directories.PARAMS, leaves, directories.digest_name)
+    shared, (own,) = directories.split_digests(digests, [directories.ANCHOR_NAME])
+    fields = dataclasses.asdict(architecture)
+    anchor = directories.Model(fields, (directories.Expert(directories.ANCHOR_NAME, own, {}),), shared, 1, "", 0)
+    anchor.write(home / "anchor")
+    expert = {directories.digest_name(path): leaf for path, leaf in leaves.items() if directories.MIXTURE in path}
+    names = [f"owner-{i:03}" for i in range(1, experts)]
+    for name in names:
+        for leaf in expert.values():
+            leaf.source[...] += 1  # no two experts have the same weights
+        digests = write_tree(home / name / directories.PARAMS, expert, str)
+        directories.Contribution(directories.Expert(name, digests, {}), anchor.anchor_digest, fields).write(home / name)
+    return names
+
+
+def _compare(arguments: list[str], source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace) -> dict:
+    """Runs a verb, which makes `out`, and copies and reads `source`, in turns."""
+    verbs, commands, copies, reads = [], [], [], []
+    _read(source)
+    total = _size(source)
+    for _ in range(options.runs):
+        commands.append(_timed(lambda: verbs.append(_verb(arguments)), options.pause, total))
+        size = _size(out)
+        shutil.rmtree(out)
+        copies.append(_timed(lambda: subprocess.run(["cp", "-r", source, out], check=True), options.pause, total))
+        shutil.rmtree(out)
+        reads.append(_timed(lambda: _read(source), options.pause, 0))
+    seconds = float(np.median([verb["seconds"] for verb in verbs]))
+    copy, read = float(np.median(copies)), float(np.median(reads))
+    return {
+        "verb": arguments[0],
+        "gigabytes": size / 1e9,
+        "copied_gigabytes": total / 1e9,
+        "seconds": seconds,
+        "command_seconds": float(np.median(commands)),
+        "copy_seconds": copy,
+        "read_seconds": read,
+        "ratio": seconds / (copy + read),
+        "memory_megabytes": max(verb["memory"] for verb in verbs) / 2**20,
+    }
+
+
+def _timed(run: Callable[[], object], pause: int, size: int) -> float:
+    """Seconds of a run that writes `size` bytes, from a state that is the same for all.
+
+    Nothing waits to be written; the file system (ext4) has forgotten inodes that were just freed, around which it
+    searches for some seconds; and a virtual machine has the memory again that it gave back to its host.
+    """
+    os.sync()
+    time.sleep(pause)
+    np.ones(size, np.uint8)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _verb(arguments: list[str]) -> dict:
+    """Runs a verb in a process of its own; returns its seconds and its memory in bytes."""
+    command = [sys.executable, "-c", VERB, *arguments]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def _size(directory: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _read(directory: pathlib.Path) -> None:
+    block = bytearray(2**22)
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with open(file, "rb", buffering=0) as stream:
+                while stream.readinto(block):
+                    pass
+
+
+def _show(results: list[dict]) -> None:
+    table = Table("experts", "GB", "verb, s", "cp, s", "read, s", "ratio", "command, s", "MiB")
+    for r in results:
+        times = [f"{r[key]:.2f}" for key in ("seconds", "copy_seconds", "read_seconds", "ratio", "command_seconds")]
+        table.add_row(f"{r['verb']} of {r['experts']}", f"{r['gigabytes']:.2f}", *times, f"{r['memory_megabytes']:.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

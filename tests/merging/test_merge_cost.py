@@ -1,0 +1,86 @@
+"""What a merge and an opt-out read and hold: every byte once, and a few blocks at a time."""
+
+import math
+import threading
+import weakref
+
+import pytest
+import small
+
+from flexolmo_jax.checkpoint import tree
+from flexolmo_jax.merging.merge import merge
+from flexolmo_jax.merging.opt_out import opt_out
+from flexolmo_jax.model.architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    vocab_size=300, num_layers=3, d_model=64, num_heads=2, num_kv_heads=1, d_ff=160, rope_theta=1e4, norm_eps=1e-6
+)
+NAMES = ["code", "legal", "news"]
+BLOCK_BYTES = 2**14
+
+
+class Reads:
+    """Stands for `tree.read_block`, and keeps account of what was read and of the buffers that are alive."""
+
+    def __init__(self):
+        self.blocks, self.peak = [], 0
+        self._read_block, self._buffers, self._lock = tree.read_block, {}, threading.Lock()
+
+    def __call__(self, leaf, index, name, out=None):
+        values = self._read_block(leaf, index, name, out)
+        with self._lock:
+            self.blocks.append((name, str(index), values.nbytes))
+            memory = values if values.base is None else values.base
+            self._buffers[id(memory)] = weakref.ref(memory)
+            alive = (reference() for reference in self._buffers.values())
+            self.peak = max(self.peak, sum(buffer.nbytes for buffer in alive if buffer is not None))
+        return values
+
+
+@pytest.fixture
+def reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(tree, "BLOCK_BYTES", BLOCK_BYTES)
+    small.anchor(tmp_path / "anchor", architecture=ARCHITECTURE, leaves=small.random_leaves(0, ARCHITECTURE))
+    for seed, name in enumerate(NAMES, 1):
+        small.contribution(tmp_path / name, tmp_path / "anchor", seed=seed)
+    reads = Reads()
+    monkeypatch.setattr(tree, "read_block", reads)
+    return reads
+
+
+def sizes():
+    """Bytes of what is shared, and of an expert."""
+    sizes = {path: 4 * math.prod(shape) for path, shape in small.shapes(ARCHITECTURE).items()}
+    expert = sum(size for path, size in sizes.items() if "mixture/" in path)
+    return sum(sizes.values()) - expert, expert
+
+
+def check(reads, total):
+    assert len({block[:2] for block in reads.blocks}) == len(reads.blocks)
+    assert sum(size for *_, size in reads.blocks) == total
+    assert len(reads.blocks) > 5 * tree.COPY_THREADS
+    assert BLOCK_BYTES / 2 < reads.peak <= tree.COPY_THREADS * BLOCK_BYTES < total / 5
+
+
+def test_a_merge_reads_every_byte_once_and_holds_a_block_a_thread(tmp_path, reads):
+    merge(tmp_path / "anchor", [tmp_path / name for name in NAMES], tmp_path / "merged", top_k=2)
+    shared, expert = sizes()
+    check(reads, shared + 4 * expert)
+
+
+def test_opting_out_does_not_read_what_it_removes(tmp_path, reads):
+    merge(tmp_path / "anchor", [tmp_path / name for name in NAMES], tmp_path / "merged", top_k=2)
+    reads.blocks, reads.peak = [], 0
+    opt_out(tmp_path / "merged", ["legal"], tmp_path / "rest")
+    shared, expert = sizes()
+    check(reads, shared + 3 * expert)
+    assert not any("legal" in name for name, *_ in reads.blocks)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_the_number_of_threads_changes_no_byte(tmp_path, reads, monkeypatch, threads):
+    inputs = [tmp_path / name for name in NAMES]
+    merge(tmp_path / "anchor", inputs, tmp_path / "merged", top_k=2)
+    monkeypatch.setattr(tree, "COPY_THREADS", threads)
+    merge(tmp_path / "anchor", inputs, tmp_path / "again", top_k=2)
+    assert small.files(tmp_path / "again") == small.files(tmp_path / "merged")
