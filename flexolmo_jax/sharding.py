@@ -45,7 +45,7 @@ def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     Raises:
       UserError: an axis has no rule, or two axes of the array land on the same mesh axis.
     """
-    table = {logical: _as_tuple(mesh_axes) for logical, mesh_axes in rules}
+    table = {logical: as_tuple(mesh_axes) for logical, mesh_axes in rules}
     unknown = [axis for axis in axes if axis is not None and axis not in table]
     if unknown:
         raise UserError(f"--config.sharding_rules: no rule for logical axis '{unknown[0]}'; add one")
@@ -78,11 +78,11 @@ def leaf_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
     for path, leaf in shapes.items():
         spec = partition_spec(axes[path], rules)
         for dimension, mesh_axes in zip(leaf.shape, spec, strict=True):
-            ways = math.prod(mesh.shape[axis] for axis in _as_tuple(mesh_axes))
+            ways = math.prod(mesh.shape[axis] for axis in as_tuple(mesh_axes))
             if dimension % ways:
                 raise UserError(
                     f"--config.mesh: dimension {dimension} of {path} does not divide over the {ways} devices "
-                    f"of mesh axes {_as_tuple(mesh_axes)}; choose a divisor of {dimension}"
+                    f"of mesh axes {as_tuple(mesh_axes)}; choose a divisor of {dimension}"
                 )
         shardings[path] = NamedSharding(mesh, spec)
     return shardings
@@ -95,7 +95,22 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules) -> jax.Arr
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
 
 
-def _as_tuple(mesh_axes: str | Sequence[str] | None) -> tuple[str, ...]:
+def even_spec(shape: Sequence[int], axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
+    """Translates as `partition_spec`, but for dimensions that do not divide over the devices: these are not sharded.
+
+    For `jax.shard_map`, which takes no uneven shards; needs a mesh (`jax.set_mesh`).
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return PartitionSpec(
+        *(
+            None if dimension % math.prod(sizes[axis] for axis in as_tuple(mesh_axes)) else mesh_axes
+            for dimension, mesh_axes in zip(shape, partition_spec(axes, rules), strict=True)
+        )
+    )
+
+
+def as_tuple(mesh_axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension, as a `PartitionSpec` or a rule has them: none, one or several."""
     if mesh_axes is None:
         return ()
     return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)

@@ -52,8 +52,8 @@ class Model:
         self.tokenizer = tokenizer
         layout = Layout.of_roster(len(manifest.experts), top_k or manifest.top_k)
         architecture = Architecture.from_dict(manifest.architecture, "the model")
-        dispatch = "loop" if jax.default_backend() == "cpu" else "ragged"
-        self.decoder = Decoder(architecture, layout, Compute(dtype, scan_layers=False, dispatch=dispatch))
+        compute = Compute(dtype, scan_layers=False, platform=jax.default_backend())
+        self.decoder = Decoder(architecture, layout, compute)
 
     @property
     def roster(self) -> list[str]:

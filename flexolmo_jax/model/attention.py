@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.attention_kernels import KERNELS
 from flexolmo_jax.model.layers import RMSNorm, parameter
 
 
@@ -57,6 +58,7 @@ class Attention(nn.Module):
     architecture: Architecture
     dtype: jnp.dtype
     rules: sharding.Rules
+    kernel: str = "reference"
 
     @nn.compact
     def __call__(
@@ -64,12 +66,14 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns ([batch, length, d_model] in `dtype`, the cache with what was written into it)."""
         arch = self.architecture
-        x_BxSxD = x_BxSxD.astype(self.dtype)
+        batch, length, _ = x_BxSxD.shape
+        # One dimension for all tokens, and one for all heads: where two are contracted, a CPU makes one by copying.
+        x_NxD = x_BxSxD.astype(self.dtype).reshape(-1, arch.d_model)
 
         def project(name, heads):
             shape = (arch.d_model, heads, arch.head_dim)
             kernel = parameter(self, name, shape, ("embed", "heads", None)).astype(self.dtype)
-            y_BxSxHxC = jnp.einsum("BSD,DHC->BSHC", x_BxSxD, kernel)
+            y_BxSxHxC = (x_NxD @ kernel.reshape(arch.d_model, -1)).reshape(batch, length, heads, arch.head_dim)
             return sharding.constrain(y_BxSxHxC, ("batch", "length", "heads", None), self.rules)
 
         query, key = project("query", arch.num_heads), project("key", arch.num_kv_heads)
@@ -80,14 +84,12 @@ class Attention(nn.Module):
         query, key = (rotary(y, positions_BxS, arch.rope_theta) for y in (query, key))
 
         if cache is None:
-            visible_Bx1xSxS = segment_ids_BxS[:, None, :, None] == segment_ids_BxS[:, None, None, :]
-            out_BxSxHxC = jax.nn.dot_product_attention(query, key, value, mask=visible_Bx1xSxS, is_causal=True)
+            out_BxSxHxC = KERNELS[self.kernel](query, key, value, segment_ids_BxS, self.rules)
         else:
             cache = cache.write(key, value, positions_BxS)
             out_BxSxHxC = cache.attend(query, positions_BxS)
         out_BxSxHxC = sharding.constrain(out_BxSxHxC, ("batch", "length", "heads", None), self.rules)
         shape = (arch.num_heads, arch.head_dim, arch.d_model)
         kernel = parameter(self, "out", shape, ("heads", None, "embed")).astype(self.dtype)
-        # One contracted dimension: of two, a CPU makes one by copying the kernel.
-        out_BxSxHC = out_BxSxHxC.reshape(*out_BxSxHxC.shape[:2], -1)
-        return out_BxSxHC @ kernel.reshape(-1, arch.d_model), cache
+        out_NxD = out_BxSxHxC.reshape(batch * length, -1) @ kernel.reshape(-1, arch.d_model)
+        return out_NxD.reshape(batch, length, -1), cache

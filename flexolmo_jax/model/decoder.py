@@ -10,14 +10,21 @@ from flax import linen as nn
 from flax import traverse_util
 
 from flexolmo_jax import sharding
+from flexolmo_jax.model import attention_kernels
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.attention import Attention, KVCache
+from flexolmo_jax.model.attention_blockwise import ATTENDED, LOG_NORMALISER
+from flexolmo_jax.model.experts import KEPT, choose_dispatch
+from flexolmo_jax.model.experts_cpu import SUMMED
 from flexolmo_jax.model.layers import RMSNorm, parameter
 from flexolmo_jax.model.mixture import Mixture
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED, LOG_NORMALISER, KEPT, SUMMED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -33,7 +40,9 @@ class Compute:
       rules: logical axis -> mesh axes; empty for no constraints.
       scan_layers: whether the blocks' leaves are stacked, `blocks/*`, and scanned over, or each block has leaves
         of its own, `blocks_0/*`, `blocks_1/*`, ... (`separate_layers`), which a cache requires.
-      dispatch: a key of `mixture.DISPATCH`: how stacked experts are given their tokens.
+      platform: "cpu", "gpu" or "tpu", of the devices that compute; "auto" goes by it.
+      attention: a key of `attention_kernels.KERNELS`, or "auto": how attention without a cache is computed.
+      dispatch: a key of `experts.DISPATCH`, or "auto": how stacked experts are given their tokens.
     """
 
     dtype: str = "float32"
@@ -41,15 +50,26 @@ class Compute:
     unroll: int = 1
     rules: sharding.Rules = ()
     scan_layers: bool = True
-    dispatch: str = "ragged"
+    platform: str = "cpu"
+    attention: str = "auto"
+    dispatch: str = "auto"
+
+    def __post_init__(self):
+        """Settles what is "auto"."""
+        if self.attention == "auto":
+            object.__setattr__(self, "attention", attention_kernels.choose(self.platform))
+        if self.dispatch == "auto":
+            object.__setattr__(self, "dispatch", choose_dispatch(self.platform))
 
 
 class Output(NamedTuple):
     """What the decoder returns: logits, each layer's router logits and routing weights, all float32; and the cache.
 
+    `hidden` is the head's input, in the dtype of the computation. What a caller does not use is not computed.
     The router logits are those before `expert_mask`; the weights are those after it, and sum to 1.
     """
 
+    hidden_BxSxD: jax.Array
     logits_BxSxV: jax.Array
     router_logits_LxBxSxE: jax.Array
     router_weights_LxBxSxE: jax.Array
@@ -67,7 +87,7 @@ class Block(nn.Module):
     def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, expert_mask, cache=None):
         """Returns (the new residual stream, (router logits, router weights) [batch, length, experts] and the cache)."""
         arch, rules, dtype = self.architecture, self.compute.rules, jnp.dtype(self.compute.dtype)
-        attention = Attention(arch, dtype, rules, name="attention")
+        attention = Attention(arch, dtype, rules, self.compute.attention, name="attention")
         attended, cache = attention(x_BxSxD, segment_ids_BxS, positions_BxS, cache)
         x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="attention_norm")(attended)
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
@@ -109,7 +129,9 @@ class Decoder(nn.Module):
             positions_BxS = jnp.broadcast_to(jnp.arange(tokens_BxS.shape[1]), tokens_BxS.shape)
 
         embedding_VxD = parameter(self, "embedding", (arch.vocab_size, arch.d_model), ("vocab", "embed"))
-        x_BxSxD = embedding_VxD.astype(self.compute.dtype)[tokens_BxS]
+        # Whole over fsdp before tokens are looked up: split, the partitioner would gather what was looked up instead.
+        table_VxD = sharding.constrain(embedding_VxD.astype(self.compute.dtype), ("vocab", None), rules)
+        x_BxSxD = table_VxD[tokens_BxS]
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
 
         blocks = self._scanned_blocks if self.compute.scan_layers else self._separate_blocks
@@ -126,12 +148,19 @@ class Decoder(nn.Module):
             head_DxV.astype(self.compute.dtype),
             preferred_element_type=jnp.float32,
         )
-        return Output(sharding.constrain(logits_BxSxV, ("batch", "length", "vocab"), rules), *routing, cache)
+        logits_BxSxV = sharding.constrain(logits_BxSxV, ("batch", "length", "vocab"), rules)
+        return Output(x_BxSxD, logits_BxSxV, *routing, cache)
+
+    def head(self, params: Mapping[str, jax.Array]) -> jax.Array:
+        """The head of a flat dict of parameters, [d_model, vocab] in the dtype of the computation, whole over fsdp."""
+        head_DxV = params["embedding"].T if self.architecture.tied_embeddings else params["head"]
+        return sharding.constrain(head_DxV.astype(self.compute.dtype), (None, "vocab"), self.compute.rules)
 
     def _scanned_blocks(self, x_BxSxD, context, cache):
         """One block's program for all layers; their leaves are stacked."""
         policy = REMAT_POLICIES[self.compute.remat]
-        block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
+        # Inside a loop nothing merges what is computed again with what was computed before; unrolled, it must be kept.
+        block = nn.remat(Block, policy=policy, prevent_cse=self.compute.unroll > 1) if policy else Block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -1,4 +1,4 @@
-"""Parameters with their logical axes, and the norm every block uses."""
+"""Parameters with their logical axes, the norm every block uses, and the feed-forward of one expert."""
 
 from collections.abc import Sequence
 
@@ -38,3 +38,8 @@ class RMSNorm(nn.Module):
         x_float32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x_float32), axis=over, keepdims=True)
         return (x_float32 * jax.lax.rsqrt(variance + self.eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def feed_forward(x: jax.Array, gate_DxF: jax.Array, up_DxF: jax.Array, down_FxD: jax.Array) -> jax.Array:
+    """SwiGLU: down(silu(gate(x)) * up(x)), over the last dimension of x."""
+    return (jax.nn.silu(x @ gate_DxF) * (x @ up_DxF)) @ down_FxD

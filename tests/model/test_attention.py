@@ -9,7 +9,9 @@ import pytest
 from flax import linen as nn
 from tiny import ARCHITECTURE, COMPILE_FAST, random_batch
 
+from flexolmo_jax.model import attention_blockwise
 from flexolmo_jax.model.attention import Attention, rotary
+from flexolmo_jax.model.attention_kernels import KERNELS
 
 
 def rotate(x_SxHxC, positions_S, theta):
@@ -46,14 +48,16 @@ def test_rotary_turns_complex_numbers():
     np.testing.assert_allclose(jax.jit(rotary)(np.float32(x_BxSxHxC), positions_BxS, 5e5), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("kernel", ["reference", "blockwise"])
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
-def test_attention_is_that_of_plain_loops(num_kv_heads):
+def test_attention_is_that_of_plain_loops(monkeypatch, num_kv_heads, kernel):
     """Grouped heads, QK-norm over all heads, several documents and padding in a row."""
+    monkeypatch.setattr(attention_blockwise, "BLOCK_LENGTH", 4)
     arch = dataclasses.replace(ARCHITECTURE, num_kv_heads=num_kv_heads)
     rng = np.random.default_rng(0)
     batch = random_batch([[5, 4], [3, 2, 2]], 9)
     x_BxSxD = rng.normal(size=(2, 9, arch.d_model))
-    module = Attention(arch, jnp.float32, ())
+    module = Attention(arch, jnp.float32, (), kernel)
     arguments = (jnp.float32(x_BxSxD), batch["segment_ids"], batch["positions"])
     shapes = jax.eval_shape(lambda key: nn.unbox(module.init(key, *arguments)["params"]), jax.random.key(0))
     leaves = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape), shapes)
@@ -62,3 +66,35 @@ def test_attention_is_that_of_plain_loops(num_kv_heads):
     for row in range(2):
         expected = attend(x_BxSxD[row], batch["segment_ids"][row], batch["positions"][row], leaves, arch)
         np.testing.assert_allclose(actual[0][row], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(("length", "num_kv_heads"), [(9, 4), (16, 2), (37, 1)])
+def test_blocks_have_the_gradient_of_all_scores_at_once(monkeypatch, length, num_kv_heads, dtype, tolerance):
+    """Blocks of 4 at least, 8 at most: lengths that divide into them and that do not."""
+    monkeypatch.setattr(attention_blockwise, "BLOCK_LENGTH", 4)
+    rng = np.random.default_rng(0)
+    query, toward = (jnp.asarray(rng.normal(size=(2, length, 4, 8)), dtype) for _ in range(2))
+    key, value = (jnp.asarray(rng.normal(size=(2, length, num_kv_heads, 8)), dtype) for _ in range(2))
+    segment_ids = jnp.cumsum(rng.random((2, length)) < 0.2, axis=1)
+
+    def both(kernel):
+        out, vjp = jax.vjp(lambda *inputs: KERNELS[kernel](*inputs, segment_ids, ()), query, key, value)
+        return out, *vjp(toward)
+
+    actual, expected = (jax.jit(both, static_argnums=0)(kernel) for kernel in ("blockwise", "reference"))
+    for got, want in zip(actual, expected, strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(np.float32(got), np.float32(want), atol=tolerance, rtol=tolerance)
+
+
+def test_what_causality_masks_is_hardly_computed():
+    """FLOPs of the compiled program: half of all scores, and half a block for each block."""
+    query = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.float32)
+    rows = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+
+    def flops(kernel):
+        compiled = jax.jit(lambda *inputs: KERNELS[kernel](*inputs, ())).lower(query, query, query, rows).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops("blockwise") < 0.6 * flops("reference")

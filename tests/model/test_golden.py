@@ -10,7 +10,8 @@ import pytest
 from tiny import COMPILE_FAST
 
 from flexolmo_jax.model.decoder import Compute, Decoder
-from flexolmo_jax.training.objective import cross_entropy, load_balancing
+from flexolmo_jax.training.head_loss import head_loss
+from flexolmo_jax.training.objective import load_balancing
 
 WIDTH = 33  # tokens in a row of `input_ids`; everything is padded to it, for one compilation
 
@@ -25,7 +26,7 @@ def case(request):
 
     def loss(params, tokens, segment_ids):
         out = model.apply_flat(params, tokens, segment_ids)
-        nats = cross_entropy(out.logits_BxSxV[:, :-1], jnp.maximum(targets, 0), mask)
+        nats = head_loss(out.hidden_BxSxD[:, :-1], model.head(params), jnp.maximum(targets, 0), mask, 0.0).loss
         return nats / mask.sum(), out
 
     compute = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=COMPILE_FAST)

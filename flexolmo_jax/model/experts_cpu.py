@@ -1,0 +1,149 @@
+"""Experts of a merge on CPUs: expert after expert, each with its rows in blocks, forward and backward.
+
+A row is a token and one of its k experts. Rows are sorted by expert, and a loop takes block after block of an expert's
+rows through the whole feed-forward: what lies between its matmuls stays in the cache, and the backward pass computes
+it anew. An expert without rows is never read, and a weight of 0 makes no row.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from flexolmo_jax.model.layers import feed_forward
+
+LEAST_ROWS, MOST_ROWS = 64, 256  # of a block: fewer make slow matmuls; of more, too many are computed in vain
+SUMMED = "experts_summed"  # name of the result, for rematerialisation
+LEAVES = ("gate", "up", "down")
+
+
+@jax.custom_vjp
+def looped_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array) -> jax.Array:
+    """The weighted sum of each token's experts, as `experts.sum_experts` has it; a weight of 0 gets no gradient."""
+    return _forward(x_NxD, experts, weights_NxK, expert_NxK)[0]
+
+
+class _Rows(NamedTuple):
+    """The rows sorted by expert, R = N * K of them, those without an expert last.
+
+    Attributes:
+      token_R: whose row it is.
+      place_NxK: where each token's rows are.
+      weight_P: float32, and zeros for one more block.
+      first_E: each expert's first row.
+      count_E: its rows.
+      size: rows of a block.
+    """
+
+    token_R: jax.Array
+    place_NxK: jax.Array
+    weight_P: jax.Array
+    first_E: jax.Array
+    count_E: jax.Array
+    size: int
+
+    @classmethod
+    def sort(cls, weights_NxK: jax.Array, expert_NxK: jax.Array, num_experts: int) -> "_Rows":
+        weight_R, (num_tokens, top_k) = weights_NxK.reshape(-1), weights_NxK.shape
+        size = min(num_tokens, max(LEAST_ROWS, min(MOST_ROWS, num_tokens * top_k // num_experts // 8)))
+        expert_R = jnp.where(weight_R > 0, expert_NxK.reshape(-1), num_experts)
+        order_R = jnp.argsort(expert_R, stable=True)
+        count_E = jnp.sum(expert_R[:, None] == jnp.arange(num_experts), axis=0)
+        place_NxK = jnp.argsort(order_R).reshape(weights_NxK.shape)
+        weight_P = jnp.pad(weight_R[order_R], (0, size))
+        return cls(order_R // top_k, place_NxK, weight_P, jnp.cumsum(count_E) - count_E, count_E, size)
+
+    def take(self, x_NxD: jax.Array) -> jax.Array:
+        """The tokens of the rows, and zeros for one more block: a block never begins later than it should."""
+        return jnp.pad(x_NxD[self.token_R], ((0, self.size), (0, 0)))
+
+    def add_up(self, y_PxD: jax.Array) -> jax.Array:
+        """The sum of each token's rows."""
+        return jnp.sum(y_PxD[self.place_NxK], axis=1)
+
+    def loop_over_blocks(self, expert: jax.Array, body, carry):
+        """Loops over an expert's blocks: body(first row of the block, its weights, carry) -> carry.
+
+        Rows of the last block that are not the expert's weigh 0. They are the next expert's, which comes later.
+        """
+
+        def one(block, carry):
+            in_expert = block * self.size + jnp.arange(self.size)
+            start = self.first_E[expert] + block * self.size
+            weights = jax.lax.dynamic_slice_in_dim(self.weight_P, start, self.size)
+            return body(start, jnp.where(in_expert < self.count_E[expert], weights, 0)[:, None], carry)
+
+        return jax.lax.fori_loop(0, -(-self.count_E[expert] // self.size), one, carry)
+
+
+def _forward(x_NxD, experts, weights_NxK, expert_NxK):
+    num_experts = experts["gate"].shape[0]
+    with jax.named_scope("dispatch"):
+        rows = _Rows.sort(weights_NxK, expert_NxK, num_experts)
+        x_PxD = rows.take(x_NxD)
+        chosen_E = jnp.argsort(rows.count_E == 0, stable=True)  # those with rows come first, in their order
+
+    def add_expert(i, y_PxD):
+        kernels = [experts[leaf][chosen_E[i]] for leaf in LEAVES]
+
+        def add_block(start, weights_Tx1, y_PxD):
+            out_TxD = feed_forward(jax.lax.dynamic_slice_in_dim(x_PxD, start, rows.size), *kernels)
+            return jax.lax.dynamic_update_slice_in_dim(y_PxD, weights_Tx1 * out_TxD.astype(jnp.float32), start, 0)
+
+        return rows.loop_over_blocks(chosen_E[i], add_block, y_PxD)
+
+    with jax.named_scope("experts"):
+        y_PxD = jax.lax.fori_loop(0, jnp.sum(rows.count_E > 0), add_expert, jnp.zeros(x_PxD.shape, jnp.float32))
+    with jax.named_scope("combine"):
+        y_NxD = checkpoint_name(rows.add_up(y_PxD), SUMMED)
+    return y_NxD, (x_NxD, experts, weights_NxK, expert_NxK)
+
+
+def _backward(residuals, toward_NxD):
+    x_NxD, experts, weights_NxK, expert_NxK = residuals
+    num_experts, dtype = experts["gate"].shape[0], x_NxD.dtype
+    with jax.named_scope("dispatch"):
+        rows = _Rows.sort(weights_NxK, expert_NxK, num_experts)
+        x_PxD, toward_PxD = rows.take(x_NxD), rows.take(toward_NxD.astype(dtype))
+
+    def add_expert(expert, gradients):
+        gate_DxF, up_DxF, down_FxD = (experts[leaf][expert] for leaf in LEAVES)
+
+        def add_block(start, weights_Tx1, gradients):
+            d_x_PxD, d_weight_P, *d_kernels = gradients
+            x_TxD, toward_TxD = (jax.lax.dynamic_slice_in_dim(y, start, rows.size) for y in (x_PxD, toward_PxD))
+            hidden_TxF, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, x_TxD @ gate_DxF, x_TxD @ up_DxF)
+            d_out_TxF = toward_TxD @ down_FxD.T  # toward the hidden units, before the row's weight
+            d_weight_T = jnp.sum(hidden_TxF.astype(jnp.float32) * d_out_TxF, axis=-1)
+            weights_Tx1 = weights_Tx1.astype(dtype)
+            d_gate_TxF, d_up_TxF = hidden_vjp(weights_Tx1 * d_out_TxF)
+            d_x_TxD = d_gate_TxF @ gate_DxF.T + d_up_TxF @ up_DxF.T
+            left = (x_TxD.T, x_TxD.T, (weights_Tx1 * hidden_TxF).T)
+            d_kernels = [
+                total + jnp.matmul(a, b, preferred_element_type=jnp.float32)
+                for total, a, b in zip(d_kernels, left, (d_gate_TxF, d_up_TxF, toward_TxD), strict=True)
+            ]
+            d_x_PxD = jax.lax.dynamic_update_slice_in_dim(d_x_PxD, d_x_TxD.astype(jnp.float32), start, 0)
+            return d_x_PxD, jax.lax.dynamic_update_slice_in_dim(d_weight_P, d_weight_T, start, 0), *d_kernels
+
+        d_x_PxD, d_weight_P, *d_stacks = gradients
+        zeros = [jnp.zeros(stack.shape[1:], jnp.float32) for stack in d_stacks]
+        d_x_PxD, d_weight_P, *d_kernels = rows.loop_over_blocks(expert, add_block, (d_x_PxD, d_weight_P, *zeros))
+        d_stacks = (
+            jax.lax.dynamic_update_index_in_dim(stack, kernel.astype(stack.dtype), expert, 0)
+            for stack, kernel in zip(d_stacks, d_kernels, strict=True)
+        )
+        return d_x_PxD, d_weight_P, *d_stacks
+
+    with jax.named_scope("experts"):
+        zeros = (jnp.zeros(x_PxD.shape, jnp.float32), jnp.zeros(rows.weight_P.shape, jnp.float32))
+        d_stacks = (jnp.zeros_like(experts[leaf]) for leaf in LEAVES)
+        d_x_PxD, d_weight_P, *d_stacks = jax.lax.fori_loop(0, num_experts, add_expert, (*zeros, *d_stacks))
+    with jax.named_scope("combine"):
+        d_weights_NxK = jnp.where(weights_NxK > 0, d_weight_P[rows.place_NxK], 0)
+        d_x_NxD = rows.add_up(jnp.where((rows.weight_P > 0)[:, None], d_x_PxD, 0)).astype(dtype)
+    return d_x_NxD, dict(zip(LEAVES, d_stacks, strict=True)), d_weights_NxK, None
+
+
+looped_experts.defvjp(_forward, _backward)

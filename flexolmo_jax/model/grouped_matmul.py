@@ -1,0 +1,156 @@
+"""Grouped matmul: the rows of x come in groups, and each group is multiplied by a kernel of its own.
+
+The implementations, and what the compiled program of a step with gradients showed of them (jax 0.10.2):
+
+- `ragged` (`jax.lax.ragged_dot`): for TPUs a kernel, but the gradient of the kernels is dense, so that the FLOPs grow
+  with the number of groups. For NVIDIA GPUs, and for CPUs, all of it is dense.
+- `megablox` (Pallas, part of JAX): kernels for TPUs, forward and backward; tiles without rows are not visited.
+- `blocks`: block after block of rows, each a plain matmul, on any device. At most one block a group is in vain.
+- `tokamax` (Pallas, a library that is not required): kernels for GPUs, forward and backward, tuned for few shapes.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax.errors import UserError
+
+MEGABLOX_TILE = (512, 1024, 1024)  # at most: rows, contracted dimension, columns; fits the 16 MiB of VMEM twice
+LEAST_BLOCK_ROWS, BLOCK_ROWS = 64, 1024  # at most; enough for a matmul of a block to be as fast as any
+
+
+def grouped_matmul(
+    x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, implementation: str
+) -> jax.Array:
+    """Multiplies each row by the kernel of its group.
+
+    Args:
+      x_RxD: rows, those of group 0 first, then those of group 1, and so on.
+      kernels_ExDxF: one kernel a group, in the dtype of x.
+      group_sizes_E: int32, rows of each group, at most R together. Rows beyond are of no group: what stands there,
+        in the result and in the gradient of x, is undefined.
+      implementation: a key of `IMPLEMENTATIONS`.
+
+    Returns:
+      [R, F], in the dtype of x.
+    """
+    return IMPLEMENTATIONS[implementation](x_RxD, kernels_ExDxF, group_sizes_E)
+
+
+def _megablox(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    num_rows = x_RxD.shape[0]
+    sizes = (num_rows, *kernels_ExDxF.shape[1:])
+    tiling = tuple(_tile(size, most) for size, most in zip(sizes, MEGABLOX_TILE, strict=True))
+    if num_rows % tiling[0]:
+        x_RxD = jnp.pad(x_RxD, ((0, -num_rows % tiling[0]), (0, 0)))
+    return gmm(x_RxD, kernels_ExDxF, group_sizes_E, x_RxD.dtype, tiling)[:num_rows]
+
+
+def _tile(size: int, most: int) -> int:
+    """A multiple of 128, at most `most`, that covers the size in as few tiles as possible with little to spare."""
+    return -(-size // -(-size // most) // 128) * 128
+
+
+def _tokamax(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    try:
+        import tokamax
+    except ImportError:
+        raise UserError(
+            "--config.compute.dispatch=tokamax: not installed; pip install tokamax, or use blocks"
+        ) from None
+    return tokamax.ragged_dot(x_RxD, kernels_ExDxF, group_sizes_E)
+
+
+@jax.custom_vjp
+def _blocks(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    return _multiply_blocks(x_RxD, kernels_ExDxF, group_sizes_E, "RD,DF->RF")
+
+
+def _blocks_forward(x_RxD, kernels_ExDxF, group_sizes_E):
+    return _blocks(x_RxD, kernels_ExDxF, group_sizes_E), (x_RxD, kernels_ExDxF, group_sizes_E)
+
+
+def _blocks_backward(saved, toward_RxF):
+    x_RxD, kernels_ExDxF, group_sizes_E = saved
+    toward_RxD = _multiply_blocks(toward_RxF, kernels_ExDxF, group_sizes_E, "RF,DF->RD")
+    toward_ExDxF = _sum_blocks(x_RxD, toward_RxF, group_sizes_E).astype(kernels_ExDxF.dtype)
+    return toward_RxD, toward_ExDxF, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _multiply_blocks(x_RxD: jax.Array, kernels: jax.Array, group_sizes_E: jax.Array, equation: str) -> jax.Array:
+    """Each row by the kernel of its group, as the equation says.
+
+    A group's last block reaches into the rows of the next group, which overwrites them when its turn comes.
+    """
+    num_rows = x_RxD.shape[0]
+    size = _block_rows(num_rows, group_sizes_E.shape[0])
+    x_RxD = jnp.pad(x_RxD, ((0, size), (0, 0)))
+
+    def multiply(y, block):
+        group, start, _ = block
+        rows = jax.lax.dynamic_slice_in_dim(x_RxD, start, size)
+        return jax.lax.dynamic_update_slice_in_dim(y, jnp.einsum(equation, rows, kernels[group]), start, 0), None
+
+    shape = jax.eval_shape(functools.partial(jnp.einsum, equation), x_RxD, kernels[0])
+    y, _ = jax.lax.scan(multiply, jnp.zeros(shape.shape, shape.dtype), _block_table(group_sizes_E, num_rows, size))
+    return y[:num_rows]
+
+
+def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """The gradient of the kernels, float32 [E, D, F]: for each group, the sum of its rows' outer products."""
+    num_rows = x_RxD.shape[0]
+    size = _block_rows(num_rows, group_sizes_E.shape[0])
+    x_RxD, toward_RxF = (jnp.pad(y, ((0, size), (0, 0))) for y in (x_RxD, toward_RxF))
+
+    def add(total_ExDxF, block):
+        group, start, end = block
+        rows = jax.lax.dynamic_slice_in_dim(x_RxD, start, size)
+        rows = jnp.where((start + jnp.arange(size) < end)[:, None], rows, 0)
+        toward = jax.lax.dynamic_slice_in_dim(toward_RxF, start, size)
+        outer_DxF = jnp.einsum("RD,RF->DF", rows, toward, preferred_element_type=jnp.float32)
+        outer_DxF += jax.lax.dynamic_index_in_dim(total_ExDxF, group, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(total_ExDxF, outer_DxF, group, 0), None
+
+    zeros_ExDxF = jnp.zeros((group_sizes_E.shape[0], x_RxD.shape[1], toward_RxF.shape[1]), jnp.float32)
+    return jax.lax.scan(add, zeros_ExDxF, _block_table(group_sizes_E, num_rows, size))[0]
+
+
+def _block_rows(num_rows: int, num_groups: int) -> int:
+    """An eighth of a group's mean rows, so that little is computed in vain, within what is worth a matmul."""
+    return min(num_rows, max(LEAST_BLOCK_ROWS, min(BLOCK_ROWS, num_rows // num_groups // 8)))
+
+
+def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The group, the first row and the end of the group of each block, in the order of rows.
+
+    There are as many blocks as the worst division of rows into groups needs; those left over begin after all rows.
+    """
+    num_groups = group_sizes_E.shape[0]
+    ends_E, blocks_E = jnp.cumsum(group_sizes_E), -(-group_sizes_E // size)
+    last_block_E = jnp.cumsum(blocks_E)
+    block_T = jnp.arange((num_rows + num_groups * (size - 1)) // size)
+    group_T = jnp.minimum(jnp.searchsorted(last_block_E, block_T, side="right"), num_groups - 1)
+    in_group_T = block_T - (last_block_E - blocks_E)[group_T]
+    start_T = (ends_E - group_sizes_E)[group_T] + in_group_T * size
+    start_T = jnp.where(block_T < last_block_E[-1], start_T, num_rows)
+    return group_T, start_T, ends_E[group_T]
+
+
+IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "ragged": jax.lax.ragged_dot,
+    "megablox": _megablox,
+    "tokamax": _tokamax,
+    "blocks": _blocks,
+}
+
+
+def choose(platform: str) -> str:
+    """The implementation for the devices of a platform ("cpu", "gpu" or "tpu")."""
+    return "megablox" if platform == "tpu" else "blocks"

@@ -1,0 +1,114 @@
+"""Attention by the kernels of accelerators, interpreted where there is none, against plain attention."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pallas_interpreter import interpreted
+from tiny import COMPILE_FAST, assert_trees_close, random_batch
+
+from configs.base import SHARDING_RULES
+from flexolmo_jax import sharding
+from flexolmo_jax.model import attention_accelerators
+from flexolmo_jax.model.attention_accelerators import cudnn, splash
+
+HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 16, 256
+# A row of one document; of three, whose ends are no multiples of a block, and padding; of one token and padding.
+SEGMENT_IDS = random_batch([[256], [100, 3, 130], [1], [128, 128]], LENGTH)["segment_ids"]
+
+
+def random_arguments(length=LENGTH, dtype=jnp.float32):
+    """(query, key, value, where the output ought to go)."""
+    rng = np.random.default_rng(0)
+    return tuple(
+        jnp.asarray(rng.normal(size=(len(SEGMENT_IDS), length, heads, HEAD_DIM)), dtype)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    )
+
+
+def plain(query, key, value, segment_ids):
+    """Softmax over all keys, of which those of other documents and those to come weigh nothing."""
+    length = query.shape[1]
+    key, value = (jnp.repeat(y, query.shape[2] // y.shape[2], axis=2) for y in (key, value))
+    scores = jnp.einsum("bsnc,btnc->bnst", query, key) / query.shape[-1] ** 0.5
+    visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & np.tri(length, dtype=bool)
+    weights = jnp.where(visible[:, None], jnp.exp(scores), 0)
+    return jnp.einsum("bnst,btnc->bsnc", weights / weights.sum(-1, keepdims=True), value)
+
+
+def with_gradients(attend, arguments, segment_ids=SEGMENT_IDS):
+    *inputs, toward = arguments
+
+    def computed(toward, *inputs):
+        out, pull = jax.vjp(lambda *inputs: attend(*inputs, segment_ids), *inputs)
+        return out, *pull(toward)
+
+    with interpreted():
+        return jax.jit(computed, compiler_options=COMPILE_FAST)(toward, *inputs)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return jax.device_get(with_gradients(plain, random_arguments()))
+
+
+@pytest.mark.parametrize("block", [128, 512])
+def test_splash_attention_is_causal_and_keeps_documents_apart(monkeypatch, expected, block):
+    monkeypatch.setattr(attention_accelerators, "SPLASH_BLOCK", block)
+    assert_trees_close(with_gradients(splash, random_arguments()), expected, 1e-5)
+
+
+def test_splash_attention_is_computed_where_rows_and_heads_are(expected):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "expert": 1, "tensor": 2})
+    with jax.set_mesh(mesh):
+        heads = jax.NamedSharding(mesh, sharding.partition_spec(("batch", None, "heads", None), SHARDING_RULES))
+        arguments = jax.device_put(random_arguments(), heads)
+        actual = with_gradients(lambda *a: splash(*a, SHARDING_RULES), arguments)
+    assert_trees_close(actual, expected, 1e-5)
+    assert actual[0].sharding.shard_shape(actual[0].shape) == (1, LENGTH, HEADS // 2, HEAD_DIM)
+
+
+def test_splash_attention_takes_bfloat16():
+    low = random_arguments(dtype=jnp.bfloat16)
+    actual = with_gradients(splash, low)
+    assert {x.dtype for x in actual} == {jnp.dtype(jnp.bfloat16)}
+    exact = with_gradients(plain, [jnp.float32(x) for x in low])
+    assert_trees_close(actual, jax.device_get(exact), 0.02)
+
+
+@pytest.mark.parametrize("attend", [splash, cudnn])
+def test_what_a_kernel_does_not_take_is_computed_without_it(attend):
+    """A length that is no multiple of 128; float32."""
+    arguments = tuple(x[:, :40] for x in random_arguments())
+    segment_ids = SEGMENT_IDS[:, :40]
+    expected = jax.device_get(with_gradients(plain, arguments, segment_ids))
+    assert_trees_close(with_gradients(attend, arguments, segment_ids), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "dtype", "implementation"),
+    [
+        (256, 128, "bfloat16", "cudnn"),
+        (40, 8, "float16", "cudnn"),
+        (256, 128, "float32", "xla"),
+        (255, 128, "bfloat16", "xla"),
+        (256, 12, "bfloat16", "xla"),
+        (256, 256, "bfloat16", "xla"),
+    ],
+)
+def test_cudnn_is_asked_for_what_it_takes(length, head_dim, dtype, implementation):
+    """Which it is depends on shapes and dtype alone; the kernel itself runs where there is a GPU."""
+    inputs = [jax.ShapeDtypeStruct((2, length, heads, head_dim), dtype) for heads in (4, 2, 2)]
+    with mock.patch.object(jax.nn, "dot_product_attention", side_effect=lambda query, *_, **__: query) as asked:
+        jax.eval_shape(cudnn, *inputs, jax.ShapeDtypeStruct((2, length), "int32"))
+    assert asked.call_args.kwargs["implementation"] == implementation
+    assert asked.call_args.kwargs["is_causal"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_cudnn_attention_is_causal_and_keeps_documents_apart():
+    low = random_arguments(dtype=jnp.bfloat16)
+    exact = with_gradients(plain, [jnp.float32(x) for x in low])
+    assert_trees_close(with_gradients(cudnn, low), jax.device_get(exact), 0.02)

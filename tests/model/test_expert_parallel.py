@@ -1,0 +1,150 @@
+"""Stacked experts over eight devices against every expert for every token on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mixtures import masked_sum
+from tiny import COMPILE_FAST, assert_trees_close
+
+from configs.base import SHARDING_RULES
+from flexolmo_jax import sharding
+from flexolmo_jax.model.expert_parallel import stacked_experts
+from flexolmo_jax.model.experts import KERNEL_AXES
+from flexolmo_jax.model.mixture import chosen_weights
+
+LAYERS, BATCH, LENGTH, D_MODEL, D_FF, EXPERTS, TOP_K = 2, 8, 6, 16, 24, 8, 4
+MESHES = [
+    {"expert": 4, "tensor": 2},
+    {"fsdp": 2, "expert": 2, "tensor": 2},
+    {"fsdp": 8},
+    {"expert": 8},
+    {"data": 2, "tensor": 4},
+]
+ROUTINGS = {"even": 0.0, "to one expert": 50.0}
+
+
+def make_mesh(sizes):
+    return sharding.make_mesh({**dict.fromkeys(sharding.MESH_AXES, 1), **sizes})
+
+
+def random_arguments(routing, batch=BATCH, dtype=np.float32):
+    """(leaves, x, where the outputs ought to go): leaves with the layer axis in front, and a row for each expert."""
+    rng = np.random.default_rng(0)
+    sizes = {"embed": D_MODEL, "mlp": D_FF}
+    leaves = {
+        leaf: rng.normal(0, 0.5, (LAYERS, EXPERTS, *(sizes[axis] for axis in axes))).astype(dtype)
+        for leaf, axes in KERNEL_AXES.items()
+    }
+    leaves["row"] = np.float32(rng.normal(0, 0.5, (LAYERS, EXPERTS, D_MODEL)))
+    # The first element of x is 1, and lets a row prefer its expert for all tokens.
+    leaves["row"][:, EXPERTS // 2, 0] += ROUTINGS[routing]
+    x, toward = rng.normal(size=(2, batch, LENGTH, D_MODEL)).astype(dtype)
+    x[..., 0] = 1
+    return leaves, x, toward
+
+
+def shards(mesh, leaves, x, toward):
+    """The same arguments, laid out on the mesh."""
+    axes = {**{leaf: ("layers", "experts", *axes) for leaf, axes in KERNEL_AXES.items()}, "row": ("layers", None, None)}
+    leaves = jax.device_put(leaves, sharding.leaf_shardings(leaves, axes, mesh, SHARDING_RULES))
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, sharding.even_spec(x.shape, ("batch", "length", None), SHARDING_RULES))
+    return leaves, *jax.device_put((x, toward), rows)
+
+
+def objective(experts_sum, leaves, x, toward):
+    """(scalar, outputs) of layers of a router and its experts, each computed again in the backward pass."""
+
+    @jax.checkpoint
+    def layer(x, leaves):
+        leaves = dict(leaves)
+        weights = jax.nn.softmax(jnp.einsum("bsd,ed->bse", x.astype(jnp.float32), leaves.pop("row")))
+        y = experts_sum(x, leaves, weights)
+        first = x[..., :1]  # stays 1
+        return jnp.concatenate([first, jnp.tanh(x + y)[..., 1:]], axis=-1), None
+
+    x, _ = jax.lax.scan(layer, x, leaves)
+    return jnp.sum((x * toward).astype(jnp.float32)), x
+
+
+def spread(dispatch):
+    def experts_sum(x, kernels, weights):
+        return stacked_experts(x, kernels, *chosen_weights(weights, TOP_K, False), dispatch, SHARDING_RULES)
+
+    return experts_sum
+
+
+def one_after_another(x, kernels, weights):
+    return masked_sum(x, kernels, weights, TOP_K).astype(x.dtype)
+
+
+def compiled(experts_sum, arguments):
+    gradients = jax.value_and_grad(lambda leaves, x, toward: objective(experts_sum, leaves, x, toward), (0, 1), True)
+    return jax.jit(gradients, compiler_options=COMPILE_FAST).lower(*arguments).compile()
+
+
+@pytest.fixture(scope="module", params=ROUTINGS)
+def case(request):
+    arguments = random_arguments(request.param)
+    return arguments, jax.device_get(compiled(one_after_another, arguments)(*arguments))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_devices_share_experts_and_tokens_without_changing_any(case, sizes):
+    """Outputs, and gradients of kernels, router rows and inputs; without drops, all tokens may choose one expert."""
+    arguments, expected = case
+    mesh = make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        arguments = shards(mesh, *arguments)
+        actual = compiled(spread("blocks"), arguments)(*arguments)
+    assert_trees_close(actual, expected, 1e-5)
+    for leaf, gradient in actual[1][0].items():
+        assert gradient.sharding.is_equivalent_to(arguments[0][leaf].sharding, gradient.ndim), leaf
+
+
+@pytest.mark.parametrize("dispatch", ["loop", "ragged", "all"])
+def test_every_dispatch_can_be_shared(dispatch):
+    arguments = random_arguments("even")
+    expected = compiled(one_after_another if dispatch != "all" else spread("all"), arguments)(*arguments)
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        arguments = shards(mesh, *arguments)
+        actual = compiled(spread(dispatch), arguments)(*arguments)
+    assert_trees_close(actual, jax.device_get(expected), 1e-5)
+
+
+def test_rows_that_do_not_divide_over_the_devices_are_computed_too():
+    arguments = random_arguments("even", batch=3)
+    expected = jax.device_get(compiled(one_after_another, arguments)(*arguments))
+    mesh = make_mesh({"expert": 4, "tensor": 2})
+    with jax.set_mesh(mesh):
+        arguments = shards(mesh, *arguments)
+        assert_trees_close(compiled(spread("blocks"), arguments)(*arguments), expected, 1e-5)
+
+
+def test_bfloat16_is_summed_as_well_as_on_one_device():
+    exact = random_arguments("even")
+    expected = jax.device_get(compiled(one_after_another, exact)(*exact))
+    low = random_arguments("even", dtype=jnp.bfloat16)
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        arguments = shards(mesh, *low)
+        (_, out), (leaves, x) = compiled(spread("blocks"), arguments)(*arguments)
+    assert out.dtype == x.dtype == leaves["gate"].dtype == jnp.bfloat16
+    assert leaves["row"].dtype == jnp.float32
+    assert_trees_close(out, expected[0][1], 0.03)
+
+
+def test_no_device_ever_holds_what_others_compute():
+    """The program of a device has its experts' kernels, of its hidden units alone, and no more rows than it may get."""
+    mesh = make_mesh({"expert": 4, "tensor": 2})
+    with jax.set_mesh(mesh):
+        arguments = shards(mesh, *random_arguments("even"))
+        program = compiled(spread("blocks"), arguments).as_text()
+    # EXPERTS / 4 experts of D_FF / 2 hidden units; a gathered token has at most that many rows of its TOP_K.
+    assert f"f32[{EXPERTS // 4},{D_MODEL},{D_FF // 2}]" in program
+    assert f"f32[{EXPERTS},{D_MODEL}," not in program
+    assert f"{D_MODEL},{D_FF}]" not in program
+    assert f"f32[{BATCH * LENGTH * (EXPERTS // 4)},{D_FF // 2}]" in program
+    assert f"f32[{BATCH * LENGTH * TOP_K},{D_FF // 2}]" not in program

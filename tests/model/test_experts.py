@@ -1,0 +1,91 @@
+"""The ways to compute stacked experts, against plain loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, masked_sum, plain_sum, random_mixture, to_float32
+from tiny import COMPILE_FAST, assert_trees_close
+
+from flexolmo_jax.model import experts_cpu
+from flexolmo_jax.model.expert_parallel import stacked_experts
+from flexolmo_jax.model.mixture import chosen_weights
+
+HERE = ("all", "loop", "ragged", "blocks")  # those that run without an accelerator
+jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
+
+
+def sum_of_chosen(x, kernels, weights, top_k, normalize=False, dispatch="ragged"):
+    return stacked_experts(x, kernels, *chosen_weights(weights, top_k, normalize), dispatch)
+
+
+summed = jit(sum_of_chosen, static_argnums=(3, 4, 5))
+
+
+@pytest.mark.parametrize("dispatch", HERE)
+@pytest.mark.parametrize("top_k", range(1, EXPERTS + 1))
+def test_stacked_experts_sum_as_plain_loops_do(top_k, dispatch):
+    x, kernels, weights = random_mixture()
+    actual = summed(*to_float32((x, kernels, weights)), top_k, False, dispatch)
+    np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, top_k), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dispatch", HERE)
+@pytest.mark.parametrize("top_k", range(1, EXPERTS + 1))
+def test_normalised_weights_of_the_top_k_sum_to_one(top_k, dispatch):
+    x, kernels, weights = random_mixture()
+    heaviest = np.sort(weights, axis=-1)[..., -top_k:].sum(-1, keepdims=True)
+    actual = summed(*to_float32((x, kernels, weights)), top_k, True, dispatch)
+    np.testing.assert_allclose(actual, plain_sum(x, kernels, weights / heaviest, top_k), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 14])
+def test_blocks_of_any_size_sum_to_the_same(monkeypatch, rows):
+    """Tokens are spread unevenly, so that experts have several blocks, a part of one, or none."""
+    monkeypatch.setattr(experts_cpu, "LEAST_ROWS", rows)
+    monkeypatch.setattr(experts_cpu, "MOST_ROWS", rows)
+    x, kernels, weights = random_mixture()
+    weights[..., 1] = 0
+    weights[..., 3] *= 5
+    actual = jit(functools.partial(sum_of_chosen, top_k=2, dispatch="loop"))(*to_float32((x, kernels, weights)))
+    np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_whose_experts_all_weigh_nothing_are_zero():
+    x, kernels, weights = random_mixture()
+    weights[0] = 0
+    for normalize in (False, True):
+        assert (summed(*to_float32((x, kernels, weights)), 2, normalize, "loop")[0] == 0).all()
+
+
+@pytest.mark.parametrize("dispatch", HERE)
+@pytest.mark.parametrize("favourite", [0, 2])
+def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
+    x, kernels, weights = random_mixture()
+    weights = 0.01 * weights + 0.99 * np.eye(EXPERTS)[favourite]
+    actual = summed(*to_float32((x, kernels, weights)), 1, False, dispatch)
+    np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, 1), rtol=1e-4, atol=1e-4)
+    assert (np.abs(actual).max(axis=-1) > 0).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(top_k):
+    arguments = to_float32(random_mixture())
+    toward = np.float32(np.random.default_rng(1).normal(size=(BATCH, LENGTH, D_MODEL)))
+
+    def gradients(experts_sum):
+        return jit(jax.grad(lambda a: jnp.sum(experts_sum(*a, top_k) * toward)))(arguments)
+
+    assert_trees_close(gradients(sum_of_chosen), gradients(masked_sum), 1e-5)
+
+
+@pytest.mark.parametrize("dispatch", HERE)
+def test_bfloat16_experts_are_weighed_in_float32(dispatch):
+    x, kernels, weights = random_mixture()
+    low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (x, kernels))
+    actual = summed(*low, np.float32(weights), 2, False, dispatch)
+    assert actual.dtype == jnp.bfloat16
+    expected = plain_sum(*jax.tree.map(np.float64, low), weights, 2)
+    assert np.abs(np.float64(actual) - expected).max() < 0.02 * np.abs(expected).max()

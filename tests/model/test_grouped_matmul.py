@@ -1,0 +1,123 @@
+"""Grouped matmul and its gradients against one matmul for each group."""
+
+import contextlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pallas_interpreter import interpreted
+from tiny import COMPILE_FAST
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import grouped_matmul
+
+ROWS, D, F = 150, 20, 140
+HERE = ("ragged", "blocks", "megablox")  # those that run without an accelerator
+GROUP_SIZES = {
+    "even": (50, 50, 50),
+    "uneven": (7, 0, 143),
+    "one": (0, 150, 0),
+    "rows of no group": (3, 64, 10),
+    "none": (0, 0, 0),
+}
+
+
+def random_arguments(dtype):
+    rng = np.random.default_rng(0)
+    shapes = ((ROWS, D), (3, D, F), (ROWS, F))
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+def group_by_group(x, kernels, toward, group_sizes):
+    """(result, gradient of x, gradient of kernels), float64; zeros where a row is of no group."""
+    x, kernels, toward = (np.float64(a) for a in (x, kernels, toward))
+    y, toward_x, toward_kernels = np.zeros((ROWS, F)), np.zeros((ROWS, D)), np.zeros_like(kernels)
+    start = 0
+    for e, size in enumerate(group_sizes):
+        rows = slice(start, start + size)
+        y[rows] = x[rows] @ kernels[e]
+        toward_x[rows] = toward[rows] @ kernels[e].T
+        toward_kernels[e] = x[rows].T @ toward[rows]
+        start += size
+    return y, toward_x, toward_kernels
+
+
+def computed(implementation, x, kernels, toward, group_sizes):
+    """The same by `grouped_matmul`."""
+    group_sizes = jnp.asarray(group_sizes, jnp.int32)
+
+    def with_gradients(x, kernels, toward):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul.grouped_matmul(x, w, group_sizes, implementation), x, kernels)
+        return y, *pull(toward)
+
+    with interpreted() if implementation == "megablox" else contextlib.nullcontext():
+        return jax.jit(with_gradients, compiler_options=COMPILE_FAST)(x, kernels, toward)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("sizes", GROUP_SIZES)
+def test_each_row_meets_the_kernel_of_its_group(monkeypatch, sizes, implementation):
+    monkeypatch.setattr(grouped_matmul, "BLOCK_ROWS", 16)
+    arguments = random_arguments(jnp.float32)
+    actual = computed(implementation, *arguments, GROUP_SIZES[sizes])
+    expected = group_by_group(*arguments, GROUP_SIZES[sizes])
+    of_a_group = slice(sum(GROUP_SIZES[sizes]))
+    for got, exact in zip(actual[:2], expected[:2], strict=True):
+        np.testing.assert_allclose(got[of_a_group], exact[of_a_group], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(actual[2], expected[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_bfloat16_stays_bfloat16_and_is_summed_in_float32(implementation):
+    arguments = random_arguments(jnp.bfloat16)
+    actual = computed(implementation, *arguments, GROUP_SIZES["uneven"])
+    expected = group_by_group(*arguments, GROUP_SIZES["uneven"])
+    for got, exact in zip(actual, expected, strict=True):
+        assert got.dtype == jnp.bfloat16
+        # Half a unit in the last of 8 binary places: only the result is rounded.
+        assert np.all(np.abs(np.float64(got) - exact) <= 2**-8 * np.abs(exact) + 1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 150, 1024])
+def test_blocks_of_any_size_give_the_same(monkeypatch, rows):
+    monkeypatch.setattr(grouped_matmul, "BLOCK_ROWS", rows)
+    arguments = random_arguments(jnp.float32)
+    actual = computed("blocks", *arguments, GROUP_SIZES["uneven"])
+    for got, exact in zip(actual, group_by_group(*arguments, GROUP_SIZES["uneven"]), strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_groups", [1, 4, 64])
+def test_at_most_one_block_a_group_is_computed_in_vain(num_groups):
+    """So the work follows the rows, not the groups; and no division of the rows needs more blocks than there are."""
+    num_rows, size = 512, 16
+    rng = np.random.default_rng(0)
+    for group_sizes in (
+        rng.multinomial(num_rows, rng.dirichlet([0.5] * num_groups)),
+        [num_rows] + [0] * (num_groups - 1),
+    ):
+        group, start, end = grouped_matmul._block_table(jnp.asarray(group_sizes, jnp.int32), num_rows, size)
+        assert num_rows <= len(group) * size < num_rows + num_groups * size
+        of_row = np.full(num_rows, -1)
+        for g, first, last in zip(group, start, end, strict=True):
+            of_row[first : min(first + size, last)] = g
+        np.testing.assert_array_equal(of_row, np.repeat(np.arange(num_groups), group_sizes))
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "tile"), [(4096, 1024, 1024), (11008, 1024, 1024), (1376, 1024, 768), (24, 1024, 128)]
+)
+def test_tiles_are_few_and_waste_little(size, most, tile):
+    assert grouped_matmul._tile(size, most) == tile
+
+
+def test_only_tpus_have_a_kernel_of_their_own():
+    assert [grouped_matmul.choose(platform) for platform in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "blocks"]
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(UserError, match=r"--config.compute.dispatch=tokamax: not installed; .* use blocks"):
+        computed("tokamax", *random_arguments(jnp.float32), GROUP_SIZES["even"])
