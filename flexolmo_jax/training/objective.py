@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from flexolmo_jax.model.decoder import Decoder, Output
+from flexolmo_jax.training.head_loss import head_loss
 
 
 class LossWeights(NamedTuple):
@@ -17,15 +17,9 @@ class LossWeights(NamedTuple):
     load_balancing: float
 
 
-def cross_entropy(logits_BxSxV: jax.Array, targets_BxS: jax.Array, mask_BxS: jax.Array) -> jax.Array:
-    """Sum of the negative log likelihood of the targets, in nats, over the tokens of the mask."""
-    nats_BxS = optax.softmax_cross_entropy_with_integer_labels(logits_BxSxV, targets_BxS)
-    return jnp.sum(nats_BxS * mask_BxS)
-
-
-def z_loss(logits: jax.Array, mask_BxS: jax.Array) -> jax.Array:
-    """Sum of the squared log partition function; `logits` is [..., batch, length, classes]."""
-    return jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * mask_BxS)
+def router_z_loss(logits_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+    """Squared log partition function of the router's logits: mean over layers, sum over the tokens of the mask."""
+    return jnp.sum(jnp.square(jax.nn.logsumexp(logits_LxBxSxE, axis=-1)) * mask_BxS) / logits_LxBxSxE.shape[0]
 
 
 def load_balancing(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array, top_k: int) -> jax.Array:
@@ -66,12 +60,11 @@ def objective(
     out: Output = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"])
     mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
     tokens = jnp.sum(mask_BxS)
-    sums = {
-        "tokens": tokens,
-        "cross_entropy": cross_entropy(out.logits_BxSxV, batch["targets"], mask_BxS),
-        "z_loss": z_loss(out.logits_BxSxV, mask_BxS),
-        "router_z_loss": z_loss(out.router_logits_LxBxSxE, mask_BxS) / model.architecture.num_layers,
+    head = head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, weights.z_loss)
+    router = {
+        "router_z_loss": router_z_loss(out.router_logits_LxBxSxE, mask_BxS),
         "load_balancing": load_balancing(out.router_weights_LxBxSxE, mask_BxS, model.layout.top_k) * tokens,
     }
-    loss = sums["cross_entropy"] + sum(getattr(weights, name) * sums[name] for name in weights._fields)
+    loss = head.loss + sum(getattr(weights, name) * value for name, value in router.items())
+    sums = {"tokens": tokens, "cross_entropy": head.cross_entropy, "z_loss": head.z_loss, **router}
     return loss, {**sums, "routing_E": routing_shares(out.router_weights_LxBxSxE, mask_BxS)}

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.training.objective import LossWeights, cross_entropy, objective, routing_shares
+from flexolmo_jax.training.head_loss import head_loss
+from flexolmo_jax.training.objective import LossWeights, objective, routing_shares
 
 Leaves = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -80,9 +81,10 @@ def make_loss_step(model: Decoder) -> Callable[..., dict[str, jax.Array]]:
     def loss_step(params: Leaves, batch: Batch, expert_mask: jax.Array | None = None) -> dict[str, jax.Array]:
         out = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"], expert_mask)
         mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
+        head = head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, 0.0)
         return {
             "tokens": jnp.sum(mask_BxS),
-            "cross_entropy": cross_entropy(out.logits_BxSxV, batch["targets"], mask_BxS),
+            "cross_entropy": head.cross_entropy,
             "routing_E": routing_shares(out.router_weights_LxBxSxE, mask_BxS),
         }
 

@@ -1,0 +1,114 @@
+"""The head and its loss in one, piece of the length after piece: the logits of all tokens never exist at once.
+
+The gradient is taken in the forward pass, while a piece's logits are at hand: nothing is computed twice, and neither
+logits nor their gradient, [batch, length, vocab], are kept.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PIECE = 128  # positions of a row whose logits exist at once
+
+
+class HeadLoss(NamedTuple):
+    """Sums over the tokens of the mask, float32: what is minimised, and its terms before their weights."""
+
+    loss: jax.Array
+    cross_entropy: jax.Array
+    z_loss: jax.Array
+
+
+@jax.custom_vjp
+def head_loss(
+    hidden_BxSxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxS: jax.Array,
+    mask_BxS: jax.Array,
+    z_weight: float | jax.Array,
+) -> HeadLoss:
+    """Cross-entropy, plus z-loss times its weight, of the logits hidden @ head.
+
+    The cross-entropy is the negative log likelihood of the targets in nats; the z-loss is the squared log partition
+    function (docs/method.md, "Settings of the published run"). Gradients flow through `loss` alone, to
+    the hidden states and the head.
+
+    Args:
+      hidden_BxSxD: the head's input, in the dtype of the computation; logits are float32.
+      head_DxV: the head, in the same dtype.
+      targets_BxS: int32 token ids.
+      mask_BxS: float32, 1 where a token counts.
+      z_weight: weight of the z-loss.
+    """
+
+    def add(sums, piece):
+        return jax.tree.map(jnp.add, sums, _losses(*piece, head_DxV, z_weight)[0]), None
+
+    return jax.lax.scan(add, _no_loss(), _pieces(hidden_BxSxD, targets_BxS, mask_BxS))[0]
+
+
+def _forward(hidden, head, targets, mask, z_weight):
+    """The losses, and the gradient of `loss`: of the head only where something is trained through it."""
+    hidden_BxSxD, head_DxV, z_weight = hidden.value, head.value, z_weight.value
+
+    def add(total, piece):
+        sums, d_head_DxV = total
+        hidden_BxPxD, targets_BxP, mask_BxP = piece
+        losses, (logits_BxPxV, log_normalizer_BxP) = _losses(*piece, head_DxV, z_weight)
+        # d loss / d logits = mask * ((1 + 2 z_weight log_normalizer) softmax - one-hot target)
+        factor_BxP = mask_BxP * (1 + 2 * z_weight * log_normalizer_BxP)
+        d_logits_BxPxV = jnp.exp(logits_BxPxV - log_normalizer_BxP[..., None]) * factor_BxP[..., None]
+        is_target_BxPxV = targets_BxP[..., None] == jnp.arange(head_DxV.shape[1])
+        d_logits_BxPxV -= jnp.where(is_target_BxPxV, mask_BxP[..., None], 0)
+        d_logits_BxPxV = d_logits_BxPxV.astype(head_DxV.dtype)
+        if d_head_DxV is not None:
+            d_head_DxV += jnp.einsum("BPD,BPV->DV", hidden_BxPxD, d_logits_BxPxV, preferred_element_type=jnp.float32)
+        d_hidden_BxPxD = jnp.einsum("BPV,DV->BPD", d_logits_BxPxV, head_DxV)
+        return (jax.tree.map(jnp.add, sums, losses), d_head_DxV), d_hidden_BxPxD
+
+    d_head_DxV = jnp.zeros(head_DxV.shape, jnp.float32) if head.perturbed else None
+    pieces = _pieces(hidden_BxSxD, targets.value, mask.value)
+    (sums, d_head_DxV), d_hidden = jax.lax.scan(add, (_no_loss(), d_head_DxV), pieces)
+    d_head_DxV = None if d_head_DxV is None else d_head_DxV.astype(head_DxV.dtype)
+    return sums, (_joined(d_hidden, hidden_BxSxD.shape), d_head_DxV)
+
+
+def _backward(gradients, d_sums):
+    d_hidden_BxSxD, d_head_DxV = (g if g is None else (g * d_sums.loss).astype(g.dtype) for g in gradients)
+    return d_hidden_BxSxD, d_head_DxV, None, None, None
+
+
+head_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _losses(hidden_BxPxD, targets_BxP, mask_BxP, head_DxV, z_weight):
+    """(the losses of a piece, (its logits and their log partition function))."""
+    logits_BxPxV = jnp.einsum("BPD,DV->BPV", hidden_BxPxD, head_DxV, preferred_element_type=jnp.float32)
+    log_normalizer_BxP = jax.nn.logsumexp(logits_BxPxV, axis=-1)
+    target_BxP = jnp.take_along_axis(logits_BxPxV, targets_BxP[..., None], axis=-1)[..., 0]
+    cross_entropy = jnp.sum((log_normalizer_BxP - target_BxP) * mask_BxP)
+    z_loss = jnp.sum(jnp.square(log_normalizer_BxP) * mask_BxP)
+    return HeadLoss(cross_entropy + z_weight * z_loss, cross_entropy, z_loss), (logits_BxPxV, log_normalizer_BxP)
+
+
+def _no_loss():
+    return HeadLoss(*jnp.zeros(len(HeadLoss._fields), jnp.float32))
+
+
+def _pieces(*arrays_BxS):
+    """[batch, length, ...] -> [pieces, batch, piece, ...]; the last is filled up with zeros, so is its mask."""
+
+    def cut(x):
+        batch, length = x.shape[:2]
+        piece = min(PIECE, length)
+        x = jnp.pad(x, [(0, 0), (0, -length % piece)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch, -1, piece, *x.shape[2:]).swapaxes(0, 1)
+
+    return tuple(map(cut, arrays_BxS))
+
+
+def _joined(pieces, shape):
+    """Pieces as an array of that shape again."""
+    batch, length, *rest = shape
+    return pieces.swapaxes(0, 1).reshape(batch, -1, *rest)[:, :length]
