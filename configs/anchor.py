@@ -10,14 +10,14 @@ The argument is a size of configs/models.py.
 from ml_collections import ConfigDict
 
 from configs import base, models
+from flexolmo_jax.training.partition import PARTITIONS
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Returns the configuration of an anchor of a named size."""
     config = base.get_config()
     models.set_size(config, size)
-    # The router row and bias of an anchor wait for its experts: alone, it has nothing to route.
-    config.partition = ((r"blocks/mixture/anchor/(row|bias)", "frozen"), (r".*", "trainable"))
+    config.partition = PARTITIONS["anchor"]
     config.optimizer.weight_decay = 0.1
     config.publish.public_documents = 1000
     if size == "tiny":

@@ -39,6 +39,10 @@ def get_config() -> ConfigDict:
     config.model.tied_embeddings = False  # whether the head is the embedding, transposed
     config.model.norm_topk_prob = False  # whether the weights of a token's top-k experts are made to sum to 1
 
+    config.mixture = ConfigDict()  # of fresh weights, which `benchmark` and `plan` take; start_from brings its own
+    config.mixture.num_experts = 1  # stacked experts, the anchor included; 1: none to route between
+    config.mixture.top_k = 1  # experts that compute each token
+
     config.init = ConfigDict()  # of fresh weights, and of a new expert's leaves beside its copy of the anchor's
     config.init.embedding_stddev = 0.02  # of fresh embeddings; every other matrix has 0.02
     config.init.row_file = ""  # .npy of [d_model] or [layers, d_model]: the router row; "": truncated normal
@@ -49,6 +53,9 @@ def get_config() -> ConfigDict:
     config.compute.dtype = "float32"  # activations and matmuls: "float32" or "bfloat16"
     config.compute.frozen_dtype = "float32"  # how frozen leaves are held in memory
     config.compute.remat = "none"  # what the backward pass recomputes: "none", "dots" (keep matmuls), "full"
+    # Which kernels compute; "auto" goes by the devices, and most are for devices of one kind.
+    config.compute.attention = "auto"  # a key of flexolmo_jax/model/attention_kernels.py's KERNELS
+    config.compute.dispatch = "auto"  # of tokens to stacked experts: a key of flexolmo_jax/model/experts.py's DISPATCH
     config.compute.unroll = 1  # blocks per iteration of the scan over layers
 
     config.data = ConfigDict()  # what is trained on, and in which batches

@@ -11,13 +11,14 @@ The argument is a size of configs/models.py.
 from ml_collections import ConfigDict
 
 from configs import base, models
+from flexolmo_jax.training.partition import PARTITIONS
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Returns the configuration of an expert of a named size."""
     config = base.get_config()
     models.set_size(config, size)
-    config.partition = ((r"blocks/mixture/expert/.*", "trainable"), (r".*", "frozen"))
+    config.partition = PARTITIONS["expert"]
     config.loss.router_z_loss = 1e-3
     # A share of public rows teaches the router when not to choose this expert.
     config.data.public_share = 0.5

@@ -1,38 +1,33 @@
-"""The benchmark of generation, on a model of a few thousand parameters."""
+"""The benchmarks, on models of a few thousand parameters."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "generation.py"
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-def test_it_compares_what_writes_the_same_tokens(tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    sizes = dict(d_model=32, d_ff=48, layers=2, heads=2, vocab=300, prompt=9, new=12, runs=1)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_merging_is_compared_with_copying_as_many_bytes(tmp_path):
+    sizes = dict(d_model=32, d_ff=4096, layers=2, heads=2, vocab=300, experts=3, runs=1, pause=0)
     arguments = [f"--{name}={size}" for name, size in sizes.items()]
+    files = [f"--directory={tmp_path}", f"--json={tmp_path}/figures.json"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments, "--batch", "1", "3", "--json", str(tmp_path / "figures.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        [sys.executable, str(BENCHMARKS / "merge.py"), *arguments, *files], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    one, three = json.loads((tmp_path / "figures.json").read_text())["results"]
-    assert (one["batch"], three["batch"]) == (1, 3)
-    for figures in (one, three):
-        assert figures["same_tokens"]
-        assert figures["ratio"] > 0
-        assert f"{figures['ratio']:.2f} times the best of transformers" in done.stdout
-
-    # A token's 2 of 4 experts, and the 3.5 of 4 that three tokens reach: of 8 matrices of 32 x 48 in each of 2 layers.
-    def read(figures):
-        return figures["step_gigabytes_per_second"] * figures["step_ms"]
-
-    assert read(three) - read(one) == pytest.approx(1.5 * 3 * 2 * 32 * 48 * 4 / 1e6, rel=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    merge, opt_out = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert (merge["verb"], opt_out["verb"]) == ("merge", "opt-out")
+    expert = 2 * (3 * 32 * 4096 + 32 + 1) * 4 / 1e9
+    assert merge["gigabytes"] - opt_out["gigabytes"] == pytest.approx(expert, rel=0.01)
+    for figures in (merge, opt_out):
+        assert figures["copied_gigabytes"] == pytest.approx(figures["gigabytes"], rel=0.01)
+        assert 0 < figures["seconds"] < figures["command_seconds"]
+        assert figures["ratio"] == pytest.approx(
+            figures["seconds"] / (figures["copy_seconds"] + figures["read_seconds"])
+        )
+        assert f"{figures['verb']} of 3" in done.stdout

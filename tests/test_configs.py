@@ -13,6 +13,7 @@ from configs import base, models
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
+from flexolmo_jax.training.inputs import build_model
 from flexolmo_jax.training.optimizer import make_schedule
 from flexolmo_jax.training.partition import trainable_paths
 
@@ -26,9 +27,14 @@ TRAINS = {
     "anchor": (ANCHOR, lambda path: not re.search("mixture/anchor/(row|bias)", path), 1e12),
     "expert": (PAIR, lambda path: path.startswith("blocks/mixture/expert/"), 50e9),
     "router": (STACKED, lambda path: path.endswith(("experts/row", "experts/bias")), 5e9),
+    "joint": (STACKED, lambda path: True, 50e9),
 }
 # What a command needs besides `--config`, `--workdir` and data.
-STARTS = {"expert": {"config.start_from", "config.expert"}, "router": {"config.start_from"}}
+STARTS = {
+    "expert": {"config.start_from", "config.expert"},
+    "router": {"config.start_from"},
+    "joint": {"config.start_from"},
+}
 
 
 def get_config(name, *size):
@@ -66,6 +72,11 @@ class TestEverySize:
         paths = Decoder(Architecture(**config.model), layout).abstract()
         assert trainable_paths(paths, config.partition) == {path for path in paths if trains(path)}
 
+    def test_its_fresh_model_has_the_layout_it_trains(self, name, size):
+        config = get_config(name, size)
+        fresh = {"anchor": ANCHOR, "expert": PAIR}.get(name, Layout("stacked", *((4, 2) if size == "tiny" else (8, 4))))
+        assert build_model(config)[0].layout == fresh
+
     def test_its_model_divides_over_sixteen_devices(self, name, size):
         config = get_config(name, size)
         model = Decoder(Architecture(**config.model), TRAINS[name][0], Compute(config.compute.dtype))
@@ -102,6 +113,14 @@ def test_the_largest_size_is_the_published_one():
 def test_an_unknown_size_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'huge'.*tiny, 190m, 1b, 7b"):
         get_config("anchor", "huge")
+
+
+def test_the_benchmark_changes_values_of_base_alone():
+    config = get_config("benchmark")
+    assert config.is_locked
+    assert keys(config).keys() == keys(base.get_config()).keys()
+    assert [get_config("benchmark", *size).model.vocab_size for size in ((), ("50304",))] == [512, 50_304]
+    assert build_model(config)[0].layout == Layout("stacked", 4, 2)
 
 
 def test_base_is_locked():

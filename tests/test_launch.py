@@ -1,14 +1,21 @@
 """The launch scripts say what they do without doing it, and refuse a Python they cannot use."""
 
 import pathlib
+import shlex
 import subprocess
 
 import pytest
+import small
+
+from flexolmo_jax.benchmark import run
+from flexolmo_jax.benchmark.machine import restored
+from flexolmo_jax.model.architecture import PAIR, Layout
+from flexolmo_jax.training.inputs import build_model
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 
 
-@pytest.mark.parametrize("script", ["benchmark_generation.sh", "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("script", ["benchmark_gpu.sh", "benchmark_merge.sh", "quickstart.sh", "test.sh"])
 def test_help_names_the_script_and_does_nothing(script, tmp_path):
     result = subprocess.run(
         ["bash", str(LAUNCH / script), "--help"], capture_output=True, text=True, cwd=tmp_path, check=True
@@ -28,6 +35,44 @@ def test_an_unfit_python_is_refused(tmp_path):
     )
     assert result.returncode == 2
     assert "3.11 or 3.12" in result.stderr
+
+
+# ml_collections loads configuration files by a method that Python is about to lose.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_gpu_is_measured_by_commands_that_make_sense(tmp_path, monkeypatch):
+    script = ["bash", str(LAUNCH / "benchmark_gpu.sh"), "--dry-run", "out"]
+    printed = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    commands = [shlex.split(line) for line in printed.splitlines()]
+    assert not list(tmp_path.iterdir())
+    tests = [command[3:] for command in commands if command[:3] == ["python", "-m", "pytest"]]
+    assert all((LAUNCH.parent / path).exists() for paths in tests for path in paths)
+
+    models = []
+
+    def benchmark(config, steps, *_, **__):
+        models.extend(build_model(restored(run.prepared(config, step)))[0] for step in steps)
+        return []
+
+    monkeypatch.chdir(LAUNCH.parent)
+    monkeypatch.setattr(run, "benchmark", benchmark)
+    verbs = [command[3:] for command in commands if command[:3] == ["python", "-m", "flexolmo_jax"]]
+    for verb in verbs:
+        assert small.flexolmo(*verb).status == 0, verb
+    assert len(tests) + len(verbs) == len(commands)
+    sizes = [(model.layout, model.architecture.d_model, model.compute.dtype) for model in models]
+    assert sizes == [
+        (PAIR, 128, "float32"),
+        (PAIR, 4096, "bfloat16"),
+        (Layout("stacked", 4, 2), 2048, "bfloat16"),
+    ]
+    assert len(list((tmp_path / "out").glob("*.json"))) == len(verbs)
+
+
+def test_an_unknown_option_of_the_gpu_script_is_refused(tmp_path):
+    script = ["bash", str(LAUNCH / "benchmark_gpu.sh"), "--dryrun"]
+    result = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--dryrun" in result.stderr
 
 
 def test_every_script_is_valid_shell():

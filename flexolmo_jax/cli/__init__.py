@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "held-out loss of a model, or its scores on tasks, with any experts left out",
     "generate": "text that continues a prompt, and each expert's share of it",
     "serve": "a model answering the OpenAI API's requests for completions",
+    "benchmark": "what steps of training and decoding cost on this machine, next to transformers",
     "inspect": "what a directory is, and whether its digests hold",
     "import-hf": "a model or a contribution of a Hugging Face directory",
     "export-hf": "a Hugging Face directory of a model, an anchor or a contribution",

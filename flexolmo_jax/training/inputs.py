@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -12,7 +13,9 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
+from flexolmo_jax.model.attention_kernels import KERNELS
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
+from flexolmo_jax.model.experts import DISPATCH
 from flexolmo_jax.training.partition import trainable_paths
 
 EXPERT = directories.MIXTURE + "expert/"  # where the leaves of the expert in training lie
@@ -21,6 +24,8 @@ _CHOICES = {
     ("compute", "dtype"): ("float32", "bfloat16"),
     ("compute", "frozen_dtype"): ("float32", "bfloat16"),
     ("compute", "remat"): tuple(REMAT_POLICIES),
+    ("compute", "attention"): ("auto", *KERNELS),
+    ("compute", "dispatch"): ("auto", *DISPATCH),
     ("optimizer", "schedule"): ("cosine", "wsd"),
 }
 _POSITIVE = (
@@ -31,6 +36,8 @@ _POSITIVE = (
     ("checkpoint", "every"),
     ("checkpoint", "keep"),
     ("log", "every"),
+    ("mixture", "num_experts"),
+    ("mixture", "top_k"),
 )
 _NOT_NEGATIVE = (("evaluation", "every"), ("evaluation", "batches"), ("publish", "public_documents"))
 
@@ -60,8 +67,10 @@ class Inputs(NamedTuple):
         return self.manifest.roster if self.manifest else [directories.ANCHOR_NAME]
 
 
-def build_model(config: ConfigDict) -> tuple[Decoder, directories.Model | None]:
+def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decoder, directories.Model | None]:
     """The decoder a configuration describes, and the manifest of the model it starts from, if any.
+
+    `platform` is that of the devices that will compute, by default of those that are here.
 
     Raises:
       UserError: a value makes no sense, alone or with the model it starts from.
@@ -71,17 +80,29 @@ def build_model(config: ConfigDict) -> tuple[Decoder, directories.Model | None]:
     if config.expert:
         _check_expert(config, manifest)
     if manifest is None:
-        architecture, layout = Architecture.from_dict(config.model.to_dict(), "--config.model"), ANCHOR
+        architecture = Architecture.from_dict(config.model.to_dict(), "--config.model")
+        layout = _fresh_layout(config)
     else:
         architecture = Architecture.from_dict(manifest.architecture, config.start_from)
         layout = PAIR if config.expert else Layout.of_roster(len(manifest.experts), manifest.top_k)
-    compute = Compute(config.compute.dtype, config.compute.remat, config.compute.unroll, config.sharding_rules)
+    how = config.compute
+    compute = Compute(
+        how.dtype,
+        how.remat,
+        how.unroll,
+        config.sharding_rules,
+        platform=platform or jax.default_backend(),
+        attention=how.attention,
+        dispatch=how.dispatch,
+    )
     return Decoder(architecture, layout, compute), manifest
 
 
 def read_inputs(config: ConfigDict) -> Inputs:
     """Reads and checks everything but weights; raises UserError naming the key that is wrong."""
     model, manifest = build_model(config)
+    if manifest is None:
+        _check_fresh(config, model.layout)
     trainable = trainable_paths(model.abstract(), config.partition)
     others = sorted(path for path in trainable if config.expert and not path.startswith(EXPERT))
     if others:
@@ -162,6 +183,25 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(
             f"--config.data.accumulate={config.data.accumulate}: must divide --config.data.batch_size="
             f"{config.data.batch_size}"
+        )
+
+
+def _fresh_layout(config: ConfigDict) -> Layout:
+    """The layout of fresh weights: a mixture, the pair whose expert the partition names, or an anchor."""
+    names_expert = any(EXPERT in pattern for pattern, _ in config.partition)
+    if config.mixture.num_experts == 1 and names_expert:
+        return PAIR
+    return Layout.of_roster(config.mixture.num_experts, config.mixture.top_k)
+
+
+def _check_fresh(config: ConfigDict, layout: Layout) -> None:
+    """Refuses to train fresh weights of anything but an anchor."""
+    if layout is PAIR:
+        raise UserError("--config.start_from: empty; an expert starts from an anchor, give its model directory")
+    if layout is not ANCHOR:
+        raise UserError(
+            f"--config.start_from: empty; a mixture of {layout.num_experts} experts starts from a merge, "
+            "give its model directory"
         )
 
 

@@ -7,6 +7,14 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 
 TRAINABLE, FROZEN = "trainable", "frozen"
+# By what is trained: an anchor; an owner's expert; a merged model's router; all of a merged model.
+PARTITIONS = {
+    # The router row and bias of an anchor wait for its experts: alone, it has nothing to route.
+    "anchor": ((r"blocks/mixture/anchor/(row|bias)", FROZEN), (r".*", TRAINABLE)),
+    "expert": ((r"blocks/mixture/expert/.*", TRAINABLE), (r".*", FROZEN)),
+    "router": ((r"blocks/mixture/experts/(row|bias)", TRAINABLE), (r".*", FROZEN)),
+    "joint": ((r".*", TRAINABLE),),
+}
 
 
 def trainable_paths(paths: Iterable[str], partition: Sequence[tuple[str, str]]) -> set[str]:

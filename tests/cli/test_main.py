@@ -29,6 +29,7 @@ FLAGS = {
         *("layers", "dtype"),
     ],
     "serve": ["model", "name", "host", "port", "slots", "queue", "max_length", "dtype", "verbose"],
+    "benchmark": ["config", "step", "runs", "versus", "json"],
     "inspect": ["check"],
     "import-hf": ["source", "out", "expert_names", "public_rows_from", "as_contribution", "anchor", "expert"],
     "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "drop_bias"],
@@ -103,6 +104,7 @@ REQUIRED = {
     "evaluate": {"model": "x"},
     "generate": {"model": "x"},
     "serve": {"model": "x"},
+    "benchmark": {"config": "configs/benchmark.py"},
     "import-hf": {"source": "x", "out": "x"},
     "export-hf": {"out": "x"},
 }
@@ -212,6 +214,12 @@ BAD_RUNS = [
     ([ANCHOR, DATA, "--config.start_from={home}/nosuch"], ["--config.start_from", "give a model directory"]),
     ([ANCHOR, DATA, "--config.start_from={home}/news"], ["--config.start_from", "is a contribution directory"]),
     (EXPERT, ["--config.start_from", "give its model directory"]),
+    (["--config=configs/expert.py", DATA], ["--config.start_from: empty", "an expert starts from an anchor"]),
+    (
+        ["--config=configs/router.py", DATA],
+        ["--config.start_from: empty", "a mixture of 4 experts starts from a merge"],
+    ),
+    ([ANCHOR, DATA, "--config.mixture.top_k=0"], ["--config.mixture.top_k=0", "at least 1"]),
     ([*EXPERT, "--config.expert=anchor"], ["--config.expert=anchor", "lower-case"]),
     ([*EXPERT, "--config.expert=A/b"], ["--config.expert=A/b", "lower-case"]),
     ([*EXPERT, "--config.start_from={home}/anchor"], ["--config.data.public_share", "--config.data.public=DIR"]),

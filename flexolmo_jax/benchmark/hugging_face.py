@@ -1,0 +1,171 @@
+"""The same steps by transformers and PyTorch, as fast as their own switches make them.
+
+Frozen parameters have `requires_grad` off and, in mixed precision, lie in the dtype in which frozen leaves are held.
+Of the expert step, where transformers holds the anchor's kernels and the expert's in one tensor: the `eager`
+implementation, which takes one expert after the other, is given a list of two parameters instead, the anchor's frozen;
+the others need one tensor, so that they compute the gradient of both halves and train both (a tensor put together of
+two in each step takes them as long).
+"""
+
+import time
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from flexolmo_jax.benchmark.subject import Spec
+from flexolmo_jax.errors import UserError
+
+# Parts of the names of what a step trains.
+TRAINED = {"anchor": [""], "joint": [""], "expert": ["mlp."], "router": ["mlp.gate."]}
+TRAINED_OF_LISTS = ["mlp.gate.", "proj.1"]
+
+
+class TrainStep:
+    """A `Subject`: forward pass, cross-entropy, backward pass, clipping and AdamW."""
+
+    def __init__(self, spec: Spec):
+        """Reads the configuration; nothing is computed yet."""
+        self._spec, self._config = spec, spec.config
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def build(self) -> dict[str, Any]:
+        """Makes a model and takes a step, which compiles it where that is asked for."""
+        data, optimizer = self._config["data"], self._config["optimizer"]
+        check_memory(self._spec, rows=data["batch_size"] // data["accumulate"] * data["sequence_length"])
+        torch.manual_seed(self._config["seed"])
+        with torch.device(self._device):
+            model = random_model(self._spec).train()
+            freeze(model, self._spec)
+            shape = (data["batch_size"], data["sequence_length"])
+            self._tokens = torch.randint(self._config["model"]["vocab_size"], shape)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._trained,
+            lr=optimizer["learning_rate"],
+            betas=(optimizer["beta1"], optimizer["beta2"]),
+            eps=optimizer["epsilon"],
+            weight_decay=optimizer["weight_decay"],
+            fused=True,
+        )
+        self._forward = torch.compile(model) if self._spec.compiled else model
+        start = time.perf_counter()
+        self.step()
+        self.wait()
+        seconds = time.perf_counter() - start
+        return {"platform": self._device, "compile_seconds": seconds, "tokens": self._tokens.numel()}
+
+    def step(self) -> None:
+        """Takes a step."""
+        dtype, parts = getattr(torch, self._config["compute"]["dtype"]), self._config["data"]["accumulate"]
+        for rows in self._tokens.chunk(parts):
+            with torch.autocast(self._device, dtype, enabled=dtype != torch.float32):
+                loss = self._forward(input_ids=rows, labels=rows, use_cache=False).loss
+            (loss / parts).backward()
+        if self._config["optimizer"]["clip_norm"]:
+            torch.nn.utils.clip_grad_norm_(self._trained, self._config["optimizer"]["clip_norm"])
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def wait(self) -> None:
+        """Waits for the device."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    def token(self) -> float:
+        """Not measured."""
+        raise NotImplementedError
+
+    limit = token
+
+    def device_memory(self) -> int | None:
+        """Peak bytes in use on the device."""
+        return torch.cuda.max_memory_allocated() if self._device == "cuda" else None
+
+
+class Generation(TrainStep):
+    """A `Subject`: greedy `generate`, from prompts of half a row to a whole one."""
+
+    def build(self) -> dict[str, Any]:
+        """Makes a model and generates once, which compiles it where that is asked for."""
+        rows, length = self._config["data"]["batch_size"], self._config["data"]["sequence_length"]
+        check_memory(self._spec, rows=rows * length)
+        torch.manual_seed(self._config["seed"])
+        self._new = length // 2
+        with torch.device(self._device):
+            self._model = random_model(self._spec).to(getattr(torch, self._config["compute"]["dtype"])).eval()
+            self._prompts = torch.randint(self._config["model"]["vocab_size"], (rows, length - self._new))
+        if self._spec.compiled:
+            self._model.forward = torch.compile(self._model.forward)
+        start = time.perf_counter()
+        self.step()
+        self.wait()
+        seconds = time.perf_counter() - start
+        return {"platform": self._device, "compile_seconds": seconds, "tokens": rows * self._new}
+
+    def step(self) -> None:
+        """Generates."""
+        length = {"max_new_tokens": self._new, "min_new_tokens": self._new, "do_sample": False}
+        cache = {"cache_implementation": "static"} if self._spec.compiled else {}
+        with torch.no_grad():
+            self._model.generate(self._prompts, attention_mask=torch.ones_like(self._prompts), **length, **cache)
+
+
+def random_model(spec: Spec) -> transformers.PreTrainedModel:
+    """With fresh weights: a dense OLMo-2 for the anchor, a FlexOlmo for all else."""
+    model, mixture = spec.config["model"], spec.config["mixture"]
+    sizes = dict(
+        vocab_size=model["vocab_size"],
+        hidden_size=model["d_model"],
+        intermediate_size=model["d_ff"],
+        num_hidden_layers=model["num_layers"],
+        num_attention_heads=model["num_heads"],
+        num_key_value_heads=model["num_kv_heads"],
+        rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
+        rms_norm_eps=model["norm_eps"],
+        tie_word_embeddings=model["tied_embeddings"],
+        max_position_embeddings=spec.config["data"]["sequence_length"],
+        bos_token_id=None,
+        pad_token_id=None,
+        eos_token_id=None,
+    )
+    if not spec.experts:
+        return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**sizes))
+    experts, top_k = (2, 2) if spec.step == "expert" else (mixture["num_experts"], mixture["top_k"])
+    sizes |= dict(num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=model["norm_topk_prob"])
+    built = transformers.FlexOlmoForCausalLM(transformers.FlexOlmoConfig(**sizes))
+    built.set_experts_implementation(spec.experts)
+    return built
+
+
+def freeze(model: transformers.PreTrainedModel, spec: Spec) -> None:
+    """Leaves what the step trains trainable, and nothing else."""
+    trained = TRAINED[spec.step]
+    if spec.step == "expert" and spec.experts == "eager":
+        trained = TRAINED_OF_LISTS
+        for layer in model.model.layers:
+            _split(layer.mlp.experts)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, spec.config["compute"]["frozen_dtype"]))
+
+
+def _split(experts: torch.nn.Module) -> None:
+    """Puts a list of parameters, one for each expert, in place of each tensor of all experts."""
+    for name, stacked in list(experts.named_parameters()):
+        delattr(experts, name)
+        setattr(experts, name, torch.nn.ParameterList(torch.nn.Parameter(one.clone()) for one in stacked.detach()))
+
+
+def check_memory(spec: Spec, rows: int) -> None:
+    """Refuses `batched_mm` where its copies of kernels, for each of `rows` tokens those of its experts, do not fit.
+
+    The copies of all layers are kept for the backward pass; generation keeps those of one layer.
+    """
+    model, top_k = spec.config["model"], 2 if spec.step == "expert" else spec.config["mixture"]["top_k"]
+    layers = 1 if spec.step == "decode" else model["num_layers"]
+    needed = 4 * layers * rows * top_k * 3 * model["d_model"] * model["d_ff"]
+    if spec.experts == "batched_mm" and needed > psutil.virtual_memory().available / 2:
+        raise UserError(f"would copy {needed / 2**30:.0f} GiB of kernels")

@@ -1,0 +1,161 @@
+"""Runs a benchmark: one step after the other, its sides in turns."""
+
+import contextlib
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from flexolmo_jax.benchmark.processes import Process
+from flexolmo_jax.benchmark.subject import Spec
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.training.inputs import build_model
+from flexolmo_jax.training.partition import PARTITIONS
+
+OURS = "flexolmo"
+STEPS = ("anchor", "expert", "joint", "router", "decode")
+# Of transformers: each `experts_implementation`, as it is and through `torch.compile`.
+VARIANTS = tuple(itertools.product(("eager", "grouped_mm", "batched_mm"), (False, True)))
+DENSE = (("", False), ("", True))
+PATIENCE = 600  # seconds in which transformers must have taken a first step
+HOPELESS = 10  # times the fastest: what is so slow in its first step is measured no further
+PAUSE = 0.5  # seconds between measurements, in which the threads of the one before come to rest
+
+Figures = dict[str, Any]
+
+
+def benchmark(
+    config: ConfigDict,
+    steps: Sequence[str],
+    runs: int,
+    versus: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Figures]:
+    """Measures steps on this machine.
+
+    Args:
+      config: all that a step depends on; its partition is replaced by the step's.
+      steps: some of `STEPS`.
+      runs: how often each is measured.
+      versus: whether to measure transformers too.
+      say: called with what is being done.
+
+    Returns:
+      For each step {"step", "sides": {side: figures}, "left_out": {side: why}}. Figures are a worker's answers, a list
+      where it was asked in each run ("seconds", "token_seconds", "limit"), and what `_summary` makes of them.
+
+    Raises:
+      UserError: the configuration does not fit a step, or a step does not fit the machine.
+    """
+    configs = {step: prepared(config, step) for step in steps}  # refuses before time is spent
+    return [_measure(_specs(step, configs[step], versus), runs, say) for step in configs]
+
+
+def prepared(config: ConfigDict, step: str) -> dict[str, Any]:
+    """The configuration with which a step is measured, as JSON gives it back; raises UserError where none fits."""
+    if config.start_from or config.expert:
+        key = "start_from" if config.start_from else "expert"
+        raise UserError(f"--config.{key}={config[key]}: a benchmark takes fresh weights; leave it empty")
+    if step in ("joint", "router") and config.mixture.num_experts < 2:
+        raise UserError(
+            f"--config.mixture.num_experts={config.mixture.num_experts}: --step={step} needs 2 at least; "
+            "give them, or name other steps"
+        )
+    config = config.copy_and_resolve_references()
+    if step in ("anchor", "expert"):
+        config.mixture.num_experts = config.mixture.top_k = 1
+    config.partition = PARTITIONS.get(step, PARTITIONS["joint"])
+    build_model(config, platform="cpu")  # to check it; the devices are for the workers
+    return json.loads(config.to_json())
+
+
+def _specs(step: str, config: dict[str, Any], versus: bool) -> dict[str, Spec]:
+    """What to measure, by name; ours first."""
+    specs = {OURS: Spec(OURS, step, config)}
+    if versus:
+        dense = step == "anchor" or (step == "decode" and config["mixture"]["num_experts"] == 1)
+        for experts, compiled in DENSE if dense else VARIANTS:
+            name = (experts or "dense") + (", compiled" if compiled else "")
+            specs[name] = Spec("transformers", step, config, experts, compiled)
+    return specs
+
+
+def _measure(specs: Mapping[str, Spec], runs: int, say: Callable[[str], None]) -> Figures:
+    """All figures of a step."""
+    step = specs[OURS].step
+    sides: dict[str, Figures] = {}
+    left_out: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        together: dict[str, Process] = {}
+        for name, spec in specs.items():
+            say(f"{step}: {name} compiles")
+            process = Process(spec)
+            stack.callback(process.close)
+            try:
+                # Memory right then, before what is measured of the machine takes some.
+                built = process.ask("build", None if name == OURS else PATIENCE) | process.ask("memory")
+                if name != OURS:
+                    _check_pace(built, process, [sides[other] for other in together if other != OURS])
+            except UserError as error:
+                if name == OURS:
+                    raise
+                process.close()
+                left_out[name] = str(error)
+                continue
+            sides[name], together[name] = built, process
+            if built["platform"] != "cpu":  # one process at a time holds a device
+                _rounds(step, together, sides, runs, say)
+                together.clear()
+                process.close()
+        _rounds(step, together, sides, runs, say)
+    return {"step": step, "sides": {name: _summary(figures) for name, figures in sides.items()}, "left_out": left_out}
+
+
+def _check_pace(built: Figures, process: Process, others: Sequence[Figures]) -> None:
+    """Raises UserError where a step takes so much longer than others' that measuring it would be a waste of time."""
+    longest = HOPELESS * min((figures["first_seconds"] for figures in others), default=float("inf"))
+    # Twice, so that a machine that was busy for a moment leaves nothing out.
+    if built["first_seconds"] > longest and process.ask("step") > longest:
+        raise UserError(f"more than {HOPELESS} times as slow as another")
+
+
+def _rounds(
+    step: str,
+    processes: Mapping[str, Process],
+    sides: Mapping[str, Figures],
+    runs: int,
+    say: Callable[[str], None],
+) -> None:
+    """Asks processes in turns, and adds what they say to the figures of their sides."""
+    for run, (name, process) in itertools.product(range(runs), processes.items()):
+        say(f"{step}: {name}, run {run + 1} of {runs}")
+        measured = {"step": "seconds"}
+        if name == OURS:
+            measured = {"limit": "limit", **measured}
+            if "bytes" in sides[name]:
+                measured["token"] = "token_seconds"
+        for request, key in measured.items():
+            time.sleep(PAUSE)
+            sides[name].setdefault(key, []).append(process.ask(request))
+
+
+def _summary(figures: Figures) -> Figures:
+    """Figures with what follows from their medians.
+
+    "step_seconds" is a training step's time, or that of decoding a token for each row; "tokens_per_second" counts
+    those of a batch, or those that a whole generation writes; "share_of_limit" compares the step's FLOP/s or, of
+    decoding, its bytes/s with the machine's.
+    """
+    seconds = statistics.median(figures["seconds"])
+    step = statistics.median(figures.get("token_seconds", figures["seconds"]))
+    summary = {"tokens_per_second": figures["tokens"] / seconds}
+    if "limit" in figures:
+        rate = figures.get("bytes", figures["flops"]) / step
+        summary["step_seconds"] = step
+        summary["flops_per_second"] = figures["flops"] / step
+        summary["share_of_limit"] = rate / statistics.median(figures["limit"])
+    return {**summary, **figures}

@@ -1,0 +1,70 @@
+"""Tables of a benchmark's figures."""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from flexolmo_jax.benchmark.run import OURS, Figures
+
+GIB = 2**30
+
+
+def steps_table(results: Sequence[Figures]) -> Table:
+    """A row for each step: what this program takes for it, and what the machine could do."""
+    table = _table(
+        "step", ("tokens/s", "step, ms", "FLOP/s", "of the limit", "limit", "compiled in, s", *_memory(results))
+    )
+    for result in results:
+        figures = result["sides"][OURS]
+        limit = statistics.median(figures["limit"])
+        table.add_row(
+            Text(result["step"]),
+            f"{figures['tokens_per_second']:,.1f}",
+            f"{1e3 * figures['step_seconds']:,.1f}",
+            _rate(figures["flops_per_second"], "FLOP/s"),
+            f"{figures['share_of_limit']:.0%}",
+            f"{_rate(limit, 'B/s' if 'bytes' in figures else 'FLOP/s')} ({figures['limit_of']})",
+            f"{figures['compile_seconds']:.1f}",
+            *(f"{figures[key] / GIB:.2f}" for key in _memory(results).values()),
+        )
+    return table
+
+
+def versus_table(result: Figures) -> Table:
+    """A row for each side of a step, the fastest first after ours, with our ratios to it.
+
+    Of tokens/s a ratio above 1 speaks for this program; of memory, one below 1.
+    """
+    sides, memory = dict(result["sides"]), _memory([result])
+    ours = sides.pop(OURS)
+    rates = {"tokens/s": lambda side: side["tokens_per_second"]}
+    rates |= {title: lambda side, key=key: side[key] / GIB for title, key in memory.items()}
+    table = _table(result["step"], [column for title in rates for column in (title, "ours / it")])
+    table.add_row(OURS, *(cell for rate in rates.values() for cell in (f"{rate(ours):,.2f}", "")))
+    for name, side in sorted(sides.items(), key=lambda item: -item[1]["tokens_per_second"]):
+        ratios = ((f"{rate(side):,.2f}", f"{rate(ours) / rate(side):.2f}") for rate in rates.values())
+        table.add_row(Text(f"transformers, {name}"), *itertools.chain(*ratios))
+    return table
+
+
+def _memory(results: Sequence[Figures]) -> dict[str, str]:
+    """Titles of the columns of memory, and the figures they show."""
+    if any("device_peak_bytes" in result["sides"][OURS] for result in results):
+        return {"peak of the device, GiB": "device_peak_bytes"}
+    return {"peak memory, GiB": "peak_bytes", "above libraries, GiB": "peak_bytes_above_libraries"}
+
+
+def _rate(value: float, unit: str) -> str:
+    return f"{value / 1e12:,.1f} T{unit}" if value >= 1e12 else f"{value / 1e9:,.1f} G{unit}"
+
+
+def _table(first: str, columns: Sequence[str]) -> Table:
+    table = Table(box=box.MARKDOWN, header_style="")
+    table.add_column(Text(first), no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    return table

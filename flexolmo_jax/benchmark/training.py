@@ -1,0 +1,100 @@
+"""The training step, as `training.loop` takes it, on random leaves and random tokens."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from flexolmo_jax import sharding
+from flexolmo_jax.benchmark import machine
+from flexolmo_jax.benchmark.flops import train_step_flops
+from flexolmo_jax.benchmark.subject import Spec
+from flexolmo_jax.training import partition
+from flexolmo_jax.training.inputs import Inputs, build_model
+from flexolmo_jax.training.objective import LossWeights
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
+from flexolmo_jax.training.state import initial_state, shardings
+from flexolmo_jax.training.step import Batch, Leaves, make_train_step
+
+
+class TrainStep:
+    """A `Subject`: forward and backward pass, and optimizer."""
+
+    def __init__(self, spec: Spec):
+        """Reads the configuration; nothing is computed yet."""
+        self._config = machine.restored(spec.config)
+
+    def build(self) -> dict[str, Any]:
+        """Compiles the step and takes it once."""
+        config = self._config
+        model, _ = build_model(config)
+        inputs = Inputs(model, None, partition.trainable_paths(model.abstract(), config.partition), [], {})
+        schedule = make_schedule(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        step = make_train_step(model, optimizer, schedule, LossWeights(**config.loss), config.data.accumulate)
+        mesh = sharding.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            trainable, self._frozen = random_leaves(config, inputs, mesh)
+            self._state = initial_state(trainable, optimizer, mesh)
+            self._batch = random_batch(config, mesh)
+            start = time.perf_counter()
+            self._step = jax.jit(step, donate_argnums=0).lower(self._state, self._frozen, self._batch).compile()
+            compile_seconds = time.perf_counter() - start
+        self.step()
+        self.wait()
+        batch, length = config.data.batch_size, config.data.sequence_length
+        return {
+            **machine.devices(),
+            "compile_seconds": compile_seconds,
+            "tokens": batch * length,
+            "flops": train_step_flops(model.architecture, model.layout, inputs.trainable, batch, length),
+            "limit_of": f"{config.compute.dtype} matmul",
+            "temporary_bytes": self._step.memory_analysis().temp_size_in_bytes,
+        }
+
+    def step(self) -> None:
+        """Dispatches a step, to which the state of the one before is donated."""
+        self._state, self._metrics = self._step(self._state, self._frozen, self._batch)
+
+    def wait(self) -> None:
+        """Waits for the last step."""
+        jax.block_until_ready((self._state, self._metrics))
+
+    def token(self) -> float:
+        """Not of a training step."""
+        raise NotImplementedError
+
+    def limit(self) -> float:
+        """FLOP/s of a large matmul in the dtype of the step."""
+        return machine.matmul_rate(self._config.compute.dtype)
+
+    def device_memory(self) -> int | None:
+        """Peak bytes in use on the first device."""
+        return machine.device_memory()
+
+
+def random_leaves(config: ConfigDict, inputs: Inputs, mesh: Mesh) -> tuple[Leaves, Leaves]:
+    """Fresh leaves as (trainable, frozen), made where they lie, in the dtypes in which a run holds them."""
+    where = shardings(inputs, mesh, config.sharding_rules)
+
+    def draw(key: jax.Array) -> Leaves:
+        leaves = inputs.model.init_flat(key)
+        held = {path: "float32" if path in inputs.trainable else config.compute.frozen_dtype for path in leaves}
+        return {path: leaf.astype(held[path]) for path, leaf in leaves.items()}
+
+    return partition.split(jax.jit(draw, out_shardings=where)(jax.random.key(config.seed)), inputs.trainable)
+
+
+def random_batch(config: ConfigDict, mesh: Mesh) -> Batch:
+    """Rows of one document each, without padding."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    rng = np.random.default_rng(config.seed)
+    tokens, targets = rng.integers(0, config.model.vocab_size, (2, *shape), np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    batch = {"tokens": tokens, "targets": targets, "segment_ids": np.ones(shape, np.int32), "positions": positions}
+    return jax.device_put(
+        batch, NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
+    )

@@ -1,0 +1,65 @@
+r"""Measures what steps cost on this machine, with fresh weights and random tokens.
+
+    flexolmo benchmark --config=configs/benchmark.py --versus=transformers
+    flexolmo benchmark --config=configs/expert.py:7b --step=expert --config.data.batch_size=8 --json=expert.json
+
+A step trains what its name says: an anchor, the expert of a pair, all of a mixture (joint), its router; or it decodes
+tokens for a batch of prompts of half a row. FLOP/s count the matmuls that the step needs, whatever it computes beyond
+them (formula in flexolmo_jax/benchmark/flops.py). The limit is that of this machine, measured in turns with the step: a
+large matmul in its dtype or, of decoding, the rate at which memory is read. Figures are medians.
+
+With --versus=transformers the same sizes run there too, in turns, with each implementation of experts it has, compiled
+and not. Peak memory is that of a process, with libraries and compiling; on a device, what it had in use.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from flexolmo_jax.benchmark.run import STEPS
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, as FILE or FILE:ARGUMENT.")
+_STEPS = flags.DEFINE_multi_enum("step", STEPS, STEPS, "What to measure; give the flag once for each. By default all.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Measurements of each step.", lower_bound=1)
+_VERSUS = flags.DEFINE_enum("versus", None, ["transformers"], "What to compare with (extra `interop`).")
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+flags.mark_flags_as_required(["config"])
+
+
+def run() -> None:
+    """Measures, and prints a table of the steps and, where compared, one for each step."""
+    import importlib.util
+    import json
+
+    from etils import epath
+
+    from flexolmo_jax.benchmark.machine import description
+    from flexolmo_jax.benchmark.run import benchmark
+    from flexolmo_jax.benchmark.tables import steps_table, versus_table
+    from flexolmo_jax.errors import UserError
+    from flexolmo_jax.evaluation.tables import show
+    from flexolmo_jax.progress import progress_bar
+
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if _VERSUS.value and missing:
+        raise UserError(f"--versus=transformers: needs {missing[0]}; pip install 'flexolmo-jax[interop]'")
+    with progress_bar("{task.description}") as bar:
+        task = bar.add_task("", total=None)
+        results = benchmark(
+            _CONFIG.value,
+            list(dict.fromkeys(_STEPS.value)),
+            _RUNS.value,
+            bool(_VERSUS.value),
+            say=lambda what: bar.update(task, description=what),
+        )
+    show(steps_table(results))
+    for result in results:
+        if len(result["sides"]) > 1:
+            print()
+            show(versus_table(result))
+        for name, why in result["left_out"].items():
+            print(f"{result['step']}: transformers, {name} is left out: {why}")
+    if _JSON.value:
+        figures = {**description(), "config": json.loads(_CONFIG.value.to_json()), "steps": results}
+        file = epath.Path(_JSON.value)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=2) + "\n")

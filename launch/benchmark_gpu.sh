@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Training steps of large models on one GPU: what they cost, and whether they fit.
+set -euo pipefail
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+  cat <<'HELP'
+usage: bash launch/benchmark_gpu.sh [--dry-run] [--python=INTERPRETER] [OUT]
+
+For a machine with one NVIDIA GPU of 141 GB (an H200). Tests its kernels and takes tiny expert steps; then measures the
+expert step of the published 7b and the joint step of four experts of 1b, both in rows of 4096 tokens, in bfloat16.
+Writes OUT/*.json; OUT is runs/benchmark_gpu unless given, relative to the folder you call this from. Makes .venv
+(once) with the pinned packages and jax[cuda13].
+
+  --dry-run              prints the commands instead
+  --python=INTERPRETER   one that has jax for this GPU, and what requirements-test.txt lists, to be used as it is
+HELP
+  exit 0
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+dry_run= python= out=runs/benchmark_gpu
+for argument in "$@"; do
+  case $argument in
+    --dry-run) dry_run=yes ;;
+    --python=*) python=${argument#*=} ;;
+    -*) echo "unknown option $argument; see --help" >&2; exit 2 ;;
+    *) out=$argument ;;
+  esac
+done
+
+if [ -z "$python" ]; then
+  python=python
+  if [ -z "$dry_run" ]; then
+    make_environment requirements-test.txt
+    pip install --quiet --disable-pip-version-check --constraint "$root/requirements.txt" --editable "$root[cuda]"
+  fi
+fi
+# Of the GPU's memory jax takes three quarters unless told otherwise.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
+
+run() {
+  if [ -n "$dry_run" ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+benchmark() {
+  local name=$1
+  shift
+  run "$python" -m flexolmo_jax benchmark "$@" --json="$out/$name.json"
+}
+
+[[ $out = /* ]] || out=$PWD/$out
+cd "$root"
+run "$python" -m pytest tests/model/test_attention_accelerators.py tests/model/test_grouped_matmul.py
+benchmark expert_tiny --config=configs/expert.py:tiny --step=expert
+benchmark expert_7b --config=configs/expert.py:7b --step=expert --config.data.batch_size=2
+benchmark joint_1b --config=configs/joint.py:1b --step=joint --config.data.batch_size=4 \
+  --config.mixture.num_experts=4 --config.mixture.top_k=2

@@ -1,0 +1,124 @@
+"""The counts, against the matmuls in the gradient of a plain decoder written out here, layer by layer."""
+
+import dataclasses
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+from tiny import ARCHITECTURE, LAYOUTS
+
+from flexolmo_jax.benchmark.flops import decode_step_flops, train_step_flops
+from flexolmo_jax.model.decoder import Decoder
+from flexolmo_jax.training.partition import PARTITIONS, trainable_paths
+
+BATCH, LENGTH = 2, 5
+TIED = dataclasses.replace(ARCHITECTURE, tied_embeddings=True)
+KIND = {"anchor": "anchor", "expert": "pair", "router": "stacked", "joint": "stacked"}
+
+
+def plain_loss(leaves, arch, layout, tokens):
+    """Cross-entropy of one row after the other token, with every matmul an einsum and attention over all positions."""
+
+    def normed(x, scale):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + arch.norm_eps) * scale.reshape(-1)
+
+    def heads(x):
+        return x.reshape(*x.shape[:2], -1, arch.head_dim)
+
+    def feed_forward(x, gate, up, down):
+        return jnp.einsum("bsf,fd->bsd", jax.nn.silu(jnp.einsum("bsd,df->bsf", x, gate)) * (x @ up), down)
+
+    x = leaves["embedding"][tokens]
+    length = tokens.shape[1]
+    for layer in range(arch.num_layers):
+        block = {path.removeprefix("blocks/"): leaf[layer] for path, leaf in leaves.items() if "blocks/" in path}
+        query, key, value = (
+            x @ block[f"attention/{name}"].reshape(arch.d_model, -1) for name in ("query", "key", "value")
+        )
+        query, key = (normed(y, block[f"attention/{name}_norm/scale"]) for y, name in ((query, "query"), (key, "key")))
+        group = arch.num_heads // arch.num_kv_heads
+        query, key, value = heads(query), *(jnp.repeat(heads(y), group, axis=2) for y in (key, value))
+        scores = jnp.einsum("bshc,bthc->bhst", query, key) * arch.head_dim**-0.5
+        scores = jax.nn.softmax(jnp.where(jnp.tri(length, dtype=bool), scores, -1e9))
+        out = jnp.einsum("bhst,bthc->bshc", scores, value).reshape(x.shape)
+        out = out @ block["attention/out"].reshape(-1, arch.d_model)
+        x = x + normed(out, block["attention_norm/scale"])
+        sets = [
+            {leaf: block[f"mixture/{name}/{leaf}"] for leaf in ("gate", "up", "down", "row", "bias")}
+            for name in layout.sets
+        ]
+        if layout.kind == "anchor":
+            mixed = feed_forward(x, *(sets[0][leaf] for leaf in ("gate", "up", "down")))
+        elif layout.kind == "pair":
+            logits = jnp.stack([x @ s["row"] - jnp.abs(s["bias"]) for s in sets], -1)
+            weights = jax.nn.softmax(logits)
+            outs = [feed_forward(x, s["gate"], s["up"], s["down"]) for s in sets]
+            mixed = sum(weights[..., i, None] * out for i, out in enumerate(outs))
+        else:
+            (experts,) = sets
+            weights = jax.nn.softmax(jnp.einsum("bsd,ed->bse", x, experts["row"]) - jnp.abs(experts["bias"]))
+            weights, chosen = jax.lax.top_k(weights, layout.top_k)
+            gate, up, down = (experts[leaf][chosen] for leaf in ("gate", "up", "down"))
+            hidden = jax.nn.silu(jnp.einsum("bsd,bskdf->bskf", x, gate)) * jnp.einsum("bsd,bskdf->bskf", x, up)
+            mixed = jnp.sum(weights[..., None] * jnp.einsum("bskf,bskfd->bskd", hidden, down), axis=2)
+        x = x + normed(mixed, block["mixture_norm/scale"])
+    x = normed(x, leaves["final_norm/scale"])
+    head = leaves["embedding"].T if arch.tied_embeddings else leaves["head"]
+    return -jnp.sum(jax.nn.log_softmax(x @ head)[..., 0])
+
+
+def dot_flops(jaxpr):
+    """[(FLOPs, whether it is of attention's [length, length] kind)] of all dots whose results are used."""
+    needed, dots = set(jaxpr.outvars), []
+    for equation in reversed(jaxpr.eqns):
+        if not needed.intersection(equation.outvars):
+            continue
+        needed.update(v for v in equation.invars if isinstance(v, jax.extend.core.Var))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            dots += dot_flops(inner)
+        if equation.primitive.name == "dot_general":
+            left, right = (v.aval.shape for v in equation.invars)
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.outvars[0].aval.shape
+            flops = 2 * math.prod(shape) * math.prod(left[axis] for axis in contracted)
+            dots.append((flops, any(s[-2:] == (LENGTH, LENGTH) and len(s) == 4 for s in (left, right, shape))))
+    return dots
+
+
+def counted(arch, layout, trainable):
+    leaves = Decoder(arch, layout).abstract()
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    frozen = {path: leaf for path, leaf in leaves.items() if path not in trainable}
+
+    def loss(trained, frozen, tokens):
+        return plain_loss({**frozen, **trained}, arch, layout, tokens)
+
+    step = jax.value_and_grad(loss) if trainable else loss
+    jaxpr = jax.make_jaxpr(step)({path: leaves[path] for path in trainable}, frozen, tokens).jaxpr
+    # Of LENGTH x LENGTH positions, causality leaves LENGTH (LENGTH + 1) / 2.
+    return sum(flops * (LENGTH + 1) / (2 * LENGTH) if attention else flops for flops, attention in dot_flops(jaxpr))
+
+
+@pytest.mark.parametrize("kind", PARTITIONS)
+@pytest.mark.parametrize("arch", [ARCHITECTURE, TIED], ids=["untied", "tied"])
+def test_a_training_step_has_the_matmuls_of_its_gradient(kind, arch):
+    layout = LAYOUTS[KIND[kind]]
+    trainable = trainable_paths(Decoder(arch, layout).abstract(), PARTITIONS[kind])
+    assert train_step_flops(arch, layout, trainable, BATCH, LENGTH) == counted(arch, layout, trainable)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_so_does_every_leaf_trained_alone(layout):
+    for leaf in Decoder(ARCHITECTURE, layout).abstract():
+        if not (layout.kind == "anchor" and leaf.endswith(("row", "bias"))):  # the plain decoder has no use for them
+            assert train_step_flops(ARCHITECTURE, layout, {leaf}, BATCH, LENGTH) == counted(
+                ARCHITECTURE, layout, {leaf}
+            ), leaf
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_decoding_a_row_token_by_token_costs_a_forward_pass(layout):
+    tokens = sum(decode_step_flops(ARCHITECTURE, layout, BATCH, keys) for keys in range(1, LENGTH + 1))
+    assert tokens == counted(ARCHITECTURE, layout, set())

@@ -1,0 +1,133 @@
+"""Sides are measured in turns; what fails, or is far slower than the others, is left out; every process ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+from configs import benchmark as config_file
+from flexolmo_jax.benchmark import run
+from flexolmo_jax.benchmark.tables import steps_table, versus_table
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.evaluation.tables import show
+
+SECONDS = {"flexolmo": 1.0, "eager": 2.0, "grouped_mm": 1.6, "batched_mm": 100.0}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """[(side, request)] of workers that need no process: of what was asked, in order."""
+    log = []
+
+    class Process:
+        platform, fails = "cpu", ()
+
+        def __init__(self, spec):
+            self.name = spec.experts or spec.side
+            log.append((self.name, "start"))
+
+        def close(self):
+            if (self.name, "close") not in log:
+                log.append((self.name, "close"))
+
+        def ask(self, request, patience=None):
+            assert (self.name, "close") not in log
+            log.append((self.name, request))
+            if self.name in self.fails:
+                raise UserError(f"{self.name} fails")
+            seconds = SECONDS[self.name]
+            ours = {"device": "d", "devices": 1, "flops": 8e9, "limit_of": "float32 matmul"}
+            built = {"platform": self.platform, "first_seconds": seconds, "tokens": 100, "compile_seconds": 3.0}
+            return {
+                "build": built | (ours if self.name == "flexolmo" else {}),
+                "step": seconds,
+                "limit": 1e10,
+                "memory": {"peak_bytes": 2**30, "peak_bytes_above_libraries": 2**29},
+            }[request]
+
+    monkeypatch.setattr(run, "Process", Process)
+    monkeypatch.setattr(run, "PAUSE", 0)
+    monkeypatch.setattr(run, "VARIANTS", [(name, False) for name in SECONDS if name != "flexolmo"])
+    return log, Process
+
+
+def measure(runs=2, versus=True):
+    (result,) = run.benchmark(config_file.get_config(), ["expert"], runs, versus)
+    return result
+
+
+def test_on_the_host_sides_take_turns(asked):
+    log, _ = asked
+    result = measure()
+    turn = [("flexolmo", "limit"), ("flexolmo", "step"), ("eager", "step"), ("grouped_mm", "step")]
+    first = log.index(turn[0])
+    assert log[first : first + 8] == turn * 2
+    assert result["sides"]["flexolmo"]["seconds"] == [1.0, 1.0]
+    assert result["sides"]["flexolmo"]["share_of_limit"] == 0.8
+    assert {name for name, request in log if request == "close"} == set(SECONDS)
+
+
+def test_what_is_ten_times_as_slow_is_left_out_at_once(asked):
+    log, _ = asked
+    result = measure()
+    assert result["sides"].keys() == {"flexolmo", "eager", "grouped_mm"}
+    assert result["left_out"] == {"batched_mm": "more than 10 times as slow as another"}
+    assert log.index(("batched_mm", "close")) < log.index(("flexolmo", "limit"))
+
+
+def test_on_a_device_each_side_has_it_alone(asked):
+    log, process = asked
+    process.platform = "gpu"
+    measure()
+    started = [i for i, (_, request) in enumerate(log) if request == "start"]
+    closed = [i for i, (_, request) in enumerate(log) if request == "close"]
+    assert all(end < start for end, start in zip(closed, started[1:], strict=False))
+    assert log[started[1] - 1] == ("flexolmo", "close")
+
+
+def test_what_fails_is_left_out_unless_it_is_ours(asked):
+    log, process = asked
+    process.fails = ("eager",)
+    assert measure()["left_out"]["eager"] == "eager fails"
+    log.clear()
+    process.fails = ("flexolmo",)
+    with pytest.raises(UserError, match="flexolmo fails"):
+        measure()
+    assert log[-1] == ("flexolmo", "close")
+
+
+def test_tables_show_medians_and_ratios_to_the_fastest_first(asked, capsys):
+    result = measure()
+    show(steps_table([result]))
+    show(versus_table(result))
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line and "--" not in line]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    assert rows[1] == [
+        "expert",
+        "100.0",
+        "1,000.0",
+        "8.0 GFLOP/s",
+        "80%",
+        "10.0 GFLOP/s (float32 matmul)",
+        "3.0",
+        "1.00",
+        "0.50",
+    ]
+    assert [row[:3] for row in rows[3:]] == [
+        ["flexolmo", "100.00", ""],
+        ["transformers, grouped_mm", "62.50", "1.60"],
+        ["transformers, eager", "50.00", "2.00"],
+    ]
+
+
+def test_this_process_leaves_the_devices_to_its_workers():
+    code = """
+import jax._src.xla_bridge
+from configs import benchmark
+from flexolmo_jax.benchmark import machine, run, tables
+run.prepared(benchmark.get_config(), "expert")
+machine.description()
+print(jax._src.xla_bridge.backends_are_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

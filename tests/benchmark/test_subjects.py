@@ -1,0 +1,82 @@
+"""What is measured is what a run does: a step trains its leaves alone, and decoding writes half of each row."""
+
+import numpy as np
+import pytest
+
+from configs import benchmark as config_file
+from flexolmo_jax.benchmark.decoding import Decoding
+from flexolmo_jax.benchmark.run import prepared
+from flexolmo_jax.benchmark.subject import Spec
+from flexolmo_jax.benchmark.training import TrainStep
+
+SIZES = {
+    "model.num_layers": 2,
+    "model.d_model": 32,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 2,
+    "model.d_ff": 24,
+    "data.sequence_length": 16,
+    "data.batch_size": 8,
+    "compute.frozen_dtype": "bfloat16",
+}
+# Paths that a step trains. The bias of a fresh expert is 0, where |b| has no gradient.
+TRAINED = {
+    "anchor": lambda path: not path.endswith(("/row", "/bias")),
+    "expert": lambda path: "/expert/" in path,
+    "joint": lambda path: True,
+    "router": lambda path: path.endswith(("/row", "/bias")),
+}
+
+
+def spec(step, **overrides):
+    config = config_file.get_config("64")
+    config.update_from_flattened_dict({**SIZES, **overrides})
+    return Spec("flexolmo", step, prepared(config, step))
+
+
+@pytest.mark.parametrize("step", TRAINED)
+def test_a_step_trains_the_leaves_of_its_kind(step):
+    subject = TrainStep(spec(step))
+    assert subject.build()["tokens"] == 8 * 16
+    trainable, frozen = subject._state.trainable, subject._frozen
+    assert all(map(TRAINED[step], trainable))
+    assert not any(map(TRAINED[step], frozen))
+    assert {leaf.dtype.name for leaf in trainable.values()} == {"float32"}
+    assert {leaf.dtype.name for leaf in frozen.values()} <= {"bfloat16"}
+    before = {path: np.array(leaf) for path, leaf in trainable.items()}
+    subject.step()
+    subject.wait()
+    assert int(subject._state.step) == 2
+    still = {path for path, leaf in subject._state.trainable.items() if np.array_equal(leaf, before[path])}
+    assert all(path.endswith("/bias") for path in still)
+
+
+def test_decoding_writes_half_of_each_row():
+    subject = Decoding(spec("decode", **{"data.batch_size": 3}))
+    assert subject.build()["tokens"] == 3 * 8
+    written = []
+    started = subject._started
+
+    def watched():
+        engine = started()
+        step = engine.step
+        engine.step = lambda count: written.extend(len(update.token_ids) for update in step(count))
+        return engine
+
+    subject._started = watched
+    subject.step()
+    assert written == [8] * 3
+    written.clear()
+    assert subject.token() > 0
+    assert written == [2] * 3 + [6] * 3
+
+
+def test_decoding_reads_the_weights_that_its_tokens_choose():
+    found = {rows: Decoding(spec("decode", **{"data.batch_size": rows})).build()["bytes"] for rows in (1, 2)}
+    expert, layers = 4 * (3 * 32 * 24 + 32 + 1), 2
+    keys = 16 - 6 / 2
+    row = 4 * (2 * layers * 32 * keys + 32)  # cache and embedding
+    # Of four experts one token chooses two, two tokens three; the rest is read once.
+    assert found[2] - found[1] == pytest.approx(layers * expert + row)
+    shared = layers * (4 * 32 * 32 + 4 * 32) + 32 + 32 * 64
+    assert found[1] == pytest.approx(4 * shared + 2 * layers * expert + row)

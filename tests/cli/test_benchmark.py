@@ -1,0 +1,137 @@
+"""`flexolmo benchmark`: tables, figures, and what it refuses."""
+
+import importlib.util
+import json
+import pathlib
+import statistics
+
+import pytest
+from small import assert_refused, flexolmo
+
+from flexolmo_jax.benchmark import processes, run
+from flexolmo_jax.benchmark.flops import decode_step_flops, train_step_flops
+from flexolmo_jax.model.architecture import PAIR, Architecture, Layout
+
+# ml_collections loads configuration files by a method that Python is about to lose.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIG = "--config=configs/benchmark.py:300"
+SIZES = {
+    "model.num_layers": 2,
+    "model.d_model": 32,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.d_ff": 48,
+    "data.sequence_length": 16,
+    "data.batch_size": 2,
+}
+OVERRIDES = [f"--config.{key}={value}" for key, value in SIZES.items()]
+ARCHITECTURE = Architecture(300, 2, 32, 2, 1, 48, 500_000.0, 1e-6)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(pathlib.Path(__file__).parents[2])
+
+
+def measured(file, *arguments):
+    result = flexolmo("benchmark", CONFIG, *OVERRIDES, "--runs=2", f"--json={file}", *arguments)
+    assert (result.status, result.err) == (0, "")
+    return result.out, json.loads(file.read_text())
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_shows_a_row_for_each_step_and_writes_all_figures(tmp_path):
+    out, figures = measured(tmp_path / "new" / "figures.json", "--step=expert", "--step=decode")
+    assert figures["config"]["data"]["sequence_length"] == 16
+    assert figures["machine"]["cores"] > 0
+    assert "jax" in figures["versions"]
+    expert, decode = (result["sides"]["flexolmo"] for result in figures["steps"])
+    assert [result["step"] for result in figures["steps"]] == ["expert", "decode"]
+
+    trained = {f"blocks/mixture/expert/{leaf}" for leaf in ("gate", "up", "down", "row", "bias")}
+    assert expert["tokens"] == 32
+    assert expert["flops"] == train_step_flops(ARCHITECTURE, PAIR, trained, batch=2, length=16)
+    assert decode["tokens"] == 2 * 8  # half of each row
+    # The last six of the eight new tokens are timed by themselves: they see 13 positions on average.
+    assert decode["flops"] == decode_step_flops(ARCHITECTURE, Layout("stacked", 4, 2), rows=2, keys=13)
+    for side in (expert, decode):
+        assert len(side["seconds"]) == len(side["limit"]) == 2
+        assert side["tokens_per_second"] == pytest.approx(side["tokens"] / statistics.median(side["seconds"]))
+        assert 0 < side["peak_bytes_above_libraries"] < side["peak_bytes"]
+    share = expert["flops"] / statistics.median(expert["seconds"]) / statistics.median(expert["limit"])
+    assert expert["share_of_limit"] == pytest.approx(share)
+    share = decode["bytes"] / statistics.median(decode["token_seconds"]) / statistics.median(decode["limit"])
+    assert decode["share_of_limit"] == pytest.approx(share)
+
+    header, _, *rows = map(cells, out.strip().splitlines())
+    assert header[:2] == ["step", "tokens/s"]
+    assert [row[:2] for row in rows] == [
+        [name, f"{side['tokens_per_second']:,.1f}"] for name, side in (("expert", expert), ("decode", decode))
+    ]
+
+
+def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(run, "VARIANTS", [("eager", False), ("batched_mm", False), ("no_such", False)])
+    out, figures = measured(tmp_path / "figures.json", "--step=expert", "--versus=transformers")
+    (result,) = figures["steps"]
+    sides = result["sides"]
+    assert sides.keys() == {"flexolmo", "eager", "batched_mm"}
+    assert "no_such" in result["left_out"]["no_such"]
+    assert "transformers, no_such is left out: " in out
+    ours, best = sides.pop("flexolmo"), max(sides.values(), key=lambda side: side["tokens_per_second"])
+    rows = [cells(line) for line in out.splitlines() if line.startswith("| transformers, ")]
+    assert rows[0][1:5] == [
+        f"{best['tokens_per_second']:,.2f}",
+        f"{ours['tokens_per_second'] / best['tokens_per_second']:.2f}",
+        f"{best['peak_bytes'] / 2**30:.2f}",
+        f"{ours['peak_bytes'] / best['peak_bytes']:.2f}",
+    ]
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--step=sleep"], ["--step=sleep", "anchor|expert|joint|router|decode"]),
+        (["--runs=0"], ["--runs=0", "positive integer"]),
+        (["--versus=megatron"], ["--versus=megatron", "transformers"]),
+        (["--config.mixture.num_experts=1"], ["--config.mixture.num_experts=1", "--step=joint", "2 at least"]),
+        (["--config.start_from=model"], ["--config.start_from=model", "fresh weights"]),
+        (["--config.expert=news"], ["--config.expert=news", "fresh weights"]),
+        (["--config.data.batch_size=0"], ["--config.data.batch_size=0", "at least 1"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_refuses_what_makes_no_sense_before_any_process_starts(arguments, words, monkeypatch):
+    monkeypatch.delattr(run, "Process")
+    assert_refused(flexolmo("benchmark", CONFIG, *arguments), "benchmark", *words)
+
+
+def test_an_unknown_vocabulary_is_refused():
+    assert_refused(flexolmo("benchmark", "--config=configs/benchmark.py:large"), "benchmark", ":large", "ValueError")
+
+
+def test_what_a_worker_refuses_is_one_line():
+    arguments = ["--step=expert", "--config.mesh.data=3", *OVERRIDES]
+    assert_refused(flexolmo("benchmark", CONFIG, *arguments), "benchmark", "--config.mesh: data=3")
+
+
+def test_a_worker_that_fails_is_one_line(monkeypatch):
+    monkeypatch.setattr(processes, "WORKER", "flexolmo_jax.no_such_module")
+    result = flexolmo("benchmark", CONFIG, "--step=anchor")
+    assert_refused(result, "benchmark", "--step=anchor, flexolmo: ", "No module named flexolmo_jax.no_such_module")
+
+
+def test_a_comparison_needs_what_it_compares_with(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    result = flexolmo("benchmark", CONFIG, "--versus=transformers")
+    assert_refused(result, "benchmark", "--versus=transformers", "torch", "flexolmo-jax[interop]")
