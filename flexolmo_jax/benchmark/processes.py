@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import select
 import subprocess
 import sys
@@ -12,6 +13,14 @@ from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.errors import UserError
 
 WORKER = "flexolmo_jax.benchmark.worker"
+# For glibc: keep what was freed, in huge pages. What a step on a CPU allocates is otherwise mapped and cleared anew
+# each time, which takes a tenth of it and more (docs/performance.md).
+KEEP_MEMORY = {
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}={value}"
+        for name, value in {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**33, "arena_max": 1}.items()
+    )
+}
 
 
 class Process:
@@ -27,6 +36,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            env={**KEEP_MEMORY, **os.environ},
         )
         self._send(json.dumps(dataclasses.asdict(spec)))
 

@@ -17,7 +17,7 @@ from flexolmo_jax.training.inputs import Inputs, build_model
 from flexolmo_jax.training.objective import LossWeights
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.state import initial_state, shardings
-from flexolmo_jax.training.step import Batch, Leaves, make_train_step
+from flexolmo_jax.training.step import Batch, Leaves, compile_step, make_train_step
 
 
 class TrainStep:
@@ -41,7 +41,7 @@ class TrainStep:
             self._state = initial_state(trainable, optimizer, mesh)
             self._batch = random_batch(config, mesh)
             start = time.perf_counter()
-            self._step = jax.jit(step, donate_argnums=0).lower(self._state, self._frozen, self._batch).compile()
+            self._step = compile_step(step, self._state, self._frozen, self._batch)
             compile_seconds = time.perf_counter() - start
         self.step()
         self.wait()

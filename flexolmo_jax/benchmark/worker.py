@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 
-from flexolmo_jax.allocator import keep_freed_memory
 from flexolmo_jax.benchmark.subject import Spec, Subject
 from flexolmo_jax.errors import UserError
 
@@ -74,7 +73,6 @@ def main() -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    keep_freed_memory()
     try:
         worker = Worker(Spec(**json.loads(sys.stdin.readline())))
         for line in sys.stdin:

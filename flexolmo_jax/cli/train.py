@@ -18,10 +18,6 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def run() -> None:
     """Trains, and says where the product is."""
-    from flexolmo_jax.allocator import keep_freed_memory
-
-    keep_freed_memory()  # before libraries start threads
-
     from flexolmo_jax.training.loop import train
 
     product = train(_CONFIG.value, _WORKDIR.value)

@@ -23,6 +23,7 @@ from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+ARRAYS = ("tokens", "targets", "segment_ids", "positions")  # of a batch
 _PAIR = "pair"
 
 

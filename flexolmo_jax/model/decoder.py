@@ -19,12 +19,13 @@ from flexolmo_jax.model.experts_cpu import SUMMED
 from flexolmo_jax.model.layers import RMSNorm, parameter
 from flexolmo_jax.model.mixture import Mixture
 
+_KERNELS = jax.checkpoint_policies.save_only_these_names(ATTENDED, LOG_NORMALISER, KEPT, SUMMED)
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED, LOG_NORMALISER, KEPT, SUMMED),
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KERNELS
     ),
+    "kernels": _KERNELS,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

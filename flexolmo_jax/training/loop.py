@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
@@ -18,7 +19,7 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.manager import Checkpoints
 from flexolmo_jax.checkpoint.tree import combined_digest
 from flexolmo_jax.checkpoint.verify import check_model, open_model
-from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
+from flexolmo_jax.data.pipeline import ARRAYS, Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.inputs import Inputs, read_inputs
 from flexolmo_jax.training.metrics import Reporter
@@ -26,7 +27,7 @@ from flexolmo_jax.training.objective import LossWeights
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.state import initial_leaves, initial_state, shardings
-from flexolmo_jax.training.step import Leaves, make_loss_step, make_train_step
+from flexolmo_jax.training.step import Leaves, compile_step, make_loss_step, make_train_step
 
 CONFIG_FILE = "config.json"
 # What may differ when a run is resumed: where it runs and what it keeps, not what it computes.
@@ -73,7 +74,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> epath.Path | None:
 
         weights = LossWeights(**config.loss)
         train_step = make_train_step(inputs.model, optimizer, schedule, weights, config.data.accumulate)
-        train_step = jax.jit(train_step, donate_argnums=0)
+        train_step = compile_step(train_step, state, frozen, _abstract_batch(config, batch_sharding))
         loss_step = jax.jit(make_loss_step(inputs.model))
         reporter = Reporter(workdir, config, inputs.roster, first)
         with reporter, _sigterm() as terminated, jax.transfer_guard("disallow"):
@@ -113,6 +114,12 @@ def _place(batch: Batch, batch_sharding: NamedSharding) -> dict[str, jax.Array]:
             name: jax.make_array_from_callback(rows.shape, batch_sharding, rows.__getitem__)
             for name, rows in batch.items()
         }
+
+
+def _abstract_batch(config: ConfigDict, batch_sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for name in ARRAYS}
 
 
 def _batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:

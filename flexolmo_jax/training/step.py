@@ -1,7 +1,8 @@
 """One optimizer step: a pure function of the state, the frozen leaves and a batch."""
 
+import ctypes
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,14 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
     return train_step
+
+
+def compile_step(step: Callable, *arguments: Any) -> jax.stages.Compiled:
+    """Compiles a step of arguments that may be abstract; the first, the state, is donated to it."""
+    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # of glibc, which would keep hundreds of megabytes from compiling
+        ctypes.CDLL(None).malloc_trim(0)
+    return compiled
 
 
 def make_loss_step(model: Decoder) -> Callable[..., dict[str, jax.Array]]:
