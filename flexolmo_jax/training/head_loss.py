@@ -48,9 +48,8 @@ def head_loss(
     return jax.lax.scan(add, _no_loss(), _pieces(hidden_BxSxD, targets_BxS, mask_BxS))[0]
 
 
-def _forward(hidden, head, targets, mask, z_weight):
-    """The losses, and the gradient of `loss`: of the head only where something is trained through it."""
-    hidden_BxSxD, head_DxV, z_weight = hidden.value, head.value, z_weight.value
+def _forward(hidden_BxSxD, head_DxV, targets_BxS, mask_BxS, z_weight):
+    """The losses, and the gradients of `loss`; that of a frozen head is dead code, which compiling removes."""
 
     def add(total, piece):
         sums, d_head_DxV = total
@@ -62,24 +61,21 @@ def _forward(hidden, head, targets, mask, z_weight):
         is_target_BxPxV = targets_BxP[..., None] == jnp.arange(head_DxV.shape[1])
         d_logits_BxPxV -= jnp.where(is_target_BxPxV, mask_BxP[..., None], 0)
         d_logits_BxPxV = d_logits_BxPxV.astype(head_DxV.dtype)
-        if d_head_DxV is not None:
-            d_head_DxV += jnp.einsum("BPD,BPV->DV", hidden_BxPxD, d_logits_BxPxV, preferred_element_type=jnp.float32)
+        d_head_DxV += jnp.einsum("BPD,BPV->DV", hidden_BxPxD, d_logits_BxPxV, preferred_element_type=jnp.float32)
         d_hidden_BxPxD = jnp.einsum("BPV,DV->BPD", d_logits_BxPxV, head_DxV)
         return (jax.tree.map(jnp.add, sums, losses), d_head_DxV), d_hidden_BxPxD
 
-    d_head_DxV = jnp.zeros(head_DxV.shape, jnp.float32) if head.perturbed else None
-    pieces = _pieces(hidden_BxSxD, targets.value, mask.value)
-    (sums, d_head_DxV), d_hidden = jax.lax.scan(add, (_no_loss(), d_head_DxV), pieces)
-    d_head_DxV = None if d_head_DxV is None else d_head_DxV.astype(head_DxV.dtype)
-    return sums, (_joined(d_hidden, hidden_BxSxD.shape), d_head_DxV)
+    start = (_no_loss(), jnp.zeros(head_DxV.shape, jnp.float32))
+    (sums, d_head_DxV), d_hidden = jax.lax.scan(add, start, _pieces(hidden_BxSxD, targets_BxS, mask_BxS))
+    return sums, (_joined(d_hidden, hidden_BxSxD.shape), d_head_DxV.astype(head_DxV.dtype))
 
 
 def _backward(gradients, d_sums):
-    d_hidden_BxSxD, d_head_DxV = (g if g is None else (g * d_sums.loss).astype(g.dtype) for g in gradients)
+    d_hidden_BxSxD, d_head_DxV = ((gradient * d_sums.loss).astype(gradient.dtype) for gradient in gradients)
     return d_hidden_BxSxD, d_head_DxV, None, None, None
 
 
-head_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+head_loss.defvjp(_forward, _backward)
 
 
 def _losses(hidden_BxPxD, targets_BxP, mask_BxP, head_DxV, z_weight):

@@ -9,12 +9,17 @@ import pytest
 from mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, masked_sum, plain_sum, random_mixture, to_float32
 from tiny import COMPILE_FAST, assert_trees_close
 
-from flexolmo_jax.model import experts_cpu
+from flexolmo_jax.model import experts, experts_cpu
 from flexolmo_jax.model.expert_parallel import stacked_experts
 from flexolmo_jax.model.mixture import chosen_weights
 
 HERE = ("all", "loop", "ragged", "blocks")  # those that run without an accelerator
 jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_are_dispatched_too(monkeypatch):
+    monkeypatch.setattr(experts, "FEW_TOKENS", 0)
 
 
 def sum_of_chosen(x, kernels, weights, top_k, normalize=False, dispatch="ragged"):
@@ -70,15 +75,36 @@ def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
     assert (np.abs(actual).max(axis=-1) > 0).all()
 
 
+@pytest.mark.parametrize("dispatch", HERE)
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(top_k):
-    arguments = to_float32(random_mixture())
+def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(monkeypatch, top_k, dispatch):
+    """Experts have several blocks, or a part of one; one has no rows at all, and a gradient of 0."""
+    monkeypatch.setattr(experts_cpu, "LEAST_ROWS", 3)
+    monkeypatch.setattr(experts_cpu, "MOST_ROWS", 3)
+    x, kernels, weights = random_mixture()
+    weights[..., 1] *= 1e-6
+    weights[..., 3] *= 5
+    arguments = to_float32((x, kernels, weights))
     toward = np.float32(np.random.default_rng(1).normal(size=(BATCH, LENGTH, D_MODEL)))
 
     def gradients(experts_sum):
         return jit(jax.grad(lambda a: jnp.sum(experts_sum(*a, top_k) * toward)))(arguments)
 
-    assert_trees_close(gradients(sum_of_chosen), gradients(masked_sum), 1e-5)
+    actual = gradients(functools.partial(sum_of_chosen, dispatch=dispatch))
+    assert_trees_close(actual, gradients(masked_sum), 1e-5)
+    assert not np.asarray(actual[1]["gate"][1]).any()
+    assert np.asarray(actual[1]["gate"][3]).any()
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_weight_of_zero_makes_no_row_and_gets_no_gradient(top_k):
+    x, kernels, weights = random_mixture()
+    weights[0, :3] = 0
+    gradients = jit(jax.grad(lambda a: jnp.sum(sum_of_chosen(*a, top_k, dispatch="loop") ** 2)))
+    d_x, _, d_weights = gradients(to_float32((x, kernels, weights)))
+    assert not np.asarray(d_x[0, :3]).any()
+    assert not np.asarray(d_weights[0, :3]).any()
+    assert np.abs(d_x[0, 3:]).max(axis=-1).all()
 
 
 @pytest.mark.parametrize("dispatch", HERE)
