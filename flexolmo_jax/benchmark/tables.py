@@ -4,18 +4,18 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from flexolmo_jax.benchmark.run import OURS, Figures
+from flexolmo_jax.evaluation.tables import plain_table
 
 GIB = 2**30
 
 
 def steps_table(results: Sequence[Figures]) -> Table:
     """A row for each step: what this program takes for it, and what the machine could do."""
-    table = _table(
+    table = plain_table(
         "step", ("tokens/s", "step, ms", "FLOP/s", "of the limit", "limit", "compiled in, s", *_memory(results))
     )
     for result in results:
@@ -43,7 +43,7 @@ def versus_table(result: Figures) -> Table:
     ours = sides.pop(OURS)
     rates = {"tokens/s": lambda side: side["tokens_per_second"]}
     rates |= {title: lambda side, key=key: side[key] / GIB for title, key in memory.items()}
-    table = _table(result["step"], [column for title in rates for column in (title, "ours / it")])
+    table = plain_table(result["step"], [column for title in rates for column in (title, "ours / it")])
     table.add_row(OURS, *(cell for rate in rates.values() for cell in (f"{rate(ours):,.2f}", "")))
     for name, side in sorted(sides.items(), key=lambda item: -item[1]["tokens_per_second"]):
         ratios = ((f"{rate(side):,.2f}", f"{rate(ours) / rate(side):.2f}") for rate in rates.values())
@@ -60,11 +60,3 @@ def _memory(results: Sequence[Figures]) -> dict[str, str]:
 
 def _rate(value: float, unit: str) -> str:
     return f"{value / 1e12:,.1f} T{unit}" if value >= 1e12 else f"{value / 1e9:,.1f} G{unit}"
-
-
-def _table(first: str, columns: Sequence[str]) -> Table:
-    table = Table(box=box.MARKDOWN, header_style="")
-    table.add_column(Text(first), no_wrap=True)
-    for column in columns:
-        table.add_column(Text(column), justify="right", no_wrap=True)
-    return table

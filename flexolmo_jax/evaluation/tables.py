@@ -25,7 +25,7 @@ def bits_per_byte_table(bits_per_byte: Scores, domains: Sequence[str]) -> Table:
     """
     rows = model_rows(bits_per_byte, domains)
     best = lowest(rows)
-    table = _plain_table("bits per byte", [*domains, AVERAGE])
+    table = plain_table("bits per byte", [*domains, AVERAGE])
     for model, row in rows.items():
         cells = [Text(format_bits(value), "bold" if value == best[key] else "") for key, value in row.items()]
         table.add_row(Text(model), *cells)
@@ -39,7 +39,7 @@ def loss_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
       rows: `{data set: {"documents", "tokens", "bytes", "nats_per_token", "bits_per_byte", "perplexity"}}`.
     """
     counts, rates = ("documents", "tokens", "bytes"), ("nats_per_token", "bits_per_byte", "perplexity")
-    table = _plain_table("data", [key.replace("_", " ") for key in (*counts, *rates)])
+    table = plain_table("data", [key.replace("_", " ") for key in (*counts, *rates)])
     for name, row in rows.items():
         cells = [f"{row[key]:,}" if key in row else MISSING for key in counts]
         table.add_row(Text(name), *cells, *(format_bits(row.get(key, math.nan)) for key in rates))
@@ -48,7 +48,7 @@ def loss_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
 
 def routing_table(roster: Sequence[str], layers_LxE: np.ndarray) -> Table:
     """A row per layer, a column per expert: its share of the routing weight."""
-    table = _plain_table("layer", roster)
+    table = plain_table("layer", roster)
     for layer, share_E in enumerate(layers_LxE):
         table.add_row(str(layer), *(f"{share:.1%}" for share in share_E))
     return table
@@ -61,7 +61,7 @@ def opt_out_table(rows: Mapping[str, Mapping[str, Mapping[str, float | None]]]) 
       rows: `{variant: {"TASK:METRIC": {"value", "standard_error": may be None}}}`.
     """
     columns = unique(rows.values())
-    table = _plain_table("model", columns)
+    table = plain_table("model", columns)
     for variant, row in rows.items():
         table.add_row(
             Text(variant), *(_format_estimate(**row[column]) if column in row else MISSING for column in columns)
@@ -113,7 +113,7 @@ def _format_estimate(value: float, standard_error: float | None) -> str:
     return format_bits(value) + error
 
 
-def _plain_table(first: str, columns: Sequence[str]) -> Table:
+def plain_table(first: str, columns: Sequence[str]) -> Table:
     """A table that lines up in a log as well, and that Markdown reads."""
     table = Table(box=box.MARKDOWN, header_style="")
     table.add_column(Text(first), no_wrap=True)
