@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flexolmo_jax.errors import UserError
 
 MEGABLOX_TILE = (512, 1024, 1024)  # at most: rows, contracted dimension, columns; fits the 16 MiB of VMEM twice
-LEAST_BLOCK_ROWS, BLOCK_ROWS = 64, 1024  # at most; enough for a matmul of a block to be as fast as any
+LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 64, 1024  # of a block: enough to be worth a matmul; enough for the fastest one
 
 
 def grouped_matmul(
@@ -124,7 +124,7 @@ def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Arra
 
 def _block_rows(num_rows: int, num_groups: int) -> int:
     """An eighth of a group's mean rows, so that little is computed in vain, within what is worth a matmul."""
-    return min(num_rows, max(LEAST_BLOCK_ROWS, min(BLOCK_ROWS, num_rows // num_groups // 8)))
+    return min(num_rows, max(LEAST_BLOCK_ROWS, min(MOST_BLOCK_ROWS, num_rows // num_groups // 8)))
 
 
 def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:

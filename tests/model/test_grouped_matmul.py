@@ -59,7 +59,8 @@ def computed(implementation, x, kernels, toward, group_sizes):
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("sizes", GROUP_SIZES)
 def test_each_row_meets_the_kernel_of_its_group(monkeypatch, sizes, implementation):
-    monkeypatch.setattr(grouped_matmul, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(grouped_matmul, "LEAST_BLOCK_ROWS", 16)
+    monkeypatch.setattr(grouped_matmul, "MOST_BLOCK_ROWS", 16)
     arguments = random_arguments(jnp.float32)
     actual = computed(implementation, *arguments, GROUP_SIZES[sizes])
     expected = group_by_group(*arguments, GROUP_SIZES[sizes])
@@ -82,7 +83,8 @@ def test_bfloat16_stays_bfloat16_and_is_summed_in_float32(implementation):
 
 @pytest.mark.parametrize("rows", [1, 7, 150, 1024])
 def test_blocks_of_any_size_give_the_same(monkeypatch, rows):
-    monkeypatch.setattr(grouped_matmul, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(grouped_matmul, "LEAST_BLOCK_ROWS", rows)
+    monkeypatch.setattr(grouped_matmul, "MOST_BLOCK_ROWS", rows)
     arguments = random_arguments(jnp.float32)
     actual = computed("blocks", *arguments, GROUP_SIZES["uneven"])
     for got, exact in zip(actual, group_by_group(*arguments, GROUP_SIZES["uneven"]), strict=True):
