@@ -78,10 +78,10 @@ def leaf_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
     for path, leaf in shapes.items():
         spec = partition_spec(axes[path], rules)
         for dimension, mesh_axes in zip(leaf.shape, spec, strict=True):
-            ways = math.prod(mesh.shape[axis] for axis in as_tuple(mesh_axes))
-            if dimension % ways:
+            parts = ways(mesh, mesh_axes)
+            if dimension % parts:
                 raise UserError(
-                    f"--config.mesh: dimension {dimension} of {path} does not divide over the {ways} devices "
+                    f"--config.mesh: dimension {dimension} of {path} does not divide over the {parts} devices "
                     f"of mesh axes {as_tuple(mesh_axes)}; choose a divisor of {dimension}"
                 )
         shardings[path] = NamedSharding(mesh, spec)
@@ -107,6 +107,11 @@ def even_spec(shape: Sequence[int], axes: Sequence[str | None], rules: Rules) ->
             for dimension, mesh_axes in zip(shape, partition_spec(axes, rules), strict=True)
         )
     )
+
+
+def ways(mesh: Mesh, mesh_axes: str | Sequence[str] | None) -> int:
+    """Among how many devices a dimension is split that is sharded over these axes of the mesh."""
+    return math.prod(mesh.shape[axis] for axis in as_tuple(mesh_axes))
 
 
 def as_tuple(mesh_axes: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """The training step, as `training.loop` takes it, on random leaves and random tokens."""
 
+import operator
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
@@ -14,10 +15,9 @@ from flexolmo_jax.benchmark.flops import train_step_flops
 from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.training import partition
 from flexolmo_jax.training.inputs import Inputs, build_model
-from flexolmo_jax.training.objective import LossWeights
-from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.state import initial_state, shardings
-from flexolmo_jax.training.step import Batch, Leaves, compile_step, make_train_step
+from flexolmo_jax.training.program import abstract_batch, configured_step
+from flexolmo_jax.training.state import abstract_leaves, initial_state, shardings
+from flexolmo_jax.training.step import Batch, Leaves, compile_step
 
 
 class TrainStep:
@@ -32,9 +32,7 @@ class TrainStep:
         config = self._config
         model, _ = build_model(config)
         inputs = Inputs(model, None, partition.trainable_paths(model.abstract(), config.partition), [], {})
-        schedule = make_schedule(config.optimizer, config.steps)
-        optimizer = make_optimizer(config.optimizer, schedule)
-        step = make_train_step(model, optimizer, schedule, LossWeights(**config.loss), config.data.accumulate)
+        optimizer, step = configured_step(config, model)
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             trainable, self._frozen = random_leaves(config, inputs, mesh)
@@ -78,23 +76,22 @@ class TrainStep:
 
 def random_leaves(config: ConfigDict, inputs: Inputs, mesh: Mesh) -> tuple[Leaves, Leaves]:
     """Fresh leaves as (trainable, frozen), made where they lie, in the dtypes in which a run holds them."""
-    where = shardings(inputs, mesh, config.sharding_rules)
+    abstract = abstract_leaves(config, inputs, shardings(inputs, mesh, config.sharding_rules))
+    dtypes, where = (jax.tree.map(operator.attrgetter(what), abstract) for what in ("dtype", "sharding"))
 
-    def draw(key: jax.Array) -> Leaves:
-        leaves = inputs.model.init_flat(key)
-        held = {path: "float32" if path in inputs.trainable else config.compute.frozen_dtype for path in leaves}
-        return {path: leaf.astype(held[path]) for path, leaf in leaves.items()}
+    def draw(key: jax.Array) -> tuple[Leaves, Leaves]:
+        leaves = partition.split(inputs.model.init_flat(key), inputs.trainable)
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), leaves, dtypes)
 
-    return partition.split(jax.jit(draw, out_shardings=where)(jax.random.key(config.seed)), inputs.trainable)
+    return jax.jit(draw, out_shardings=where)(jax.random.key(config.seed))
 
 
 def random_batch(config: ConfigDict, mesh: Mesh) -> Batch:
     """Rows of one document each, without padding."""
-    shape = (config.data.batch_size, config.data.sequence_length)
+    abstract = abstract_batch(config, mesh)
+    shape = abstract["tokens"].shape
     rng = np.random.default_rng(config.seed)
     tokens, targets = rng.integers(0, config.model.vocab_size, (2, *shape), np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     batch = {"tokens": tokens, "targets": targets, "segment_ids": np.ones(shape, np.int32), "positions": positions}
-    return jax.device_put(
-        batch, NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
-    )
+    return jax.device_put(batch, {name: rows.sharding for name, rows in abstract.items()})

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
@@ -19,15 +18,14 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.manager import Checkpoints
 from flexolmo_jax.checkpoint.tree import combined_digest
 from flexolmo_jax.checkpoint.verify import check_model, open_model
-from flexolmo_jax.data.pipeline import ARRAYS, Batch, evaluation_batches, training_batches
+from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.inputs import Inputs, read_inputs
 from flexolmo_jax.training.metrics import Reporter
-from flexolmo_jax.training.objective import LossWeights
-from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
+from flexolmo_jax.training.program import abstract_batch, configured_step
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.state import initial_leaves, initial_state, shardings
-from flexolmo_jax.training.step import Leaves, compile_step, make_loss_step, make_train_step
+from flexolmo_jax.training.step import Leaves, compile_step, make_loss_step
 
 CONFIG_FILE = "config.json"
 # What may differ when a run is resumed: where it runs and what it keeps, not what it computes.
@@ -50,8 +48,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> epath.Path | None:
     inputs = read_inputs(config)
     mesh = sharding.make_mesh(config.mesh)
     where = shardings(inputs, mesh, config.sharding_rules)
-    batch_sharding = _batch_sharding(config, mesh)
-    schedule = make_schedule(config.optimizer, config.steps)
+    optimizer, train_step = configured_step(config, inputs.model)
+    abstract = abstract_batch(config, mesh)
+    batch_sharding = abstract["tokens"].sharding
     record = _describe(config, inputs)
     _check_workdir(workdir, record)
     product = workdir / ("contribution" if config.expert else "model")
@@ -65,16 +64,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> epath.Path | None:
             check_model(inputs.manifest, *open_model(config.start_from, inputs.manifest, source))
         trainable, frozen = initial_leaves(config, inputs, where)
         _claim(workdir, record)
-        optimizer = make_optimizer(config.optimizer, schedule)
         state = initial_state(trainable, optimizer, mesh)
         batches = training_batches(inputs.corpora, config.data.sequence_length, config.data.batch_size, config.seed)
         if first:
             state, position = checkpoints.restore(first, state)
             batches.set_state(position)
 
-        weights = LossWeights(**config.loss)
-        train_step = make_train_step(inputs.model, optimizer, schedule, weights, config.data.accumulate)
-        train_step = compile_step(train_step, state, frozen, _abstract_batch(config, batch_sharding))
+        train_step = compile_step(train_step, state, frozen, abstract)
         loss_step = jax.jit(make_loss_step(inputs.model))
         reporter = Reporter(workdir, config, inputs.roster, first)
         with reporter, _sigterm() as terminated, jax.transfer_guard("disallow"):
@@ -114,24 +110,6 @@ def _place(batch: Batch, batch_sharding: NamedSharding) -> dict[str, jax.Array]:
             name: jax.make_array_from_callback(rows.shape, batch_sharding, rows.__getitem__)
             for name, rows in batch.items()
         }
-
-
-def _abstract_batch(config: ConfigDict, batch_sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch."""
-    shape = (config.data.batch_size, config.data.sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding) for name in ARRAYS}
-
-
-def _batch_sharding(config: ConfigDict, mesh: Mesh) -> NamedSharding:
-    batch_sharding = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
-    rows = config.data.batch_size // config.data.accumulate
-    ways = config.data.batch_size // batch_sharding.shard_shape((config.data.batch_size, 1))[0]
-    if rows % ways:
-        raise UserError(
-            f"--config.data.batch_size={config.data.batch_size}: its parts of {rows} rows do not divide over "
-            f"the {ways} devices that share the batch; give a multiple"
-        )
-    return batch_sharding
 
 
 def _describe(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:

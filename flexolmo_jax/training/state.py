@@ -18,12 +18,25 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.layers import INIT_STDDEV
 from flexolmo_jax.training import partition
 from flexolmo_jax.training.inputs import EXPERT, Inputs
-from flexolmo_jax.training.step import TrainState
+from flexolmo_jax.training.step import Leaves, TrainState
 
 
 def shardings(inputs: Inputs, mesh: Mesh, rules: sharding.Rules) -> dict[str, NamedSharding]:
     """Where each leaf lies: {path: sharding}."""
     return sharding.leaf_shardings(inputs.model.abstract(), inputs.model.logical_axes(), mesh, rules)
+
+
+def leaf_dtypes(config: ConfigDict, inputs: Inputs) -> dict[str, np.dtype]:
+    """How leaves are held: those that a run publishes from memory in float32, the others in `frozen_dtype`."""
+    published = {path: path in inputs.trainable or path.startswith(EXPERT) for path in inputs.model.abstract()}
+    return {path: jnp.dtype("float32" if own else config.compute.frozen_dtype) for path, own in published.items()}
+
+
+def abstract_leaves(config: ConfigDict, inputs: Inputs, where: Mapping[str, NamedSharding]) -> tuple[Leaves, Leaves]:
+    """The leaves of a run that starts from a model directory as (trainable, frozen): shapes, dtypes, shardings."""
+    dtypes, shapes = leaf_dtypes(config, inputs), inputs.model.abstract()
+    leaves = {p: jax.ShapeDtypeStruct(leaf.shape, dtypes[p], sharding=where[p]) for p, leaf in shapes.items()}
+    return partition.split(leaves, inputs.trainable)
 
 
 def initial_leaves(
@@ -41,26 +54,39 @@ def initial_leaves(
         leaves["embedding"] *= config.init.embedding_stddev / INIT_STDDEV
     else:
         stored = directories.open_params(config.start_from)
-        published = inputs.trainable | {path for path in where if path.startswith(EXPERT)}
-        dtypes = {path: jnp.dtype("float32" if path in published else config.compute.frozen_dtype) for path in where}
-        leaves = {
-            path: _read(config, stored, path, leaf.shape, dtypes[path], where[path])
-            for path, leaf in inputs.model.abstract().items()
-        }
+        abstract = abstract_leaves(config, inputs, where)
+        return tuple({path: _read(config, stored, path, leaf) for path, leaf in leaves.items()} for leaves in abstract)
     return partition.split(leaves, inputs.trainable)
 
 
-def initial_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Step 0: optimizer state lies where its leaves do, scalars on every device."""
+def abstract_state(
+    trainable: Mapping[str, jax.Array | jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state around leaves: optimizer state lies where its leaves do.
+
+    Scalars lie on every device. To be called outside `jax.set_mesh` where the devices are not there.
+    """
+
+    def place(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
     everywhere = NamedSharding(mesh, PartitionSpec())
-    where = optax.tree.map_params(
+    abstract = {path: place(leaf, leaf.sharding) for path, leaf in trainable.items()}
+    state = optax.tree.map_params(
         optimizer,
-        lambda _, leaf: leaf.sharding,
+        lambda leaf, like: place(leaf, like.sharding),
         jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda _: everywhere,
+        abstract,
+        transform_non_params=lambda leaf: place(leaf, everywhere),
     )
-    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), abstract, state)
+
+
+def initial_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The train state of step 0."""
+    abstract = abstract_state(trainable, optimizer, mesh)
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
+    step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
     return TrainState(step, trainable, jax.jit(optimizer.init, out_shardings=where)(trainable))
 
 
@@ -68,20 +94,18 @@ def _read(
     config: ConfigDict,
     stored: Mapping[str, ts.TensorStore],
     path: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    where: NamedSharding,
+    like: jax.ShapeDtypeStruct,
 ) -> jax.Array:
     """One leaf, from `start_from`; a new expert's come from the anchor's, but for its row and its bias."""
     if path == EXPERT + "row":
-        return jax.device_put(_new_row(config, shape), where)
+        return jax.device_put(_new_row(config, like.shape), like.sharding)
     if path == EXPERT + "bias":
-        return jax.device_put(np.full(shape, config.init.bias, np.float32), where)
+        return jax.device_put(np.full(like.shape, config.init.bias, np.float32), like.sharding)
     source = path.replace(EXPERT, directories.MIXTURE + "anchor/")
     label = f"--config.start_from={config.start_from}: leaf {source}"
-    if source not in stored or tuple(stored[source].shape) != shape:
+    if source not in stored or tuple(stored[source].shape) != like.shape:
         raise UserError(f"{label} is missing or misshapen; copy the model again from its source")
-    return tree.read_leaf(stored[source], where, dtype, label)
+    return tree.read_leaf(stored[source], like.sharding, like.dtype, label)
 
 
 def _new_row(config: ConfigDict, shape: tuple[int, int]) -> np.ndarray:
