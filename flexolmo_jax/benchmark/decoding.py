@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from flexolmo_jax.benchmark import machine
-from flexolmo_jax.benchmark.flops import decode_step_flops
 from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.model.decoder import Decoder, separate_layers
+from flexolmo_jax.model.flops import decode_step_flops
 from flexolmo_jax.training.inputs import build_model
 
 NO_TOKEN = -1  # for EOS, so that no continuation ends early

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
 from flexolmo_jax.benchmark import machine
-from flexolmo_jax.benchmark.flops import train_step_flops
 from flexolmo_jax.benchmark.subject import Spec
+from flexolmo_jax.model.flops import train_step_flops
 from flexolmo_jax.training import partition
 from flexolmo_jax.training.inputs import Inputs, build_model
 from flexolmo_jax.training.program import abstract_batch, configured_step

@@ -5,7 +5,7 @@ r"""Measures what steps cost on this machine, with fresh weights and random toke
 
 A step trains what its name says: an anchor, the expert of a pair, all of a mixture (joint), its router; or it decodes
 tokens for a batch of prompts of half a row. FLOP/s count the matmuls that the step needs, whatever it computes beyond
-them (formula in flexolmo_jax/benchmark/flops.py). The limit is that of this machine, measured in turns with the step: a
+them (formula in flexolmo_jax/model/flops.py). The limit is that of this machine, measured in turns with the step: a
 large matmul in its dtype or, of decoding, the rate at which memory is read. Figures are medians.
 
 With --versus=transformers the same sizes run there too, in turns, with each implementation of experts it has, compiled

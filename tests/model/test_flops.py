@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from tiny import ARCHITECTURE, LAYOUTS
 
-from flexolmo_jax.benchmark.flops import decode_step_flops, train_step_flops
 from flexolmo_jax.model.decoder import Decoder
+from flexolmo_jax.model.flops import decode_step_flops, train_step_flops
 from flexolmo_jax.training.partition import PARTITIONS, trainable_paths
 
 BATCH, LENGTH = 2, 5
