@@ -7,7 +7,8 @@ SHARDING_RULES = (
     ("batch", ("data", "fsdp", "expert")),  # rows of a batch
     ("length", None),  # tokens of a row
     ("layers", None),  # the scanned axis
-    ("embed", "fsdp"),  # d_model of parameters
+    ("embed", ("fsdp", "expert")),  # d_model of parameters that all experts share
+    ("expert_embed", "fsdp"),  # d_model of an expert's
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("mlp", "tensor"),  # hidden units of an expert
@@ -94,7 +95,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict()  # devices along each axis; one of them may be -1: all that are left
     config.mesh.data = -1  # copies of the parameters, each with its rows of the batch
     config.mesh.fsdp = 1  # parameters split over rows' devices
-    config.mesh.expert = 1  # stacked experts split over devices
+    config.mesh.expert = 1  # stacked experts split over devices, and what they share as over fsdp
     config.mesh.tensor = 1  # heads, hidden units and vocabulary split
     config.sharding_rules = SHARDING_RULES  # logical axis -> mesh axes
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexolmo_jax.errors import UserError
@@ -36,7 +38,22 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise UserError(f"--config.mesh: {asked} does not fit {len(devices)} devices; the sizes must multiply to that")
     shape = [len(devices) // known if size == -1 else size for size in shape]
     axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=axis_types, devices=devices)
+    return Mesh(_arranged(shape, devices, f"--config.mesh: {asked}"), MESH_AXES, axis_types=axis_types)
+
+
+def _arranged(shape: Sequence[int], devices: Sequence[jax.Device], flag: str) -> np.ndarray:
+    """The devices in an array of that shape: neighbours on an axis are neighbours in the network, as far as may be.
+
+    Slices are joined by a slower network than the devices within one, so that copies of the parameters go there.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    copies, *others = shape
+    if copies % slices:
+        raise UserError(f"{flag} does not fit {slices} slices; data must be a multiple of their number")
+    within, between = (copies // slices, *others), (slices, *(1 for _ in others))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:

@@ -79,7 +79,7 @@ def test_a_rule_to_no_axis_of_the_mesh_is_refused():
 def test_an_axis_without_a_rule_and_rules_that_collide_are_refused():
     with pytest.raises(UserError, match="no rule for logical axis 'colour'"):
         sharding.partition_spec(("batch", "colour"), RULES)
-    with pytest.raises(UserError, match=r"\('batch', 'embed'\) of one array use mesh axis 'fsdp' twice"):
+    with pytest.raises(UserError, match=r"\('batch', 'embed'\) of one array use mesh axis 'expert' twice"):
         sharding.partition_spec(("batch", "embed"), RULES)
 
 

@@ -3,7 +3,7 @@
 Routing depends on the data, so a partitioner that does not know what sorting tokens by expert means would gather
 everything everywhere. Inside `shard_map` each device sorts what it has. Between devices go:
 
-- Kernels that are split over `embed` (fsdp): gathered when they are used, and again in the backward pass.
+- Kernels that are split over `expert_embed` (fsdp): gathered when they are used, and again in the backward pass.
 - Tokens that lie apart on the axes over which the experts, or their hidden units, are split: gathered over these, so
   that each device computes its experts for all of them; the sums are scattered back. Nothing is dropped, whatever
   the routing: a token has at most min(k, experts per device) rows on a device, and there is room for all.
@@ -92,7 +92,7 @@ def _sum_on_device(
     """One device's part of `stacked_experts`; the axes are those of the mesh it takes part in."""
     if embed_axes:
         experts = {
-            leaf: jax.lax.all_gather(kernel, embed_axes, axis=1 + KERNEL_AXES[leaf].index("embed"), tiled=True)
+            leaf: jax.lax.all_gather(kernel, embed_axes, axis=1 + KERNEL_AXES[leaf].index("expert_embed"), tiled=True)
             for leaf, kernel in experts.items()
         }
     flat = (y.reshape(-1, y.shape[-1]) for y in (x_BxSxD, weights_BxSxK, expert_BxSxK))

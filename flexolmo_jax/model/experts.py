@@ -12,7 +12,7 @@ from flexolmo_jax.model.experts_cpu import looped_experts
 from flexolmo_jax.model.layers import feed_forward
 
 # Logical axes of the kernels of one expert.
-KERNEL_AXES = {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
+KERNEL_AXES = {"gate": ("expert_embed", "mlp"), "up": ("expert_embed", "mlp"), "down": ("mlp", "expert_embed")}
 # The name of what is worth its memory in the backward pass; the rest is indices, and elementwise.
 KEPT = "experts"
 KEEP = jax.checkpoint_policies.save_only_these_names(KEPT)

@@ -37,6 +37,26 @@ def train_step_flops(
     return batch * length * _token(architecture, layout, trainable, keys=(length + 1) / 2)
 
 
+def recomputed_flops(architecture: Architecture, layout: Layout, remat: str, batch: int, length: int) -> float:
+    """FLOPs that a training step computes again for its backward pass, beyond those that it needs.
+
+    Args:
+      architecture: sizes of the model.
+      layout: how its experts are laid out.
+      remat: a key of `decoder.REMAT_POLICIES`.
+      batch: rows of the step.
+      length: tokens in a row.
+    """
+    if remat in ("none", "dots"):
+        return 0.0
+    arch, kept = architecture, 0.0
+    if remat == "kernels":
+        kept = 2 * arch.d_model * (length + 1)
+        kept += 6 * layout.top_k * arch.d_model * arch.d_ff if layout.kind == "stacked" else 0
+    block, _ = _block(arch, layout, (), x=False, keys=(length + 1) / 2)
+    return batch * length * arch.num_layers * (block - kept)
+
+
 def decode_step_flops(architecture: Architecture, layout: Layout, rows: int, keys: float) -> float:
     """FLOPs of decoding one token for each of `rows` rows, each of which sees `keys` positions."""
     return rows * _token(architecture, layout, (), keys)

@@ -109,7 +109,7 @@ class ExpertLeaves(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         """Returns {leaf: array}, each with the stack axis in front when there is one."""
-        sizes = {"embed": self.architecture.d_model, "mlp": self.architecture.d_ff}
+        sizes = {"expert_embed": self.architecture.d_model, "mlp": self.architecture.d_ff}
         row_init = nn.initializers.truncated_normal(ROW_STDDEV)
         declared = {
             **{leaf: (tuple(sizes[axis] for axis in axes), axes, None) for leaf, axes in KERNEL_AXES.items()},

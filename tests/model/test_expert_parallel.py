@@ -31,7 +31,7 @@ def make_mesh(sizes):
 def random_arguments(routing, batch=BATCH, dtype=np.float32):
     """(leaves, x, where the outputs ought to go): leaves with the layer axis in front, and a row for each expert."""
     rng = np.random.default_rng(0)
-    sizes = {"embed": D_MODEL, "mlp": D_FF}
+    sizes = {"expert_embed": D_MODEL, "mlp": D_FF}
     leaves = {
         leaf: rng.normal(0, 0.5, (LAYERS, EXPERTS, *(sizes[axis] for axis in axes))).astype(dtype)
         for leaf, axes in KERNEL_AXES.items()

@@ -157,4 +157,4 @@ def test_optimizer_state_lies_where_its_leaves_do_and_scalars_everywhere():
     scalars = [x for x in jax.tree.leaves((state.step, state.optimizer)) if not x.ndim]
     assert scalars
     assert all(x.sharding.is_fully_replicated and len(x.devices()) == 8 for x in scalars)
-    assert trainable["head"].sharding.spec == PartitionSpec(("fsdp",), ("tensor",))
+    assert trainable["head"].sharding.spec == PartitionSpec(("fsdp", "expert"), ("tensor",))

@@ -1,0 +1,44 @@
+r"""Compiles a run's train step for TPU slices that need not be there, and says what it needs and how long it takes.
+
+    flexolmo plan --config=configs/expert.py:tiny --topology=v5e:2x4
+    flexolmo plan --config=configs/expert.py:7b --topology=v5e:4x4 --config.data.accumulate=64 \
+        --config.compute.remat=kernels --json=plan.json
+
+No anchor, data or accelerator is needed: a configuration without --config.start_from is planned with fresh weights.
+Memory and collectives are those of the compiled program; times are a roofline estimate, not a measurement.
+Needs libtpu (extra `plan`).
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, as FILE or FILE:ARGUMENT.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of a slice: v5e:4x4, v6e:2x4, v5p:2x4x4, ...")
+_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def run() -> None:
+    """Plans, and prints tables of memory, collectives and time, and what follows."""
+    import json
+
+    from etils import epath
+
+    from flexolmo_jax.evaluation.tables import show
+    from flexolmo_jax.planning import tables
+    from flexolmo_jax.planning.plan import plan
+    from flexolmo_jax.progress import progress_bar
+
+    with progress_bar("{task.description}") as bar:
+        task = bar.add_task("", total=None)
+        made = plan(_CONFIG.value, _TOPOLOGY.value, _SLICES.value, say=lambda what: bar.update(task, description=what))
+    print(tables.heading(made))
+    for table in (tables.memory_table, *[tables.collectives_table] * bool(made.collectives), tables.roofline_table):
+        show(table(made))
+    for sentence in (tables.run_line(made), *made.advice, *tables.ASSUMPTIONS):
+        print(sentence)
+    if _JSON.value:
+        file = epath.Path(_JSON.value)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"config": json.loads(_CONFIG.value.to_json()), **made.to_json()}, indent=2) + "\n")

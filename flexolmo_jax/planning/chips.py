@@ -1,0 +1,125 @@
+"""TPU chips: what one JAX device of each computes, holds and moves, and the links between them.
+
+Sources, as of 2026:
+
+- [cloud] The pages of each TPU in Google Cloud's documentation, docs.cloud.google.com/tpu/docs/ and v4, v5e, v5p, v6e
+  or tpu7x: FLOP/s, HBM, HBM bandwidth, torus, network of the data centre.
+- [book] "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus: bandwidth of a link, where a torus wraps around.
+- [libtpu] What libtpu 0.0.42 says is available when a program does not fit: HBM that a program can use.
+
+On interconnect, [cloud] gives a chip's bandwidth over all its links and in both directions at once: 400 (v5e), 800
+(v6e) or 1200 (v5p, TPU7x) GB/s, thus 50 or 100 GB/s for each direction of each of 4 or 6 links. [book] gives 45 or 90
+for the same, without a reason; the lower figures are used here.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flexolmo_jax.errors import UserError
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One JAX device of a kind of TPU: a chip, or half of one where `devices_per_chip` is 2.
+
+    Attributes:
+      device_kind: what `jax.Device.device_kind` calls it.
+      devices_per_chip: JAX devices of a chip, among which all its figures are divided here.
+      peak_flops: bfloat16 FLOP/s.
+      hbm_bytes: memory that a program can use, in bytes.
+      hbm_bandwidth: in bytes/s.
+      link_bandwidth: what a device sends over one link of its chip, in bytes/s; a chip has two links for each dimension
+        of the torus, one to each neighbour.
+      torus_dimensions: 2, or 3 where slices are made of cubes of 4 x 4 x 4 chips.
+      dcn_bandwidth: what a device sends to other slices, in bytes/s.
+    """
+
+    device_kind: str
+    devices_per_chip: int
+    peak_flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    link_bandwidth: float
+    torus_dimensions: int
+    dcn_bandwidth: float
+
+
+CHIPS = {
+    # [cloud] 275 TFLOP/s, 32 GiB, 1200 GB/s; [book] DCN. Two cores are one device (libtpu's chip config "megacore").
+    "v4": Chip("TPU v4", 1, 275e12, int(30.75 * _GIB), 1200e9, 45e9, 3, 6.25e9),
+    # [cloud] 197 TFLOP/s, 16 GB, 819 GB/s; 2 x 100 Gbit/s for a host of 8 chips.
+    "v5e": Chip("TPU v5 lite", 1, 197e12, int(15.75 * _GIB), 819e9, 45e9, 2, 3.125e9),
+    # [cloud] 459 TFLOP/s, 95 GiB, 2765 GB/s; 50 Gbit/s for a chip.
+    "v5p": Chip("TPU v5", 1, 459e12, int(95.74 * _GIB), 2765e9, 90e9, 3, 6.25e9),
+    # [cloud] 918 TFLOP/s, 32 GB, 1638 GB/s; 100 Gbit/s for a chip.
+    "v6e": Chip("TPU v6 lite", 1, 918e12, int(31.25 * _GIB), 1638e9, 90e9, 2, 12.5e9),
+    # [cloud] 2307 TFLOP/s, 192 GiB, 7380 GB/s; 100 Gbit/s for a chip. Each of its two chiplets is a device.
+    "tpu7x": Chip("TPU7x", 2, 2307e12 / 2, int(94.75 * _GIB), 7380e9 / 2, 90e9 / 2, 3, 12.5e9 / 2),
+}
+
+_NAME = re.compile(r"(\w+):(\d+(?:x\d+){1,2})")
+
+
+def chip(topology: str) -> Chip:
+    """The chip of a topology such as "v5e:2x4".
+
+    Raises:
+      UserError: the name has another form, or names no chip of the table.
+    """
+    return CHIPS[_parse(topology)[0]]
+
+
+def torus_shape(topology: str) -> tuple[int, ...]:
+    """Chips along each dimension of a slice: (2, 4) of "v5e:2x4".
+
+    Raises:
+      UserError: the name has another form, names no chip of the table, or more dimensions than its torus has.
+    """
+    return _parse(topology)[1]
+
+
+def _parse(topology: str) -> tuple[str, tuple[int, ...]]:
+    found = _NAME.fullmatch(topology)
+    if not found:
+        raise UserError(f"--topology={topology}: not a chip and the shape of its slice; give one such as v5e:2x4")
+    name, shape = found[1], tuple(int(size) for size in found[2].split("x"))
+    if name not in CHIPS:
+        raise UserError(f"--topology={topology}: no chip {name} is known; use one of {', '.join(CHIPS)}")
+    dimensions = CHIPS[name].torus_dimensions
+    if len(shape) != dimensions or 0 in shape:
+        example = f"{name}:{'4x4' if dimensions == 2 else '2x2x4'}"
+        raise UserError(f"--topology={topology}: a slice of {name} has {dimensions} sizes above 0, as in {example}")
+    return name, shape
+
+
+def wraps(chip: Chip, torus: Sequence[int]) -> tuple[bool, ...]:
+    """Which dimensions of a slice close to rings: those of 16 on a 2D torus, all of whole cubes on a 3D one [book].
+
+    Args:
+      chip: the kind of chip.
+      torus: chips along each dimension of the slice, as from `torus_shape`.
+    """
+    if chip.torus_dimensions == 3:
+        return (all(size % 4 == 0 for size in torus),) * 3
+    return tuple(size == 16 for size in torus)
+
+
+def group_bandwidth(chip: Chip, torus: Sequence[int], devices: Sequence[Any]) -> float:
+    """What each device of a group within a slice can send to its neighbours in the group, in bytes/s.
+
+    Each dimension of the torus in which the group extends gives two links where the group closes to a ring, and else
+    one, which is all that the ends of a line have. Devices of one chip count one link, though they are closer.
+
+    Args:
+      chip: the kind of chip.
+      torus: chips along each dimension of the slice, as from `torus_shape`.
+      devices: the group, as JAX describes them (`coords`, which may have more dimensions than the torus).
+    """
+    links = 0
+    places = zip(*(device.coords[: len(torus)] for device in devices), strict=True)
+    for size, wrapped, along in zip(torus, wraps(chip, torus), places, strict=True):
+        extent = len(set(along))
+        links += (2 if wrapped and extent == size else 1) if extent > 1 else 0
+    return max(links, 1) * chip.link_bandwidth

@@ -1,0 +1,106 @@
+"""A plan, as tables for the terminal."""
+
+import math
+
+from rich.table import Table
+from rich.text import Text
+
+from flexolmo_jax.evaluation.tables import MISSING, plain_table
+from flexolmo_jax.planning.collectives import DCN
+from flexolmo_jax.planning.plan import Plan
+
+ASSUMPTIONS = (
+    "FLOPs are those the matmuls need, at the chip's bfloat16 rate; a mixture's experts are chosen equally often.",
+    "HBM: matmuls, attention and residual sums read operands and write results once; all else is fused with them.",
+    "Interconnect: ring algorithms without latency, at one direction of each link that a group's shape can use.",
+    "At best, the three overlap perfectly; at worst, nothing does. Input and checkpoints are not counted.",
+)
+
+
+def heading(plan: Plan) -> str:
+    """A line that says what was planned for what."""
+    slices = f"{plan.slices} slices of " if plan.slices > 1 else ""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    return (
+        f"{plan.parameters:,} parameters on {slices}{plan.topology}: {plan.devices} devices "
+        f"({plan.chip.device_kind}), mesh {mesh}; {plan.tokens:,} tokens a step; "
+        f"compiled in {plan.compile_seconds:.0f} s"
+    )
+
+
+def memory_table(plan: Plan) -> Table:
+    """What a device holds."""
+    memory = plan.memory
+    table = plain_table("memory of a device", ["size", "of it"])
+    rows = {
+        "parameters, trained": memory.trained,
+        "parameters, frozen": memory.frozen,
+        "optimizer state": memory.optimizer,
+        "batch": memory.batch,
+        "activations, gradients, other temporaries": memory.temporaries,
+        "peak": memory.peak,
+        "available": memory.available,
+    }
+    for name, size in rows.items():
+        table.add_row(name, scaled(size, "B", 1024), f"{size / memory.available:.1%}")
+    return table
+
+
+def collectives_table(plan: Plan) -> Table:
+    """What a device sends in a step, a row for each kind of collective and the mesh axes it goes along."""
+    table = plain_table("collective", ["along", "network", "runs", "sent", "time"])
+    for row, seconds in plan.collectives or ():
+        table.add_row(
+            row.kind,
+            Text(" x ".join(row.axes) or ("slices" if row.network == DCN else MISSING)),
+            "data centre" if row.network == DCN else "links",
+            f"{row.runs:,}",
+            scaled(row.bytes_sent, "B"),
+            scaled(seconds, "s"),
+        )
+    return table
+
+
+def roofline_table(plan: Plan) -> Table:
+    """What a device does in a step, and how long it takes."""
+    line, chip = plan.roofline, plan.chip
+    table = plain_table("a step, on each device", ["amount", "rate", "time"])
+    flops = line.flops + line.recomputed_flops
+    again = f", {line.recomputed_flops / flops:.0%} again" if line.recomputed_flops else ""
+    table.add_row(
+        "arithmetic",
+        scaled(flops, "FLOP") + again,
+        scaled(chip.peak_flops, "FLOP/s"),
+        scaled(line.compute_seconds, "s"),
+    )
+    table.add_row("HBM", scaled(line.hbm_bytes, "B"), scaled(chip.hbm_bandwidth, "B/s"), scaled(line.hbm_seconds, "s"))
+    if line.network_seconds is not None:
+        links = scaled(chip.link_bandwidth, "B/s") + " a link"
+        table.add_row("interconnect", scaled(line.sent_bytes, "B"), links, scaled(line.network_seconds, "s"))
+    for name, seconds in (("at best", line.at_best), ("at worst", line.at_worst)):
+        share = f"{line.flops / seconds / chip.peak_flops:.0%} of its FLOP/s"
+        table.add_row(name, f"{plan.tokens / seconds:,.0f} tokens/s", share, scaled(seconds, "s"))
+    return table
+
+
+def run_line(plan: Plan) -> str:
+    """How long the whole run takes, and what it costs in chip-hours."""
+    seconds = (plan.roofline.at_best, plan.roofline.at_worst)
+    chips = plan.devices // plan.chip.devices_per_chip
+    hours = [plan.steps * each / 3600 for each in seconds]
+    least, most = (f"{h:,.0f} h" if h >= 10 else f"{h:.2f} h" if h >= 1 else scaled(3600 * h, "s") for h in hours)
+    cost = " to ".join(f"{h * chips:,.0f}" if h * chips >= 10 else f"{h * chips:.3g}" for h in hours)
+    return f"{plan.steps:,} steps take {least} to {most}: {cost} chip-hours"
+
+
+def scaled(value: float, unit: str, base: int = 1000) -> str:
+    """A quantity with the prefix that suits it: "1.05 TB" in powers of 1000, "15.75 GiB" in those of 1024."""
+    prefixes = {
+        1000: ("n", "u", "m", "", "k", "M", "G", "T", "P"),
+        1024: ("", "", "", "", "Ki", "Mi", "Gi", "Ti", "Pi"),
+    }
+    power = math.floor(math.log(value, base) + 1e-9) if value else 0
+    power = min(max(power, -3 if base == 1000 else 0), 5)
+    number = value / base**power
+    decimals = 2 if base == 1024 or number < 10 else 1 if number < 100 else 0
+    return f"{number:,.{decimals}f} {prefixes[base][power + 3]}{unit}"

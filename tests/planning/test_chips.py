@@ -1,0 +1,82 @@
+"""The table of chips against published figures of whole pods and chips, and what a slice's name says."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.planning.chips import CHIPS, chip, group_bandwidth, torus_shape, wraps
+
+# Of Google Cloud's pages: chips of a pod and its peak PFLOP/s; both directions of all links of a chip, in GB/s.
+PUBLISHED = {
+    "v4": (4096, 1126.4, None),
+    "v5e": (256, 50.4, 400),
+    "v5p": (8960, 4112.6, 1200),
+    "v6e": (256, 234.9, 800),
+    "tpu7x": (9216, 21260, 1200),
+}
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_figures_agree_with_those_of_pods(name):
+    chips, pflops, links = PUBLISHED[name]
+    one = CHIPS[name]
+    assert one.peak_flops * one.devices_per_chip * chips == pytest.approx(pflops * 1e15, rel=0.01)
+    if links:  # the book puts a link at 9 tenths of it
+        directions = 2 * 2 * one.torus_dimensions
+        assert one.link_bandwidth * one.devices_per_chip * directions == pytest.approx(0.9 * links * 1e9)
+
+
+def test_a_chip_is_found_by_the_name_of_a_slice():
+    assert chip("v5e:2x4").device_kind == "TPU v5 lite"
+    assert chip("tpu7x:2x2x1").devices_per_chip == 2
+    assert torus_shape("v5p:2x4x4") == (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("v5e", "not a chip and the shape of its slice"),
+        ("v5e-8", "not a chip and the shape of its slice"),
+        ("v5e:2x", "not a chip and the shape of its slice"),
+        ("v5p:4x4x8_twisted", "not a chip and the shape of its slice"),
+        ("v9:2x2", "no chip v9 is known; use one of v4, v5e, v5p"),
+        ("v5p:2x4", "a slice of v5p has 3 sizes above 0, as in v5p:2x2x4"),
+        ("v6e:2x4x4", "a slice of v6e has 2 sizes above 0, as in v6e:4x4"),
+        ("v6e:0x4", "2 sizes above 0"),
+    ],
+)
+def test_refuses_other_names_in_one_line(name, why):
+    with pytest.raises(UserError) as error:
+        chip(name)
+    assert str(error.value).startswith(f"--topology={name}: ")
+    assert why in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_only_full_dimensions_wrap_around():
+    assert wraps(CHIPS["v5e"], (8, 16)) == (False, True)
+    assert wraps(CHIPS["v6e"], (4, 8)) == (False, False)
+    assert wraps(CHIPS["v5p"], (2, 4, 4)) == (False, False, False)
+    assert wraps(CHIPS["v5p"], (4, 4, 8)) == (True, True, True)
+
+
+def devices(*coords):
+    return [SimpleNamespace(coords=place) for place in coords]
+
+
+@pytest.mark.parametrize(
+    ("name", "coords", "links"),
+    [
+        ("v5e:2x4", [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)], 1),  # a line
+        ("v5e:2x4", [(x, y, 0) for x in range(2) for y in range(4)], 2),
+        ("v5e:8x16", [(3, y, 0) for y in range(16)], 2),  # a ring
+        ("v5e:8x16", [(3, y, 0) for y in range(8)], 1),  # half of it
+        ("v5p:4x4x8", [(x, y, 0) for x in range(4) for y in range(4)], 4),
+        ("v5p:4x4x8", [(x, 0, z) for x in range(4) for z in range(4)], 3),
+        ("tpu7x:2x2x1", [(0, 0, 0), (0, 0, 0)], 1),  # the two halves of a chip
+    ],
+)
+def test_bandwidth_counts_links_within_the_group(name, coords, links):
+    one = chip(name)
+    assert group_bandwidth(one, torus_shape(name), devices(*coords)) == links * one.link_bandwidth
