@@ -22,8 +22,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.publish.public_documents = 1000
     if size == "tiny":
         config.steps = 600
-        config.data.sequence_length = 256
-        config.data.batch_size = 8
         config.optimizer.learning_rate = 3e-3
         # Blocks write to the residual stream through a norm, at scale 1: in a short run, smaller embeddings drown.
         config.init.embedding_stddev = 1.0
@@ -31,10 +29,5 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.checkpoint.every = 200
     else:
         config.steps = 238_419  # 1T tokens
-        config.data.sequence_length = 4096
-        config.data.batch_size = 1024
         config.optimizer.warmup_steps = 2000
-        config.compute.dtype = "bfloat16"
-        config.compute.remat = "dots"
-        config.mesh.data, config.mesh.fsdp = 1, -1
     return config

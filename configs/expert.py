@@ -24,18 +24,11 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.data.public_share = 0.5
     if size == "tiny":
         config.steps = 250
-        config.data.sequence_length = 256
-        config.data.batch_size = 8
         config.optimizer.learning_rate = 1.5e-3
         config.optimizer.warmup_steps = 20
         config.checkpoint.every = 200
     else:
         config.steps = 11_921  # 50B tokens
-        config.data.sequence_length = 4096
-        config.data.batch_size = 1024
         config.optimizer.warmup_steps = 2000
-        config.compute.dtype = "bfloat16"
         config.compute.frozen_dtype = "bfloat16"
-        config.compute.remat = "dots"
-        config.mesh.data, config.mesh.fsdp = 1, -1
     return config

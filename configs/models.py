@@ -1,4 +1,4 @@
-"""Architectures by name: values of `config.model`."""
+"""Models by name: their architecture, and how they are trained as far as that goes by size."""
 
 from ml_collections import ConfigDict
 
@@ -13,7 +13,16 @@ _SIZES = {
 
 
 def set_size(config: ConfigDict, size: str) -> None:
-    """Writes the architecture of a named size into `config.model`."""
+    """Writes the architecture of a named size into `config.model`, its rows and how they are computed beside it."""
     if size not in _SIZES:
         raise ValueError(f"unknown size '{size}'; choose one of {', '.join(_SIZES)}")
     config.model.update(_SIZES[size])
+    if size == "tiny":
+        config.data.sequence_length = 256
+        config.data.batch_size = 8
+    else:
+        config.data.sequence_length = 4096
+        config.data.batch_size = 1024
+        config.compute.dtype = "bfloat16"
+        config.compute.remat = "dots"
+        config.mesh.data, config.mesh.fsdp = 1, -1

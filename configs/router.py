@@ -26,17 +26,10 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.loss.router_z_loss = 1e-3
     if size == "tiny":
         config.steps = 50
-        config.data.sequence_length = 256
-        config.data.batch_size = 8
         config.optimizer.warmup_steps = 5
         config.checkpoint.every = 50
     else:
         config.steps = 1193  # 5B tokens
-        config.data.sequence_length = 4096
-        config.data.batch_size = 1024
         config.optimizer.warmup_steps = 100
-        config.compute.dtype = "bfloat16"
         config.compute.frozen_dtype = "bfloat16"
-        config.compute.remat = "dots"
-        config.mesh.data, config.mesh.fsdp = 1, -1
     return config
