@@ -9,9 +9,11 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from flexolmo_jax.checkpoint import tree
 from flexolmo_jax.checkpoint.tree import Slice, digest_slice, open_tree, read_block, read_leaf, write_tree
+from flexolmo_jax.checkpoint.zarr import block_folder
 from flexolmo_jax.errors import UserError
 
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
@@ -20,8 +22,9 @@ SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (5, 1, 3, 2), (1, 40), (2, 1, 33)]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Leaves of a few numbers take several blocks."""
+    """Leaves of a few numbers take several blocks, of several pieces each."""
     monkeypatch.setattr(tree, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tree, "PIECE_BYTES", 24)
 
 
 def array(shape, dtype=np.float32, seed=0):
@@ -89,6 +92,59 @@ def test_digests_are_those_of_hashlib_in_every_layout(tmp_path, dtype):
     assert [digest_slice(Slice(jax.numpy.asarray(part), None, ""), "gate") for part in parts] == expected
 
 
+FOREIGN = {
+    "compressed": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "gzip"}],
+    "big-endian": [{"name": "bytes", "configuration": {"endian": "big"}}],
+    "transposed": [
+        {"name": "transpose", "configuration": {"order": [2, 1, 0]}},
+        {"name": "bytes", "configuration": {"endian": "little"}},
+    ],
+}
+
+
+def rewrite(folder, values, **metadata):
+    """Stores a leaf in another way, by tensorstore."""
+    shutil.rmtree(folder)
+    spec = {"driver": "zarr3", "kvstore": f"file://{folder}/", "create": True}
+    spec["metadata"] = {"data_type": values.dtype.name, "shape": list(values.shape), **metadata}
+    ts.open(spec).result().write(values).result()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}}},
+        {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4, 1, 3]}}},
+        *({"codecs": codecs} for codecs in FOREIGN.values()),
+    ],
+    ids=["folders", "chunks", *FOREIGN],
+)
+def test_leaves_stored_in_another_way_are_the_same_leaves(tmp_path, metadata):
+    values = array((4, 4, 4))  # one block is [1, 4, 4]
+    (digest,) = write_tree(tmp_path / "tree", {"x": Slice(values, None, "")}, unnamed).values()
+    grid = {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, 4, 4]}}}
+    rewrite(tmp_path / "tree" / "x", values, **(grid | metadata))
+    stored = Slice(open_tree(tmp_path / "tree")["x"], None, "leaf x")
+    assert block_folder(stored.source, (1, 4, 4)) is None
+    assert digest_slice(stored, "x") == digest
+    assert write_tree(tmp_path / "again", {"x": stored}, unnamed) == {"x": digest}
+    again = open_tree(tmp_path / "again")["x"]
+    np.testing.assert_array_equal(whole(again), values)
+    assert block_folder(again, (1, 4, 4)) == tmp_path / "again" / "x"
+
+
+def test_a_tree_that_orbax_wrote_is_read(tmp_path):
+    values = array((4, 4, 4))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
+    ocp.Checkpointer(handler).save(tmp_path / "theirs", {"x": values})
+    for file in (tmp_path / "theirs").iterdir():
+        if file.name not in ("x", tree.METADATA):
+            file.unlink()
+    digests = write_tree(tmp_path / "ours", {"x": Slice(values, None, "")}, unnamed)
+    stored = Slice(open_tree(tmp_path / "theirs")["x"], None, "leaf x")
+    assert write_tree(tmp_path / "again", {"x": stored}, unnamed) == digests
+
+
 def test_digest_depends_on_name_dtype_shape_and_every_value():
     values = array((2, 3))
     changed = values.copy()
@@ -137,7 +193,7 @@ def test_refuses_values_that_are_not_finite(tmp_path, dtype, value):
     assert not (tmp_path / "tree" / tree.METADATA).exists()
 
 
-CHUNK = "x/c/1/0"
+CHUNK = "x/c.1.0"
 DAMAGES = {
     "missing block": lambda path: (path / CHUNK).unlink(),
     "truncated block": lambda path: (path / CHUNK).write_bytes((path / CHUNK).read_bytes()[:-1]),
@@ -160,11 +216,18 @@ DAMAGES["other layout"] = lambda path: (path / tree.METADATA).write_text(
 )
 
 
+READS = {
+    "read": lambda leaf, name: read_block(leaf, (slice(None), slice(None)), name),
+    "copied": lambda leaf, name: digest_slice(Slice(leaf, None, name), "x"),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_an_error_that_names_the_place(tmp_path, damage):
+def test_damage_is_an_error_that_names_the_place(tmp_path, damage, read):
     write_tree(tmp_path / "tree", {"x": Slice(array((4, 8)), None, "x")}, unnamed)
     assert (tmp_path / "tree" / CHUNK).exists()
     DAMAGES[damage](tmp_path / "tree")
     with pytest.raises(UserError, match=r"/tree|leaf x") as caught:
-        read_block(open_tree(tmp_path / "tree")["x"], (slice(None), slice(None)), f"{tmp_path}/tree: leaf x")
+        read(open_tree(tmp_path / "tree")["x"], f"{tmp_path}/tree: leaf x")
     assert "\n" not in str(caught.value)

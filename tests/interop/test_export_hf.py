@@ -294,7 +294,7 @@ def test_a_pair_of_another_anchor_is_no_contribution(home, tmp_path, tensor, wor
 
 def test_a_damaged_model_is_not_exported(home, tmp_path):
     shutil.copytree(home / "merged", tmp_path / "bad")
-    chunk = tmp_path / "bad/params/blocks.mixture.experts.gate/c/0/1/0/0"
+    chunk = tmp_path / "bad/params/blocks.mixture.experts.gate/c.0.1.0.0"
     data = chunk.read_bytes()
     chunk.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     result = flexolmo("export-hf", f"--model={tmp_path}/bad", f"--out={tmp_path}/out")

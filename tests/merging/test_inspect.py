@@ -45,11 +45,11 @@ def test_describes_several_directories(home):
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        ("merged", "params/blocks.mixture.experts.up/c/0/1/0/0"),
-        ("merged", "params/head/c/0/0"),
-        ("news", "params/down/c/0/0/0"),
+        ("merged", "params/blocks.mixture.experts.up/c.0.1.0.0"),
+        ("merged", "params/head/c.0.0"),
+        ("news", "params/down/c.0.0.0"),
         ("corpus", "tokens-00000.npy"),
-        ("tuned", "merged_router/blocks.mixture.experts.row/c/0/0/0"),
+        ("tuned", "merged_router/blocks.mixture.experts.row/c.0.0.0"),
     ],
 )
 def test_finds_one_altered_byte(home, name, file):

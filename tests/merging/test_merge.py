@@ -132,9 +132,12 @@ PEAK = """
 import re, sys
 from flexolmo_jax.merging.merge import merge
 
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+before = peak()
 merge(sys.argv[1], sys.argv[3:], sys.argv[2], top_k=2)
-# Not ru_maxrss, which a process inherits from the one that started it.
-print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
+print(peak() - before)
 """
 
 
@@ -160,4 +163,6 @@ def test_peak_memory_does_not_grow_with_the_number_of_experts(tmp_path):
         assert process.returncode == 0
         subprocess.run(["rm", "-r", tmp_path / "merged"], check=True)
     # The six experts more are 18 leaves more, and a stacked leaf alone is six leaves larger.
-    assert peaks[8] - peaks[2] < 4 * tree.BLOCK_BYTES < 6 * leaf_bytes / 2
+    assert peaks[8] - peaks[2] < tree.BLOCK_BYTES < leaf_bytes / 1.4
+    # The threads hold pieces; a block for each would be more than this with two threads, besides what reads it.
+    assert peaks[8] < tree.COPY_THREADS * leaf_bytes / 2 + tree.BLOCK_BYTES

@@ -1,9 +1,10 @@
-"""What a merge and an opt-out read and hold: every byte once, and a few blocks at a time."""
+"""What a merge and an opt-out read and hold: every byte once, and a piece at a time."""
 
 import math
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import small
 
@@ -16,36 +17,50 @@ ARCHITECTURE = Architecture(
     vocab_size=300, num_layers=3, d_model=64, num_heads=2, num_kv_heads=1, d_ff=160, rope_theta=1e4, norm_eps=1e-6
 )
 NAMES = ["code", "legal", "news"]
-BLOCK_BYTES = 2**14
+BLOCK_BYTES, PIECE_BYTES = 2**14, 2**12
 
 
 class Reads:
-    """Stands for `tree.read_block`, and keeps account of what was read and of the buffers that are alive."""
+    """Stands for `tree.read_block_file` and `tree.read_block`, and keeps account of what they read and hold."""
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         self.blocks, self.peak = [], 0
-        self._read_block, self._buffers, self._lock = tree.read_block, {}, threading.Lock()
+        self._buffers, self._lock = {}, threading.Lock()
+        self._read_block_file, self._read_block = tree.read_block_file, tree.read_block
+        monkeypatch.setattr(tree, "read_block_file", self.read_block_file)
+        monkeypatch.setattr(tree, "read_block", self.read_block)
 
-    def __call__(self, leaf, index, name, out=None):
-        values = self._read_block(leaf, index, name, out)
+    def read_block_file(self, folder, index, block, expert, buffer):
+        size = 0
+        for values in self._read_block_file(folder, index, block, expert, buffer):
+            self._hold(values)
+            size += values.nbytes
+            yield values
+        self.blocks.append((f"{folder} {expert}", str(index), size))
+
+    def read_block(self, leaf, index, name):
+        values = self._read_block(leaf, index, name)
+        self._hold(values)
+        self.blocks.append((name, str(index), values.nbytes))
+        return values
+
+    def _hold(self, values):
         with self._lock:
-            self.blocks.append((name, str(index), values.nbytes))
-            memory = values if values.base is None else values.base
-            self._buffers[id(memory)] = weakref.ref(memory)
+            while isinstance(values.base, np.ndarray):
+                values = values.base
+            self._buffers[id(values)] = weakref.ref(values)
             alive = (reference() for reference in self._buffers.values())
             self.peak = max(self.peak, sum(buffer.nbytes for buffer in alive if buffer is not None))
-        return values
 
 
 @pytest.fixture
 def reads(tmp_path, monkeypatch):
     monkeypatch.setattr(tree, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(tree, "PIECE_BYTES", PIECE_BYTES)
     small.anchor(tmp_path / "anchor", architecture=ARCHITECTURE, leaves=small.random_leaves(0, ARCHITECTURE))
     for seed, name in enumerate(NAMES, 1):
         small.contribution(tmp_path / name, tmp_path / "anchor", seed=seed)
-    reads = Reads()
-    monkeypatch.setattr(tree, "read_block", reads)
-    return reads
+    return Reads(monkeypatch)
 
 
 def sizes():
@@ -55,17 +70,24 @@ def sizes():
     return sum(sizes.values()) - expert, expert
 
 
-def check(reads, total):
+def check(reads, total, most):
     assert len({block[:2] for block in reads.blocks}) == len(reads.blocks)
     assert sum(size for *_, size in reads.blocks) == total
     assert len(reads.blocks) > 5 * tree.COPY_THREADS
-    assert BLOCK_BYTES / 2 < reads.peak <= tree.COPY_THREADS * BLOCK_BYTES < total / 5
+    assert most / 2 < reads.peak <= tree.COPY_THREADS * most < total / 5
 
 
-def test_a_merge_reads_every_byte_once_and_holds_a_block_a_thread(tmp_path, reads):
+def test_a_merge_reads_every_byte_once_and_holds_a_piece_a_thread(tmp_path, reads):
     merge(tmp_path / "anchor", [tmp_path / name for name in NAMES], tmp_path / "merged", top_k=2)
     shared, expert = sizes()
-    check(reads, shared + 4 * expert)
+    check(reads, shared + 4 * expert, PIECE_BYTES)
+
+
+def test_of_blocks_of_another_size_a_merge_holds_one_a_thread(tmp_path, reads, monkeypatch):
+    monkeypatch.setattr(tree, "BLOCK_BYTES", BLOCK_BYTES - 2**10)
+    merge(tmp_path / "anchor", [tmp_path / name for name in NAMES], tmp_path / "merged", top_k=2)
+    shared, expert = sizes()
+    check(reads, shared + 4 * expert, BLOCK_BYTES)
 
 
 def test_opting_out_does_not_read_what_it_removes(tmp_path, reads):
@@ -73,8 +95,9 @@ def test_opting_out_does_not_read_what_it_removes(tmp_path, reads):
     reads.blocks, reads.peak = [], 0
     opt_out(tmp_path / "merged", ["legal"], tmp_path / "rest")
     shared, expert = sizes()
-    check(reads, shared + 3 * expert)
-    assert not any("legal" in name for name, *_ in reads.blocks)
+    check(reads, shared + 3 * expert, PIECE_BYTES)
+    experts = {name.split()[1] for name, *_ in reads.blocks}
+    assert experts == {"None", "0", "1", "3"}  # all but legal
 
 
 @pytest.mark.parametrize("threads", [1, 5])

@@ -77,7 +77,7 @@ def not_a_number(data):
     return data[:100] + np.float32(np.nan).tobytes() + data[104:]
 
 
-GATE = "params/gate/c/0/0/0"
+GATE = "params/gate/c.0.0.0"
 REFUSED = {
     "made on another anchor": (
         lambda home, path: small.contribution(path, home / "other", seed=3),
@@ -141,9 +141,9 @@ def test_only_a_model_is_an_anchor(home, tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("params/head/c/0/0", flip, ["leaf head", "altered"]),
-        ("params/blocks.mixture.anchor.up/c/0/0/0", flip, ["leaf blocks/mixture/anchor/up", "altered"]),
-        ("params/head/c/0/0", lambda data: data[:-1], ["leaf head", "truncated"]),
+        ("params/head/c.0.0", flip, ["leaf head", "altered"]),
+        ("params/blocks.mixture.anchor.up/c.0.0.0", flip, ["leaf blocks/mixture/anchor/up", "altered"]),
+        ("params/head/c.0.0", lambda data: data[:-1], ["leaf head", "truncated"]),
         ("params/_METADATA", lambda data: data.replace(b'"head"', b'"tail"'), ["holds head", "index"]),
         ("model.json", lambda data: data[:-9], ["model.json", "damaged"]),
         ("model.json", lambda data: data.replace(b'"embedding"', b'"embeddings"'), ["leaf embedding", "manifest"]),
@@ -186,7 +186,7 @@ def test_opt_out_of_no_expert_or_the_anchor_is_refused(home, tmp_path, expert, w
 
 def test_opt_out_of_a_damaged_model_is_refused(home, tmp_path):
     shutil.copytree(home / "merged", tmp_path / "bad")
-    chunk = tmp_path / "bad/params/blocks.mixture.experts.gate/c/0/0/0/0"
+    chunk = tmp_path / "bad/params/blocks.mixture.experts.gate/c.0.0.0.0"
     chunk.write_bytes(flip(chunk.read_bytes()))
     result = flexolmo("opt-out", f"--model={tmp_path}/bad", "--expert=code", f"--out={tmp_path}/out")
     assert_refused(result, "opt-out", f"--model={tmp_path}/bad", "experts/gate of expert anchor", "altered")

@@ -1,0 +1,136 @@
+"""How a tree of arrays lies on disk: in Orbax's layout, zarr3 with a folder a leaf, each block a file of its bytes."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+METADATA = "_METADATA"
+
+Index = tuple[slice, ...]
+
+
+class TreeWriter:
+    """Makes a tree: `create` each leaf, write its blocks, then `finish`."""
+
+    def __init__(self, path: epath.PathLike):
+        """Starts a tree in `path`, which must not exist."""
+        self._path = epath.Path(path)
+        self._path.mkdir(parents=True)
+        self._shapes: dict[str, Sequence[int]] = {}
+        self._blocks: dict[str, tuple[Sequence[int], int]] = {}
+
+    def create(
+        self, name: str, shape: Sequence[int], dtype: np.dtype, block: Sequence[int], experts: int | None
+    ) -> None:
+        """Makes an array to be filled in units of `block`, with a new axis 1 of that many `experts` where given."""
+        self._shapes[name] = with_expert(shape, experts)
+        self._blocks[name] = block, math.prod(block) * np.dtype(dtype).itemsize
+        stored_block = with_expert(block, None if experts is None else 1)
+        folder = self._path / folder_name(name)
+        folder.mkdir()
+        (folder / "zarr.json").write_text(json.dumps(_metadata(self._shapes[name], dtype, stored_block)))
+
+    def write(self, name: str, expert: int | None, index: Index, pieces: Iterable[np.ndarray]) -> None:
+        """Writes one block; zeros fill it up where the array ends within it.
+
+        Args:
+          name: the leaf.
+          expert: position on the expert axis, or None when there is no such axis.
+          index: the block's range, without the expert axis.
+          pieces: its values, flat in C order, as consecutive parts.
+        """
+        block, block_bytes = self._blocks[name]
+        path = self._path / folder_name(name) / _file_name(index, block, expert)
+        with path.open("wb") as file:
+            for values in pieces:
+                block_bytes -= file.write(values.view(np.uint8))
+            file.write(bytes(block_bytes))
+
+    def finish(self) -> None:
+        """Writes the index that makes the directory an Orbax checkpoint."""
+        entries = {}
+        for name, shape in sorted(self._shapes.items()):
+            keys = name.split("/")
+            entries[str(tuple(keys))] = {
+                "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+                "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(shape)},
+            }
+        metadata = {
+            "tree_metadata": entries,
+            "use_ocdbt": False,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        (self._path / METADATA).write_text(json.dumps(metadata))
+
+
+def folder_name(leaf: str) -> str:
+    """The name of a leaf's folder."""
+    return leaf.replace("/", ".")
+
+
+def with_expert(axes: Sequence[Any], expert: Any) -> tuple[Any, ...]:
+    """Inserts what stands for the expert axis, axis 1; nothing where it is None."""
+    return tuple(axes) if expert is None else (*axes[:1], expert, *axes[1:])
+
+
+def block_folder(leaf: ts.TensorStore, block: Sequence[int]) -> epath.Path | None:
+    """The local folder of a leaf whose blocks of that shape are files of their bytes, or None if they are not."""
+    spec = leaf.spec().to_json()
+    plain = spec["metadata"] == _metadata(leaf.shape, leaf.dtype.numpy_dtype, block)
+    return epath.Path(spec["kvstore"]["path"]) if plain and spec["kvstore"]["driver"] == "file" else None
+
+
+def read_block_file(
+    folder: epath.Path, index: Index, block: Sequence[int], expert: int | None, buffer: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yields the values of a block that `TreeWriter.write` wrote, each time as many as fit, in the buffer.
+
+    Args:
+      folder: of the leaf.
+      index: the block's range, without the expert axis.
+      block: shape of the leaf's blocks, without the expert axis.
+      expert: position on the expert axis, or None when there is no such axis.
+      buffer: one axis, of the leaf's dtype.
+
+    Raises:
+      OSError: the file is missing, or not of a block's size.
+    """
+    path = folder / _file_name(index, block, expert)
+    count = math.prod(at.stop - at.start for at in index)
+    with path.open("rb") as file:
+        size, expected = os.fstat(file.fileno()).st_size, math.prod(block) * buffer.itemsize
+        if size != expected:
+            raise OSError(f"{path} holds {size} bytes, not {expected}")
+        for start in range(0, count, buffer.size):
+            values = buffer[: count - start]
+            if file.readinto(values.view(np.uint8)) != values.nbytes:
+                raise OSError(f"{path} became shorter")
+            yield values
+
+
+def _metadata(shape: Sequence[int], dtype: np.dtype, block: Sequence[int]) -> dict[str, Any]:
+    """A leaf's zarr3 metadata."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "data_type": np.dtype(dtype).name,
+        "shape": list(shape),
+        "fill_value": 0,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(block)}},
+        # All in one folder: a folder for each index, the default, can take longer to make than its file to write.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+
+
+def _file_name(index: Index, block: Sequence[int], expert: int | None) -> str:
+    place = (at.start // step for at, step in zip(index, block, strict=True))
+    return ".".join(map(str, ("c", *with_expert(tuple(place), expert))))
