@@ -11,7 +11,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 BLOCK_LENGTH = 128
 MAX_BLOCKS = 8
-PADDING = 16  # a transposed array whose rows are a power of two long would be read through few sets of the cache
 # Names of what the backward pass needs, for rematerialisation: what attention gathers, and its normaliser.
 ATTENDED, LOG_NORMALISER = "attended", "attention_log_normaliser"
 
@@ -48,26 +47,28 @@ def _backward(residuals, d_out_BxSxNxC):
     # Summed over the head's size, it is what the softmax's gradient sums over the keys.
     shared_BxSxN = jnp.sum(out_BxSxNxC.astype(jnp.float32) * d_out_BxSxNxC.astype(jnp.float32), axis=-1)
     shared_BxHxGxSx1 = jnp.moveaxis(shared_BxSxN, 1, 2).reshape(log_normaliser_BxHxGxSx1.shape)
-    # Keys and values have their gradients transposed: a matmul with scores as its transposed left side is slow.
+    # Scores stand transposed: they are the left side of two matmuls, those of keys and values, and of none transposed.
     length = key_BxHxSxC.shape[2]
-    d_query, d_key_BxHxCxS, d_value_BxHxCxS = [], 0.0, 0.0
+    d_query, d_key_BxHxSxC, d_value_BxHxSxC = [], 0.0, 0.0
     for rows, visible_Bx1xRxT in _blocks(query_BxHxGxSxC, segment_ids_BxS):
         key_BxHxTxC, value_BxHxTxC = key_BxHxSxC[:, :, : rows.stop], value_BxHxSxC[:, :, : rows.stop]
         query_BxHxRxC, d_out_BxHxRxC = _rows(query_BxHxGxSxC, rows), _rows(d_out_BxHxGxSxC, rows)
-        scores_BxHxRxT = _matmul("BHRC,BHTC->BHRT", query_BxHxRxC, key_BxHxTxC)
-        d_weights_BxHxRxT = _matmul("BHRC,BHTC->BHRT", d_out_BxHxRxC, value_BxHxTxC)
-        weights_BxHxRxT = jnp.exp(scores_BxHxRxT - _rows(log_normaliser_BxHxGxSx1, rows))
-        weights_BxHxRxT = jnp.where(visible_Bx1xRxT, weights_BxHxRxT, 0)
-        d_scores_BxHxRxT = weights_BxHxRxT * (d_weights_BxHxRxT - _rows(shared_BxHxGxSx1, rows))
-        weights_BxHxRxT, d_scores_BxHxRxT = (y.astype(value_BxHxTxC.dtype) for y in (weights_BxHxRxT, d_scores_BxHxRxT))
-        d_query.append(_grouped(_matmul("BHRT,BHTC->BHRC", d_scores_BxHxRxT, key_BxHxTxC), rows))
-        later = ((0, 0), (0, 0), (0, 0), (0, length + PADDING - rows.stop))
-        d_key_BxHxCxS += jnp.pad(_matmul("BHRC,BHRT->BHCT", query_BxHxRxC, d_scores_BxHxRxT), later)
-        d_value_BxHxCxS += jnp.pad(_matmul("BHRC,BHRT->BHCT", d_out_BxHxRxC, weights_BxHxRxT), later)
+        log_normaliser_BxHx1xR = _rows(log_normaliser_BxHxGxSx1, rows).swapaxes(2, 3)
+        shared_BxHx1xR = _rows(shared_BxHxGxSx1, rows).swapaxes(2, 3)
+        scores_BxHxTxR = _matmul("BHTC,BHRC->BHTR", key_BxHxTxC, query_BxHxRxC)
+        d_weights_BxHxTxR = _matmul("BHTC,BHRC->BHTR", value_BxHxTxC, d_out_BxHxRxC)
+        weights_BxHxTxR = jnp.exp(scores_BxHxTxR - log_normaliser_BxHx1xR)
+        weights_BxHxTxR = jnp.where(visible_Bx1xRxT.swapaxes(2, 3), weights_BxHxTxR, 0)
+        d_scores_BxHxTxR = weights_BxHxTxR * (d_weights_BxHxTxR - shared_BxHx1xR)
+        weights_BxHxTxR, d_scores_BxHxTxR = (y.astype(value_BxHxTxC.dtype) for y in (weights_BxHxTxR, d_scores_BxHxTxR))
+        d_query_BxHxCxR = _matmul("BHTC,BHTR->BHCR", key_BxHxTxC, d_scores_BxHxTxR)
+        d_query.append(_grouped(d_query_BxHxCxR.swapaxes(2, 3), rows))
+        later = ((0, 0), (0, 0), (0, length - rows.stop), (0, 0))
+        d_key_BxHxSxC += jnp.pad(_matmul("BHTR,BHRC->BHTC", d_scores_BxHxTxR, query_BxHxRxC), later)
+        d_value_BxHxSxC += jnp.pad(_matmul("BHTR,BHRC->BHTC", weights_BxHxTxR, d_out_BxHxRxC), later)
     scale = query_BxSxNxC.shape[-1] ** -0.5
     d_query_BxSxNxC = scale * _heads_last(jnp.concatenate(d_query, axis=3))
-    d_key_BxSxHxC, d_value_BxSxHxC = (y[..., :length].transpose(0, 3, 1, 2) for y in (d_key_BxHxCxS, d_value_BxHxCxS))
-    d_inputs = (d_query_BxSxNxC, d_key_BxSxHxC, d_value_BxSxHxC)
+    d_inputs = (d_query_BxSxNxC, d_key_BxHxSxC.swapaxes(1, 2), d_value_BxHxSxC.swapaxes(1, 2))
     return *(y.astype(query_BxSxNxC.dtype) for y in d_inputs), None
 
 

@@ -16,17 +16,20 @@ from flexolmo_jax.model.attention import Attention, KVCache
 from flexolmo_jax.model.attention_blockwise import ATTENDED, LOG_NORMALISER
 from flexolmo_jax.model.experts import KEPT, choose_dispatch
 from flexolmo_jax.model.experts_cpu import SUMMED
-from flexolmo_jax.model.layers import RMSNorm, parameter
+from flexolmo_jax.model.layers import FED, RMSNorm, parameter
 from flexolmo_jax.model.mixture import Mixture
 
-_KERNELS = jax.checkpoint_policies.save_only_these_names(ATTENDED, LOG_NORMALISER, KEPT, SUMMED)
+_KERNELS = (ATTENDED, LOG_NORMALISER, KEPT, SUMMED)
+_POLICIES = jax.checkpoint_policies
+# Each keeps less than the one before it.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KERNELS
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(*_KERNELS)
     ),
-    "kernels": _KERNELS,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "feed_forward": _POLICIES.save_only_these_names(FED, *_KERNELS),
+    "kernels": _POLICIES.save_only_these_names(*_KERNELS),
+    "full": _POLICIES.nothing_saveable,
 }
 
 

@@ -13,7 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flexolmo_jax.model.layers import feed_forward
 
-LEAST_ROWS, MOST_ROWS = 64, 256  # of a block: fewer make slow matmuls; of more, too many are computed in vain
+# Rows of a block: large ones as long as they are full, since many rows make fast matmuls and few sums of gradients;
+# small ones for the rest, since of a block that is not full some are computed in vain.
+LARGE, SMALL = 256, 64
 SUMMED = "experts_summed"  # name of the result, for rematerialisation
 LEAVES = ("gate", "up", "down")
 
@@ -33,7 +35,7 @@ class _Rows(NamedTuple):
       weight_P: float32, and zeros for one more block.
       first_E: each expert's first row.
       count_E: its rows.
-      size: rows of a block.
+      sizes: rows of a block, the largest first.
     """
 
     token_R: jax.Array
@@ -41,40 +43,44 @@ class _Rows(NamedTuple):
     weight_P: jax.Array
     first_E: jax.Array
     count_E: jax.Array
-    size: int
+    sizes: tuple[int, ...]
 
     @classmethod
     def sort(cls, weights_NxK: jax.Array, expert_NxK: jax.Array, num_experts: int) -> "_Rows":
         weight_R, (num_tokens, top_k) = weights_NxK.reshape(-1), weights_NxK.shape
-        size = min(num_tokens, max(LEAST_ROWS, min(MOST_ROWS, num_tokens * top_k // num_experts // 8)))
+        sizes = tuple(sorted({min(num_tokens, LARGE), min(num_tokens, SMALL)}, reverse=True))
         expert_R = jnp.where(weight_R > 0, expert_NxK.reshape(-1), num_experts)
         order_R = jnp.argsort(expert_R, stable=True)
         count_E = jnp.sum(expert_R[:, None] == jnp.arange(num_experts), axis=0)
         place_NxK = jnp.argsort(order_R).reshape(weights_NxK.shape)
-        weight_P = jnp.pad(weight_R[order_R], (0, size))
-        return cls(order_R // top_k, place_NxK, weight_P, jnp.cumsum(count_E) - count_E, count_E, size)
+        weight_P = jnp.pad(weight_R[order_R], (0, sizes[-1]))
+        return cls(order_R // top_k, place_NxK, weight_P, jnp.cumsum(count_E) - count_E, count_E, sizes)
 
     def take(self, x_NxD: jax.Array) -> jax.Array:
         """The tokens of the rows, and zeros for one more block: a block never begins later than it should."""
-        return jnp.pad(x_NxD[self.token_R], ((0, self.size), (0, 0)))
+        return jnp.pad(x_NxD[self.token_R], ((0, self.sizes[-1]), (0, 0)))
 
     def add_up(self, y_PxD: jax.Array) -> jax.Array:
         """The sum of each token's rows."""
         return jnp.sum(y_PxD[self.place_NxK], axis=1)
 
     def loop_over_blocks(self, expert: jax.Array, body, carry):
-        """Loops over an expert's blocks: body(first row of the block, its weights, carry) -> carry.
+        """Loops over an expert's blocks: body(first row of the block, its weights [rows, 1], carry) -> carry.
 
         Rows of the last block that are not the expert's weigh 0. They are the next expert's, which comes later.
         """
+        start, end = self.first_E[expert], self.first_E[expert] + self.count_E[expert]
+        for size in self.sizes:
+            blocks = (end - start + (size - 1 if size == self.sizes[-1] else 0)) // size
 
-        def one(block, carry):
-            in_expert = block * self.size + jnp.arange(self.size)
-            start = self.first_E[expert] + block * self.size
-            weights = jax.lax.dynamic_slice_in_dim(self.weight_P, start, self.size)
-            return body(start, jnp.where(in_expert < self.count_E[expert], weights, 0)[:, None], carry)
+            def one(block, carry, size=size, first=start):
+                row = first + block * size
+                weights_T = jax.lax.dynamic_slice_in_dim(self.weight_P, row, size)
+                return body(row, jnp.where(row + jnp.arange(size) < end, weights_T, 0)[:, None], carry)
 
-        return jax.lax.fori_loop(0, -(-self.count_E[expert] // self.size), one, carry)
+            carry = jax.lax.fori_loop(0, blocks, one, carry)
+            start += blocks * size
+        return carry
 
 
 def _forward(x_NxD, experts, weights_NxK, expert_NxK):
@@ -88,7 +94,7 @@ def _forward(x_NxD, experts, weights_NxK, expert_NxK):
         kernels = [experts[leaf][chosen_E[i]] for leaf in LEAVES]
 
         def add_block(start, weights_Tx1, y_PxD):
-            out_TxD = feed_forward(jax.lax.dynamic_slice_in_dim(x_PxD, start, rows.size), *kernels)
+            out_TxD = feed_forward(jax.lax.dynamic_slice_in_dim(x_PxD, start, weights_Tx1.size), *kernels)
             return jax.lax.dynamic_update_slice_in_dim(y_PxD, weights_Tx1 * out_TxD.astype(jnp.float32), start, 0)
 
         return rows.loop_over_blocks(chosen_E[i], add_block, y_PxD)
@@ -107,12 +113,13 @@ def _backward(residuals, toward_NxD):
         rows = _Rows.sort(weights_NxK, expert_NxK, num_experts)
         x_PxD, toward_PxD = rows.take(x_NxD), rows.take(toward_NxD.astype(dtype))
 
-    def add_expert(expert, gradients):
-        gate_DxF, up_DxF, down_FxD = (experts[leaf][expert] for leaf in LEAVES)
+    def add_expert(expert, carry):
+        d_x_PxD, d_weight_P, *stacks = carry
+        gate_DxF, up_DxF, down_FxD = (stack[expert] for stack in stacks)
 
         def add_block(start, weights_Tx1, gradients):
             d_x_PxD, d_weight_P, *d_kernels = gradients
-            x_TxD, toward_TxD = (jax.lax.dynamic_slice_in_dim(y, start, rows.size) for y in (x_PxD, toward_PxD))
+            x_TxD, toward_TxD = (jax.lax.dynamic_slice_in_dim(y, start, weights_Tx1.size) for y in (x_PxD, toward_PxD))
             hidden_TxF, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, x_TxD @ gate_DxF, x_TxD @ up_DxF)
             d_out_TxF = toward_TxD @ down_FxD.T  # toward the hidden units, before the row's weight
             d_weight_T = jnp.sum(hidden_TxF.astype(jnp.float32) * d_out_TxF, axis=-1)
@@ -127,19 +134,19 @@ def _backward(residuals, toward_NxD):
             d_x_PxD = jax.lax.dynamic_update_slice_in_dim(d_x_PxD, d_x_TxD.astype(jnp.float32), start, 0)
             return d_x_PxD, jax.lax.dynamic_update_slice_in_dim(d_weight_P, d_weight_T, start, 0), *d_kernels
 
-        d_x_PxD, d_weight_P, *d_stacks = gradients
-        zeros = [jnp.zeros(stack.shape[1:], jnp.float32) for stack in d_stacks]
+        zeros = [jnp.zeros(stack.shape[1:], jnp.float32) for stack in stacks]
         d_x_PxD, d_weight_P, *d_kernels = rows.loop_over_blocks(expert, add_block, (d_x_PxD, d_weight_P, *zeros))
-        d_stacks = (
+        stacks = (
             jax.lax.dynamic_update_index_in_dim(stack, kernel.astype(stack.dtype), expert, 0)
-            for stack, kernel in zip(d_stacks, d_kernels, strict=True)
+            for stack, kernel in zip(stacks, d_kernels, strict=True)
         )
-        return d_x_PxD, d_weight_P, *d_stacks
+        return d_x_PxD, d_weight_P, *stacks
 
     with jax.named_scope("experts"):
         zeros = (jnp.zeros(x_PxD.shape, jnp.float32), jnp.zeros(rows.weight_P.shape, jnp.float32))
-        d_stacks = (jnp.zeros_like(experts[leaf]) for leaf in LEAVES)
-        d_x_PxD, d_weight_P, *d_stacks = jax.lax.fori_loop(0, num_experts, add_expert, (*zeros, *d_stacks))
+        # An expert's gradients take the places of its kernels: there is no second stack to clear and to keep.
+        stacks = (experts[leaf] for leaf in LEAVES)
+        d_x_PxD, d_weight_P, *d_stacks = jax.lax.fori_loop(0, num_experts, add_expert, (*zeros, *stacks))
     with jax.named_scope("combine"):
         d_weights_NxK = jnp.where(weights_NxK > 0, d_weight_P[rows.place_NxK], 0)
         d_x_NxD = rows.add_up(jnp.where((rows.weight_P > 0)[:, None], d_x_PxD, 0)).astype(dtype)

@@ -50,9 +50,10 @@ def recomputed_flops(architecture: Architecture, layout: Layout, remat: str, bat
     if remat in ("none", "dots"):
         return 0.0
     arch, kept = architecture, 0.0
-    if remat == "kernels":
-        kept = 2 * arch.d_model * (length + 1)
-        kept += 6 * layout.top_k * arch.d_model * arch.d_ff if layout.kind == "stacked" else 0
+    if remat != "full":
+        kept += 2 * arch.d_model * (length + 1)  # attention
+    if remat == "feed_forward" or (remat == "kernels" and layout.kind == "stacked"):
+        kept += 6 * layout.top_k * arch.d_model * arch.d_ff
     block, _ = _block(arch, layout, (), x=False, keys=(length + 1) / 2)
     return batch * length * arch.num_layers * (block - kept)
 

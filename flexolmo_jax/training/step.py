@@ -1,6 +1,7 @@
 """One optimizer step: a pure function of the state, the frozen leaves and a batch."""
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,30 +43,32 @@ def make_train_step(
     expert's share of the routing weight.
     """
 
-    def part_gradient(trainable: Leaves, frozen: Leaves, part: Batch):
-        def loss_fn(trainable):
-            return objective(model, {**frozen, **trainable}, part, weights)
+    def part_gradient(trainable: Leaves, frozen: Leaves, tokens: jax.Array, part: Batch):
+        """Gradient of what the part adds to the mean over `tokens`, and sums over the part."""
 
-        (loss, sums), gradient = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-        return gradient, {"loss": loss, **sums}
+        def loss_fn(trainable):
+            loss, sums = objective(model, {**frozen, **trainable}, part, weights)
+            return loss / tokens, {"loss": loss, **sums}
+
+        return jax.grad(loss_fn, has_aux=True)(trainable)
 
     def train_step(state: TrainState, frozen: Leaves, batch: Batch):
+        # The loss is divided, not its gradient: that would be one more pass over the memory of all trainable leaves.
+        tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
+        gradient_of = functools.partial(part_gradient, state.trainable, frozen, tokens)
         if accumulate == 1:
-            gradient, sums = part_gradient(state.trainable, frozen, batch)
+            gradient, sums = gradient_of(batch)
         else:
             # Part i takes rows i, i + accumulate, ...: every part then spans all devices.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            total, _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, part_gradient(state.trainable, frozen, part)), None),
+            (gradient, sums), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient_of(part)), None),
                 jax.tree.map(
                     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                    jax.eval_shape(part_gradient, state.trainable, frozen, jax.tree.map(lambda x: x[0], parts)),
+                    jax.eval_shape(gradient_of, jax.tree.map(lambda x: x[0], parts)),
                 ),
                 parts,
             )
-            gradient, sums = total
-        tokens = jnp.maximum(sums.pop("tokens"), 1)
-        gradient = jax.tree.map(lambda g: g / tokens, gradient)
         metrics = {name: value / tokens for name, value in sums.items()}
         metrics |= {"tokens": tokens, "gradient_norm": optax.tree.norm(gradient)}
         metrics["learning_rate"] = schedule(state.step)

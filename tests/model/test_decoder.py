@@ -131,7 +131,7 @@ def test_what_is_recomputed_or_unrolled_changes_neither_loss_nor_gradient(stacke
         return traced.lower().compile(COMPILE_FAST)(stacked_leaves)
 
     expected = loss_and_gradient()
-    for compute in ({"remat": "dots"}, {"remat": "kernels"}, {"remat": "full", "unroll": 2}):
+    for compute in ({"remat": "dots"}, {"remat": "feed_forward"}, {"remat": "kernels"}, {"remat": "full", "unroll": 2}):
         assert_trees_close(loss_and_gradient(**compute), expected, 1e-5)
 
 

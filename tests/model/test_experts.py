@@ -46,11 +46,11 @@ def test_normalised_weights_of_the_top_k_sum_to_one(top_k, dispatch):
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights / heaviest, top_k), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 14])
-def test_blocks_of_any_size_sum_to_the_same(monkeypatch, rows):
+@pytest.mark.parametrize(("large", "small"), [(1, 1), (3, 2), (4, 1), (7, 3), (14, 14)])
+def test_blocks_of_any_size_sum_to_the_same(monkeypatch, large, small):
     """Tokens are spread unevenly, so that experts have several blocks, a part of one, or none."""
-    monkeypatch.setattr(experts_cpu, "LEAST_ROWS", rows)
-    monkeypatch.setattr(experts_cpu, "MOST_ROWS", rows)
+    monkeypatch.setattr(experts_cpu, "LARGE", large)
+    monkeypatch.setattr(experts_cpu, "SMALL", small)
     x, kernels, weights = random_mixture()
     weights[..., 1] = 0
     weights[..., 3] *= 5
@@ -79,8 +79,8 @@ def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(monkeypatch, top_k, dispatch):
     """Experts have several blocks, or a part of one; one has no rows at all, and a gradient of 0."""
-    monkeypatch.setattr(experts_cpu, "LEAST_ROWS", 3)
-    monkeypatch.setattr(experts_cpu, "MOST_ROWS", 3)
+    monkeypatch.setattr(experts_cpu, "LARGE", 3)
+    monkeypatch.setattr(experts_cpu, "SMALL", 2)
     x, kernels, weights = random_mixture()
     weights[..., 1] *= 1e-6
     weights[..., 3] *= 5

@@ -38,7 +38,7 @@ EXPERT = {"start_from": "{}/anchor", "expert": "news", "data__public": "{}/corpu
 ANCHOR_REFUSALS = {
     "compute.dtype": ("float16", "must be one of float32, bfloat16"),
     "compute.frozen_dtype": ("int8", "must be one of float32, bfloat16"),
-    "compute.remat": ("some", "must be one of none, dots, kernels, full"),
+    "compute.remat": ("some", "must be one of none, dots, feed_forward, kernels, full"),
     "optimizer.schedule": ("linear", "must be one of cosine, wsd"),
     "data.sequence_length": (0, "must be at least 1"),
     "data.batch_size": (0, "must be at least 1"),
