@@ -1,5 +1,9 @@
 """The mesh and the rules; and that training is the same on one device and on eight."""
 
+import dataclasses
+import itertools
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +158,50 @@ def test_eight_devices_train_as_one_does(kind, meshes):
         spread, spread_leaves = train(kind, sizes)
         assert spread == pytest.approx(losses, rel=1e-5), sizes
         assert_trees_close(spread_leaves, leaves, 1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a TPU slice, as far as meshes go by it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    device_kind: str = "TPU v5 lite"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips(slices, width=2, height=4):
+    """The chips of some slices, in no order."""
+    places = [(x, y, 0) for y in range(height) for x in range(width)]
+    found = [Chip(i + len(places) * which, place, which) for which in range(slices) for i, place in enumerate(places)]
+    return random.Random(0).sample(found, len(found))
+
+
+def test_slices_hold_copies_of_the_parameters():
+    mesh = sharding.make_mesh({**ONE, "data": 4, "fsdp": 2, "tensor": 2}, chips(slices=2))
+    assert mesh.devices.shape == (4, 2, 1, 2)
+    # The program of a slice is that of its part of the mesh: the first copies are the first slice's.
+    assert [{chip.slice_index for chip in copy.flat} for copy in mesh.devices] == [{0}, {0}, {1}, {1}]
+    assert {chip.id for chip in mesh.devices.flat} == set(range(16))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"data": 1, "fsdp": 8, "tensor": 2}])
+def test_parameters_are_not_split_over_slices(sizes):
+    with pytest.raises(UserError, match="does not fit 2 slices; data must be a multiple of their number"):
+        sharding.make_mesh({**ONE, **sizes}, chips(slices=2))
+
+
+def test_neighbours_in_the_mesh_are_neighbours_in_the_slice():
+    mesh = sharding.make_mesh({**ONE, "fsdp": 4, "tensor": 4}, chips(slices=1, width=4))
+    for axis in (1, 3):
+        lines = np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.devices.shape[axis])
+        for a, b in (pair for line in lines for pair in itertools.pairwise(line)):
+            assert np.abs(np.subtract(a.coords, b.coords)).sum() == 1
+
+
+def test_an_axis_of_the_slice_may_be_divided_among_axes_of_the_mesh():
+    mesh = sharding.make_mesh({**ONE, "data": 2, "fsdp": 4, "tensor": 2}, chips(slices=1, width=4))
+    assert mesh.devices.shape == (2, 4, 1, 2)

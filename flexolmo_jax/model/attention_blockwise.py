@@ -34,10 +34,10 @@ def _forward(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS):
         out_BxHxRxC = _matmul("BHRT,BHTC->BHRC", weights_BxHxRxT.astype(value_BxHxTxC.dtype), value_BxHxTxC)
         out.append(_grouped(out_BxHxRxC / normaliser_BxHxRx1, rows))
         log_normaliser.append(_grouped(highest_BxHxRx1 + jnp.log(normaliser_BxHxRx1), rows))
-    out_BxSxNxC = _heads_last(jnp.concatenate(out, axis=3)).astype(query_BxSxNxC.dtype)
+    out_BxSxNxC = checkpoint_name(_heads_last(jnp.concatenate(out, axis=3)).astype(query_BxSxNxC.dtype), ATTENDED)
     log_normaliser_BxHxGxSx1 = checkpoint_name(jnp.concatenate(log_normaliser, axis=3), LOG_NORMALISER)
     inputs = (query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS)
-    return out_BxSxNxC, (*inputs, checkpoint_name(out_BxSxNxC, ATTENDED), log_normaliser_BxHxGxSx1)
+    return out_BxSxNxC, (*inputs, out_BxSxNxC, log_normaliser_BxHxGxSx1)
 
 
 def _backward(residuals, d_out_BxSxNxC):

@@ -25,7 +25,7 @@ _POLICIES = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
     "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(*_KERNELS)
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(FED, *_KERNELS)
     ),
     "feed_forward": _POLICIES.save_only_these_names(FED, *_KERNELS),
     "kernels": _POLICIES.save_only_these_names(*_KERNELS),

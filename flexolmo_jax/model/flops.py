@@ -49,13 +49,15 @@ def recomputed_flops(architecture: Architecture, layout: Layout, remat: str, bat
     """
     if remat in ("none", "dots"):
         return 0.0
-    arch, kept = architecture, 0.0
-    if remat != "full":
-        kept += 2 * arch.d_model * (length + 1)  # attention
-    if remat == "feed_forward" or (remat == "kernels" and layout.kind == "stacked"):
-        kept += 6 * layout.top_k * arch.d_model * arch.d_ff
-    block, _ = _block(arch, layout, (), x=False, keys=(length + 1) / 2)
-    return batch * length * arch.num_layers * (block - kept)
+    arch, narrow = architecture, architecture.num_kv_heads * architecture.head_dim
+    again = 4 * arch.d_model * (arch.d_model + narrow)  # projections, and the router
+    again += 2 * arch.d_model * layout.num_experts if layout != ANCHOR else 0
+    if remat == "full":  # attention
+        again += 2 * arch.d_model * (length + 1)
+    dispatched = layout.kind == "stacked" and layout.top_k < layout.num_experts  # else experts are plain matmuls
+    if remat == "full" or (remat == "kernels" and not dispatched):
+        again += 6 * layout.top_k * arch.d_model * arch.d_ff
+    return batch * length * arch.num_layers * again
 
 
 def decode_step_flops(architecture: Architecture, layout: Layout, rows: int, keys: float) -> float:

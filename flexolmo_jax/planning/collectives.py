@@ -18,13 +18,11 @@ Forms that only TPU programs have:
 - `fusion(...), calls=%all-reduce-scatter` sums and keeps a slice: a reduce-scatter, though it contains an all-reduce.
 - A collective may run in the background of other fusions. Each of these then contains a copy of it with the same
   `chain_id`; the one in the computation that calls `AsyncCollectiveStart` is counted.
-- Loops tell no trip count: it follows from the counter's start, step and limit.
 - Between slices, collectives are pairs of a `send` and a `recv` with a `_xla_megascale_transfer_type`.
 
 Devices are numbered by their place in the mesh, and in a program for several slices by their place within a slice.
 """
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,10 +30,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-_LOGGER = logging.getLogger(__name__)
+from flexolmo_jax.planning.hlo import Instruction, Module, called, parse, split, trip_count
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
 ICI, DCN = "ici", "dcn"
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\]")
 _TRANSFERS = {
     "ALL_GATHER": "all-gather",
     "ALL_REDUCE": "all-reduce",
@@ -88,8 +87,8 @@ def collectives(text: str) -> list[Collective]:
     Args:
       text: the optimised HLO of one program, as XLA prints it.
     """
-    program = _parse(text)
-    return list(_visit(program, program.entry, 1))
+    module = parse(text)
+    return list(_visit(module, module.entry, 1))
 
 
 def summarise(found: Iterable[Collective], mesh_shape: Mapping[str, int] | None = None) -> list[Row]:
@@ -116,97 +115,41 @@ def axes_of(group: Sequence[int], mesh_shape: Mapping[str, int]) -> tuple[str, .
     return tuple(axis for axis, along in zip(mesh_shape, places, strict=True) if np.ptp(along))
 
 
-# The program's text: computations, each a line for each instruction.
-
-
-class _Instruction(NamedTuple):
-    name: str
-    shape: str
-    opcode: str
-    operands: list[str]
-    attributes: str
-    is_root: bool
-
-
-class _Program(NamedTuple):
-    computations: dict[str, dict[str, _Instruction]]
-    entry: str
-    devices: int
-
-
-_HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = ")
-_NAME = re.compile(r"%([\w.-]+)")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\]")
-
-
-def _parse(text: str) -> _Program:
-    computations, entry, current = {}, "", {}
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations[header[2]] = {}
-            entry = header[2] if header[1] else entry
-        elif start := _INSTRUCTION.match(line):
-            shape, rest = _split(line[start.end() :], " ")
-            opcode, _, rest = rest.partition("(")
-            operands, attributes = _split(rest, ")")
-            names = _NAME.findall(operands) or [operands]  # a constant or parameter has its value there
-            current[start[2]] = _Instruction(start[2], shape, opcode, names, attributes, bool(start[1]))
-    devices = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])]
-    return _Program(computations, entry, math.prod(devices))
-
-
-def _split(text: str, separator: str) -> tuple[str, str]:
-    """Text before and after the first separator that is outside all brackets."""
-    depth = 0
-    for i, letter in enumerate(text):
-        if not depth and letter == separator:
-            return text[:i], text[i + 1 :]
-        depth += (letter in "([{") - (letter in ")]}")
-    return text, ""
-
-
-def _attribute(instruction: _Instruction, name: str) -> list[str]:
-    """Computations that an attribute names: `name=%one` or `name={%one, %two}`."""
-    found = re.search(rf"\b{name}=(\{{[^}}]*\}}|%[\w.-]+)", instruction.attributes)
-    return _NAME.findall(found[1]) if found else []
-
-
-def _visit(program: _Program, name: str, runs: int) -> Iterator[Collective]:
+def _visit(module: Module, name: str, runs: int) -> Iterator[Collective]:
     """Collectives of a computation that runs so often, and of all that it calls."""
-    computation = program.computations[name]
+    computation = module.computations[name]
     starts_chain = any('"AsyncCollectiveStart"' in one.attributes for one in computation.values())
     for one in computation.values():
         if one.opcode.endswith(("-done", "-update")):
             continue
         if one.opcode.removesuffix("-start") in KINDS:
             if starts_chain or "chain_id=" not in one.attributes:
-                yield _collective(program, computation, one, runs, scatters=name.startswith("all-reduce-scatter"))
+                yield _collective(module, computation, one, runs, scatters=name.startswith("all-reduce-scatter"))
         elif one.opcode == "send" and "_xla_megascale_transfer_type" in one.attributes:
             yield _transfer(computation, one, runs)
         elif one.opcode == "conditional":
             names = ("branch_computations", "true_computation", "false_computation")
-            branches = [list(_visit(program, branch, runs)) for key in names for branch in _attribute(one, key)]
+            branches = [list(_visit(module, branch, runs)) for key in names for branch in called(one, key)]
             yield from max(branches, key=lambda found: sum(each.runs * each.bytes_sent for each in found))
         elif one.opcode == "while":
-            inside = [each for key in ("condition", "body") for each in _visit(program, _attribute(one, key)[0], runs)]
+            inside = [each for key in ("condition", "body") for each in _visit(module, called(one, key)[0], runs)]
             if inside:
-                trips = _trips(program, computation, one)
+                trips = trip_count(module, computation, one)
                 yield from (each._replace(runs=each.runs * trips) for each in inside)
         else:
             for key in ("calls", "to_apply", "called_computations"):
-                for callee in _attribute(one, key):
-                    yield from _visit(program, callee, runs)
+                for callee in called(one, key):
+                    yield from _visit(module, callee, runs)
 
 
 # One collective.
 
 
 def _collective(
-    program: _Program, computation: dict[str, _Instruction], one: _Instruction, runs: int, scatters: bool
+    module: Module, computation: dict[str, Instruction], one: Instruction, runs: int, scatters: bool
 ) -> Collective:
     kind = one.opcode.removesuffix("-start")
-    group = _permuted(one) if kind == "collective-permute" else _group(program, one, kind)
+    group = _permuted(one) if kind == "collective-permute" else _group(module, one, kind)
     shape = computation[one.operands[0]].shape if kind == "ragged-all-to-all" else _result(one)
     size = sum(_bytes(shape).values()) * (len(group) if kind == "reduce-scatter" else 1)
     kind = "reduce-scatter" if scatters else kind
@@ -214,7 +157,7 @@ def _collective(
     return Collective(kind, ICI, len(group), group, tuple(_bytes(shape)), sent, runs, _op_name(one))
 
 
-def _transfer(computation: dict[str, _Instruction], one: _Instruction, runs: int) -> Collective:
+def _transfer(computation: dict[str, Instruction], one: Instruction, runs: int) -> Collective:
     """A collective between slices, by the `send` that hands its data to the host."""
     kind = _TRANSFERS[re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)[1]]
     # "{1,2}x{0:7}" (slices, and their devices), {{100000,200000},...} (devices of each group) or {{100000->200000},...}
@@ -234,12 +177,12 @@ def _bytes_sent(kind: str, n: int, size: int) -> float:
     return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
 
-def _result(one: _Instruction) -> str:
+def _result(one: Instruction) -> str:
     """Shape of what a collective results in; an asynchronous one starts with (operands, results, ...)."""
     if not one.opcode.endswith("-start") or one.opcode == "all-reduce-start":
         return one.shape
-    _, rest = _split(one.shape[1:-1], ",")
-    return _split(rest, ",")[0]
+    _, rest = split(one.shape[1:-1], ",")
+    return split(rest, ",")[0]
 
 
 def _bytes(shape: str) -> dict[str, int]:
@@ -253,7 +196,7 @@ def _bytes(shape: str) -> dict[str, int]:
     return sizes
 
 
-def _op_name(one: _Instruction) -> str:
+def _op_name(one: Instruction) -> str:
     found = re.search(r'op_name="([^"]*)"', one.attributes)
     return found[1] if found else ""
 
@@ -266,9 +209,9 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
-def _group(program: _Program, one: _Instruction, kind: str) -> tuple[int, ...]:
+def _group(module: Module, one: Instruction, kind: str) -> tuple[int, ...]:
     """The devices of the first of a collective's groups."""
-    text, everyone = one.attributes, tuple(range(program.devices))
+    text, everyone = one.attributes, tuple(range(module.devices))
     if "use_global_device_ids=true" not in text and "channel_id=" in text and not kind.endswith("all-to-all"):
         return everyone  # the groups then list replicas, and take in all partitions of these
     if found := _LISTED.search(text):
@@ -308,7 +251,7 @@ def _iota(shape: re.Match) -> np.ndarray:
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(shape[3]) if shape[3] else None)
 
 
-def _permuted(one: _Instruction) -> tuple[int, ...]:
+def _permuted(one: Instruction) -> tuple[int, ...]:
     """The devices among which a permutation moves the data of the first one that it moves."""
     pairs = re.findall(r"(\d+),(\d+)", _PAIRS.search(one.attributes)[1])
     pairs = [{int(source), int(target)} for source, target in pairs if source != target]
@@ -320,61 +263,3 @@ def _permuted(one: _Instruction) -> tuple[int, ...]:
 
 def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
-
-
-# Trip counts.
-
-
-def _trips(program: _Program, computation: dict[str, _Instruction], loop: _Instruction) -> int:
-    """How often a loop's body runs, each time that the loop does."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
-        return int(known[1])
-    condition, body = (program.computations[_attribute(loop, key)[0]] for key in ("condition", "body"))
-    trips = _counted_trips(condition, computation[loop.operands[0]], computation, body)
-    if trips is None:
-        _LOGGER.warning("the trip count of loop %s is not known: its collectives count once", loop.name)
-    return 1 if trips is None else trips
-
-
-def _counted_trips(
-    condition: dict[str, _Instruction],
-    initial: _Instruction,
-    around: dict[str, _Instruction],
-    body: dict[str, _Instruction],
-) -> int | None:
-    """Trips of a loop that adds a constant to a counter until it reaches a limit; None for all other loops.
-
-    Args:
-      condition: the computation that compares the counter with the limit.
-      initial: what the loop starts from, a tuple.
-      around: the computation in which the loop is.
-      body: the computation that it repeats.
-    """
-    test, result = (next(one for one in each.values() if one.is_root) for each in (condition, body))
-    if [test.opcode, initial.opcode, result.opcode] != ["compare", "tuple", "tuple"]:
-        return None
-    counter = _source(condition, test.operands[0])
-    if counter.opcode != "get-tuple-element":
-        return None
-    index = int(re.search(r"index=(\d+)", counter.attributes)[1])
-    change = _source(body, result.operands[index])
-    if change.opcode != "add":
-        return None
-    start, limit = _constant(around, initial.operands[index]), _constant(condition, test.operands[1])
-    steps = [step for each in change.operands if (step := _constant(body, each))]
-    forward = "direction=LT" in test.attributes
-    if start is None or limit is None or len(steps) != 1 or not (forward or "direction=GT" in test.attributes):
-        return None
-    return len(range(start, limit, steps[0])) if (steps[0] > 0) == forward else None
-
-
-def _source(computation: dict[str, _Instruction], name: str) -> _Instruction:
-    """The instruction that a value comes from, past copies of it."""
-    while computation[name].opcode in ("bitcast", "copy"):
-        name = computation[name].operands[0]
-    return computation[name]
-
-
-def _constant(computation: dict[str, _Instruction], name: str) -> int | None:
-    one = _source(computation, name)
-    return int(one.operands[0]) if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.operands[0]) else None

@@ -11,7 +11,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.planning.advice import advice
 from flexolmo_jax.planning.chips import Chip, chip, torus_shape
 from flexolmo_jax.planning.collectives import Collective, Row, collectives, summarise
-from flexolmo_jax.planning.memory import Memory, memory
+from flexolmo_jax.planning.memory import Memory, kept_bytes, memory
 from flexolmo_jax.planning.program import Program, TooLargeError, compile_program, make_program
 from flexolmo_jax.planning.roofline import Roofline, network_seconds, roofline
 from flexolmo_jax.planning.topology import topology_devices
@@ -52,12 +52,12 @@ class Plan(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
-        rows = [] if self.collectives is None else [{**row._asdict(), "seconds": s} for row, s in self.collectives]
+        rows = self.collectives
         return {
             **self._asdict(),
             "chip": self.chip._asdict(),
             "memory": self.memory._asdict() | {"fits": self.memory.fits},
-            "collectives": rows,
+            "collectives": rows and [{**row._asdict(), "seconds": seconds} for row, seconds in rows],
             "roofline": self.roofline._asdict()
             | {"at_best": self.roofline.at_best, "at_worst": self.roofline.at_worst},
         }
@@ -108,7 +108,15 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, say: Callable[[str]
         held,
         None if found is None else _by_kind(found, program, slices, kind, torus),
         line,
-        advice(config, mesh, held, None if found is None else line),
+        advice(
+            config,
+            mesh,
+            slices,
+            program.model.layout,
+            held,
+            kept_bytes(config, program),
+            None if found is None else line,
+        ),
     )
 
 

@@ -1,21 +1,27 @@
 """How long a step takes at best, by what its devices compute, read and send.
 
-FLOPs are those of `model.flops`, and what the backward pass computes again. For HBM the assumption is that each matmul,
-attention and residual sum reads its operands and writes its result once, in the dtype of the computation, and that all
-else is fused with these. So a device moves in a step of A parts, each of them with P passes over the weights (forward,
-backward, and one more where the forward is computed again), T tokens on the device in all:
+FLOPs are those of `model.flops`, and what the backward pass computes again. For HBM the assumption is that matmuls,
+attention and residual sums read their operands and write their results once, in the dtype of the computation; that an
+expert's gate and up are both read for their product; that the rows of stacked experts are copied to them and back; and
+that all else is fused with these. So a device moves in a step of A parts, T tokens on the device in all,
 
-    weights       A P     of what it computes with; twice that, where they are gathered first
-    gradients     2 A     of what it trains, before sums over devices; and of its own part in float32, where A > 1
+    blocks        A P     of each weight; twice that where it is gathered first
+    head          2 A     for each piece of the length in which the loss is computed, and A where it is gathered first
+    embedding     A       where it is gathered first; T rows are read and written
+    gradients     2 A     of what is trained, before sums over devices; and of the device's own part in float32, where
+                          A > 1; of the head 2 A more for each piece, in float32
     optimizer     8       of its own part in float32: gradient (for the norm, and again), parameter and two moments
                           read, the latter three written
     activations   T (P + 1) for each operand and result: once forward, twice backward, once more where computed again
+    logits        T       in float32, written and read; their gradient written and read twice
+
+where P is 3 for what `computed_again` says, and else 2: forward and backward.
 
 Sources of rates and of what collectives send: `chips` and `collectives`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -23,11 +29,15 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
+from flexolmo_jax.model.architecture import Layout
 from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
 from flexolmo_jax.planning.memory import device_bytes
 from flexolmo_jax.planning.program import Program
+from flexolmo_jax.training.head_loss import PIECE
+
+FLOAT32 = 4  # bytes
 
 
 class Roofline(NamedTuple):
@@ -97,43 +107,68 @@ def network_seconds(one: Collective, program: Program, chip: Chip, torus: Sequen
     return one.runs * one.bytes_sent / bandwidth
 
 
+def computed_again(remat: str, layout: Layout) -> set[str]:
+    """What of a block the backward pass computes again: of "projections", "attention" and "experts".
+
+    Args:
+      remat: a key of `decoder.REMAT_POLICIES`.
+      layout: how the experts are laid out.
+    """
+    dispatched = layout.kind == "stacked" and layout.top_k < layout.num_experts  # else they are plain matmuls
+    return {
+        "none": set(),
+        "dots": set(),
+        "feed_forward": {"projections"},
+        "kernels": {"projections"} if dispatched else {"projections", "experts"},
+        "full": {"projections", "attention", "experts"},
+    }[remat]
+
+
 def hbm_bytes(config: ConfigDict, program: Program) -> float:
     """Bytes that go through a device's memory in a step, as the head of this module says."""
-    parts, passes = config.data.accumulate, 2 + (config.compute.remat not in ("none", "dots"))
+    model, parts = program.model, config.data.accumulate
     width = jnp.dtype(config.compute.dtype).itemsize
-    axes, weights, gradients = program.model.logical_axes(), 0, 0
+    pieces = -(-config.data.sequence_length // PIECE)
+    again = computed_again(config.compute.remat, model.layout)
+    head = "embedding" if model.architecture.tied_embeddings else "head"
+    axes, moved = model.logical_axes(), 0.0
     for path, leaf in (program.state.trainable | program.frozen).items():
         # What is split over d_model lies so to save memory alone: it is gathered to be computed with.
         used = [None if axis in ("embed", "expert_embed") else axis for axis in axes[path]]
         lies = NamedSharding(program.mesh, sharding.partition_spec(used, config.sharding_rules))
         size = width * math.prod(lies.shard_shape(leaf.shape))
-        gathered = size > width * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        weights += size * (2 if gathered else 1)
-        gradients += size * (path in program.trainable)
+        is_gathered = size > width * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        if path.startswith("blocks/"):
+            passes = 2 + (("experts" if path.startswith("blocks/mixture/") else "projections") in again)
+            moved += parts * passes * size * (1 + is_gathered)
+        else:
+            moved += parts * size * ((2 * pieces if path == head else 0) + is_gathered)
+        if path in program.trainable:
+            moved += 2 * parts * size
+            moved += 2 * parts * pieces * size * FLOAT32 / width if path == head else 0
     own = device_bytes(program.state.trainable)
+    moved += (2 * parts * own if parts > 1 else 0) + 8 * own
     rows = program.batch["tokens"]
-    tokens = math.prod(rows.sharding.shard_shape(rows.shape))
-    return (
-        parts * (passes * weights + 2 * gradients)
-        + (2 * parts * own if parts > 1 else 0)
-        + 8 * own
-        + tokens * width * (passes + 1) * _activations(config, program)
-    )
+    return moved + math.prod(rows.sharding.shard_shape(rows.shape)) * _token_bytes(config, program, width, again)
 
 
-def _activations(config: ConfigDict, program: Program) -> float:
-    """Elements that a token's matmuls, attention and residual sums read and write on a device in the forward pass."""
+def _token_bytes(config: ConfigDict, program: Program, width: int, again: Collection[str]) -> float:
+    """Bytes that go through a device's memory for a token in a step, besides weights."""
     arch, layout = program.model.architecture, program.model.layout
 
     def split(size: int, axis: str) -> float:
         return size / sharding.ways(program.mesh, sharding.partition_spec((axis,), config.sharding_rules)[0])
 
-    width, vocabulary = arch.d_model, split(arch.vocab_size, "vocab")
-    heads = split(arch.d_model, "heads")
-    keys = split(2 * arch.num_kv_heads * arch.head_dim, "heads")
-    hidden = split(arch.d_ff, "mlp")
-    attention = 3 * width + 2 * (heads + keys) + heads + (heads + width)
-    expert = 2 * (width + hidden) + (hidden + width)
-    residual = 2 * 3 * width
-    computed = layout.top_k  # of a pair both, of an anchor itself
-    return arch.num_layers * (attention + computed * expert + residual) + width + vocabulary
+    heads, keys = split(arch.d_model, "heads"), split(2 * arch.num_kv_heads * arch.head_dim, "heads")
+    hidden, vocabulary = split(arch.d_ff, "mlp"), split(arch.vocab_size, "vocab")
+    expert = 2 * (arch.d_model + hidden) + (2 * hidden + arch.d_model)
+    copies = 4 * arch.d_model if layout.kind == "stacked" else 0
+    elements = {
+        "projections": (3 * arch.d_model + heads + keys) + (heads + arch.d_model),
+        "attention": (heads + keys) + heads,
+        "experts": layout.top_k * (expert + copies),  # of a pair both compute, of an anchor itself
+    }
+    block = 3 * 2 * 3 * arch.d_model + sum((3 + (part in again)) * size for part, size in elements.items())
+    embedding_and_head = 2 * arch.d_model + 3 * arch.d_model
+    logits = vocabulary * (2 * FLOAT32 + 3 * width)
+    return width * (arch.num_layers * block + embedding_and_head) + logits

@@ -10,7 +10,8 @@ from flexolmo_jax.planning.collectives import DCN
 from flexolmo_jax.planning.plan import Plan
 
 ASSUMPTIONS = (
-    "FLOPs are those the matmuls need, at the chip's bfloat16 rate; a mixture's experts are chosen equally often.",
+    "Arithmetic: matmuls alone, at the chip's bfloat16 rate; a mixture's experts are chosen equally often. MFU (model "
+    "FLOPs utilization) leaves out what is computed again.",
     "HBM: matmuls, attention and residual sums read operands and write results once; all else is fused with them.",
     "Interconnect: ring algorithms without latency, at one direction of each link that a group's shape can use.",
     "At best, the three overlap perfectly; at worst, nothing does. Input and checkpoints are not counted.",
@@ -22,7 +23,7 @@ def heading(plan: Plan) -> str:
     slices = f"{plan.slices} slices of " if plan.slices > 1 else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     return (
-        f"{plan.parameters:,} parameters on {slices}{plan.topology}: {plan.devices} devices "
+        f"{plan.parameters:,} parameters on {slices}{plan.topology}: {plan.devices} device{'s' * (plan.devices > 1)} "
         f"({plan.chip.device_kind}), mesh {mesh}; {plan.tokens:,} tokens a step; "
         f"compiled in {plan.compile_seconds:.0f} s"
     )
@@ -31,7 +32,7 @@ def heading(plan: Plan) -> str:
 def memory_table(plan: Plan) -> Table:
     """What a device holds."""
     memory = plan.memory
-    table = plain_table("memory of a device", ["size", "of it"])
+    table = plain_table("memory of a device", ["size", "share"])
     rows = {
         "parameters, trained": memory.trained,
         "parameters, frozen": memory.frozen,
@@ -76,9 +77,10 @@ def roofline_table(plan: Plan) -> Table:
     table.add_row("HBM", scaled(line.hbm_bytes, "B"), scaled(chip.hbm_bandwidth, "B/s"), scaled(line.hbm_seconds, "s"))
     if line.network_seconds is not None:
         links = scaled(chip.link_bandwidth, "B/s") + " a link"
+        links += f", {scaled(chip.dcn_bandwidth, 'B/s')} between slices" if plan.slices > 1 else ""
         table.add_row("interconnect", scaled(line.sent_bytes, "B"), links, scaled(line.network_seconds, "s"))
     for name, seconds in (("at best", line.at_best), ("at worst", line.at_worst)):
-        share = f"{line.flops / seconds / chip.peak_flops:.0%} of its FLOP/s"
+        share = f"{line.flops / seconds / chip.peak_flops:.0%} MFU"
         table.add_row(name, f"{plan.tokens / seconds:,.0f} tokens/s", share, scaled(seconds, "s"))
     return table
 

@@ -33,7 +33,10 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
       UserError: libtpu is not installed, or it knows no such slice.
     """
     if not importlib.util.find_spec("libtpu"):
-        raise UserError("plan: needs libtpu, the TPU compiler; pip install 'flexolmo-jax[plan]'")
+        raise UserError(
+            f"--topology={name}: needs libtpu, the TPU compiler, which is not installed; "
+            "pip install 'flexolmo-jax[plan]'"
+        )
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")

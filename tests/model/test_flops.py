@@ -7,10 +7,12 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import pytest
+from jax.interpreters import partial_eval
 from tiny import ARCHITECTURE, LAYOUTS
 
-from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.model.flops import decode_step_flops, train_step_flops
+from flexolmo_jax.model.architecture import Layout
+from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
+from flexolmo_jax.model.flops import decode_step_flops, recomputed_flops, train_step_flops
 from flexolmo_jax.training.partition import PARTITIONS, trainable_paths
 
 BATCH, LENGTH = 2, 5
@@ -122,3 +124,50 @@ def test_so_does_every_leaf_trained_alone(layout):
 def test_decoding_a_row_token_by_token_costs_a_forward_pass(layout):
     tokens = sum(decode_step_flops(ARCHITECTURE, layout, BATCH, keys) for keys in range(1, LENGTH + 1))
     assert tokens == counted(ARCHITECTURE, layout, set())
+
+
+def flops_of_dots(jaxpr, times=1):
+    """FLOPs of all dots, those inside loops as often as these run; of attention, what causality leaves."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        loops = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        total += sum(flops_of_dots(inner, loops) for inner in jax.extend.core.jaxprs_in_params(equation.params))
+        if equation.primitive.name not in ("dot_general", "ragged_dot_general"):
+            continue
+        left, right = (v.aval.shape for v in equation.invars[:2])
+        numbers = equation.params.get("dimension_numbers")
+        numbers = numbers or equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        shape = equation.outvars[0].aval.shape
+        flops = times * 2 * math.prod(shape) * math.prod(left[axis] for axis in numbers[0][0])
+        # Attention's are [batch, kv heads, ...]; of LENGTH x LENGTH positions LENGTH (LENGTH + 1) / 2 count.
+        is_attention = any(len(s) == 4 for s in (left, right, shape))
+        total += flops * (LENGTH + 1) / (2 * LENGTH) if is_attention else flops
+    return total
+
+
+def gradient_flops(layout, trainable, remat):
+    """FLOPs of the dots in the gradient of the blocks as the project computes them."""
+    model = Decoder(ARCHITECTURE, layout, Compute(remat=remat, attention="blockwise", dispatch="ragged"))
+    leaves = model.abstract()
+    rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+
+    def loss(trained, frozen, tokens):
+        return jnp.sum(model.apply_flat({**frozen, **trained}, tokens).hidden_BxSxD)
+
+    frozen = {path: leaf for path, leaf in leaves.items() if path not in trainable}
+    jaxpr = jax.make_jaxpr(jax.grad(loss))({path: leaves[path] for path in trainable}, frozen, rows).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return flops_of_dots(needed)
+
+
+@pytest.mark.parametrize("kind", [*PARTITIONS, "all chosen"])
+def test_what_is_computed_again_is_what_the_gradient_has_more_than_without_rematerialisation(kind):
+    layout = Layout("stacked", 2, 2) if kind == "all chosen" else LAYOUTS[KIND[kind]]
+    leaves = Decoder(ARCHITECTURE, layout).abstract()
+    trainable = trainable_paths(leaves, PARTITIONS.get(kind, PARTITIONS["joint"]))
+    kept = gradient_flops(layout, trainable, "none")
+    for remat in REMAT_POLICIES:
+        again = gradient_flops(layout, trainable, remat) - kept
+        if kind == "all chosen" and remat != "none":  # experts that see all tokens are summed by a matmul: not counted
+            again -= 2 * BATCH * LENGTH * ARCHITECTURE.num_layers * layout.num_experts * ARCHITECTURE.d_model
+        assert recomputed_flops(ARCHITECTURE, layout, remat, BATCH, LENGTH) == again, remat

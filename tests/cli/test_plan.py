@@ -1,0 +1,34 @@
+"""What `flexolmo plan` refuses before anything is compiled."""
+
+import importlib.util
+
+import pytest
+from small import assert_refused, flexolmo
+
+CONFIG = "--config=configs/expert.py:tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((CONFIG,), "--topology"),
+        (("--topology=v5e:2x4",), "--config"),
+        ((CONFIG, "--topology=v5e"), "--topology=v5e: not a chip and the shape of its slice"),
+        ((CONFIG, "--topology=v9:2x4"), "no chip v9 is known; use one of v4, v5e"),
+        ((CONFIG, "--topology=v5p:2x4"), "a slice of v5p has 3 sizes above 0"),
+        ((CONFIG, "--topology=v5e:2x4", "--slices=0"), "--slices=0: must be at least 1"),
+        ((CONFIG, "--topology=v5e:2x4", "--slices=two"), "--slices"),
+        (("--config=configs/expert.py:huge", "--topology=v5e:2x4"), "unknown size 'huge'"),
+    ],
+)
+def test_refuses_in_one_line(arguments, words):
+    assert_refused(flexolmo("plan", *arguments), "plan", words)
+
+
+def test_says_how_to_get_the_compiler(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest)
+    )
+    refused = flexolmo("plan", CONFIG, "--topology=v5e:2x4")
+    assert_refused(refused, "plan", "--topology=v5e:2x4: needs libtpu", "pip install 'flexolmo-jax[plan]'")

@@ -1,0 +1,140 @@
+"""Plans of tiny steps, compiled for TPUs that are not there, against sums made here.
+
+Each in a process of its own: the compiler goes by environment variables, and the emulated devices are to stay.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.plan,
+    pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed"),
+]
+
+# Of configs/models.py's tiny.
+V, LAYERS, D, F = 320, 4, 128, 352
+BLOCK = 4 * D * D + 4 * D  # query, key, value, out; norms of queries, keys, and after attention and mixture
+SHARED = LAYERS * BLOCK + 2 * V * D + D
+EXPERT = LAYERS * (3 * D * F + D + 1)
+STEPS = 2 * 4  # bytes: Adam and the schedule count steps
+
+
+def flexolmo_plan(*arguments):
+    command = [sys.executable, "-m", "flexolmo_jax", "plan", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def planned(tmp_path_factory, *arguments):
+    """(standard output, JSON) of a plan."""
+    file = tmp_path_factory.mktemp("plan") / "new" / "plan.json"
+    done = flexolmo_plan(*arguments, f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory):
+    return planned(tmp_path_factory, "--config=configs/expert.py:tiny", "--topology=v5e:2x4")
+
+
+def test_parameters_and_optimizer_are_what_the_architecture_says(expert):
+    _, made = expert
+    assert made["parameters"] == SHARED + 2 * EXPERT
+    memory = made["memory"]
+    assert memory["trained"] == 4 * EXPERT
+    assert memory["frozen"] == 4 * (SHARED + EXPERT)
+    assert memory["optimizer"] == 8 * EXPERT + STEPS
+    assert memory["batch"] == 4 * 4 * 256  # a row
+    held = sum(memory[part] for part in ("trained", "frozen", "optimizer", "batch"))
+    assert memory["temporaries"] == memory["peak"] - held > 0
+    assert memory["fits"]
+    assert made["tokens"] == 8 * 256
+    assert (made["devices"], made["slices"], made["mesh"]["data"]) == (8, 1, 8)
+
+
+def test_the_gradient_is_summed_over_all_copies(expert):
+    _, made = expert
+    (row,) = made["collectives"]
+    assert (row["kind"], row["network"], row["axes"]) == ("all-reduce", "ici", ["data"])
+    gradient = 4 * EXPERT * 2 * 7 / 8
+    assert gradient <= row["bytes_sent"] < 1.01 * gradient  # and a few sums over tokens
+    assert row["seconds"] == pytest.approx(row["bytes_sent"] / (2 * 45e9))
+    assert made["roofline"]["sent_bytes"] == row["bytes_sent"]
+    assert made["roofline"]["network_seconds"] == pytest.approx(row["seconds"])
+
+
+def test_the_tables_show_what_the_json_has(expert):
+    shown, made = expert
+    assert f"{made['parameters']:,} parameters on v5e:2x4: 8 devices (TPU v5 lite), mesh data 8" in shown
+    assert f"{made['memory']['peak'] / 2**20:.2f} MiB" in shown
+    assert f"{made['collectives'][0]['bytes_sent'] / 1e6:.2f} MB" in shown
+    assert all(sentence in shown for sentence in made["advice"])
+    assert made["advice"][0].startswith("fits: 0.05 of 15.75 GiB")
+    assert made["config"]["model"]["d_model"] == D
+    assert "Traceback" not in shown
+
+
+def test_experts_and_what_they_share_are_split_over_an_axis_of_their_own(tmp_path_factory):
+    arguments = ("--config=configs/joint.py:tiny", "--topology=v5e:2x4", "--config.mesh.expert=4")
+    _, made = planned(tmp_path_factory, *arguments)
+    assert made["parameters"] == SHARED + 4 * EXPERT
+    # One of four experts; of what they share, norms of queries and keys are whole.
+    whole = LAYERS * 2 * D
+    assert made["memory"]["trained"] == 4 * ((SHARED - whole) / 4 + whole + EXPERT)
+    assert made["memory"]["optimizer"] == 2 * made["memory"]["trained"] + STEPS
+    axes = {(row["kind"], *row["axes"]) for row in made["collectives"]}
+    assert {("all-gather", "expert"), ("reduce-scatter", "expert"), ("all-reduce", "data")} <= axes
+    assert all(row["network"] == "ici" for row in made["collectives"])
+
+
+def test_slices_exchange_gradients_through_the_data_centre(tmp_path_factory):
+    values = ("--config.data.batch_size=16", "--config.mesh.data=2", "--config.mesh.fsdp=8")
+    shown, made = planned(
+        tmp_path_factory, "--config=configs/expert.py:tiny", "--topology=v5e:2x4", "--slices=2", *values
+    )
+    assert (made["devices"], made["slices"]) == (16, 2)
+    between = [row for row in made["collectives"] if row["network"] == "dcn"]
+    assert [row["kind"] for row in between] == ["all-reduce"]
+    gradient = 4 * EXPERT / 8  # of each device's part; two slices send each half of it twice
+    assert gradient <= between[0]["bytes_sent"] < 1.5 * gradient
+    assert between[0]["seconds"] == pytest.approx(between[0]["bytes_sent"] / 3.125e9)
+    assert {axis for row in made["collectives"] for axis in row["axes"]} == {"fsdp"}
+    assert "2 slices of v5e:2x4" in shown
+
+
+def test_a_step_that_does_not_fit_says_so(tmp_path_factory):
+    values = ("--config.data.batch_size=65536", "--config.data.sequence_length=2048")
+    shown, made = planned(tmp_path_factory, "--config=configs/expert.py:tiny", "--topology=v5e:2x4", *values)
+    assert not made["memory"]["fits"]
+    assert made["memory"]["peak"] > made["memory"]["available"] == int(15.75 * 2**30)
+    assert made["collectives"] is None
+    assert made["roofline"]["network_seconds"] is None
+    assert made["advice"][0].startswith("does not fit: ")
+    assert "try --config.mesh.data=1 --config.mesh.fsdp=8 or --config.data.accumulate=" in made["advice"][0]
+    assert made["advice"][0] in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--topology=v5e:3x5",), "--topology=v5e:3x5: no slice that the TPU compiler knows"),
+        (("--topology=v5e:2x4", "--config.mesh.data=3"), "--config.mesh: data=3, fsdp=1, expert=1, tensor=1 does not"),
+        (
+            ("--topology=v5e:2x2", "--slices=2", "--config.mesh.data=1", "--config.mesh.fsdp=8"),
+            "does not fit 2 slices; data must be a multiple of their number",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(arguments, words):
+    done = flexolmo_plan("--config=configs/expert.py:tiny", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.startswith("flexolmo plan: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -1,0 +1,164 @@
+"""The bounds of a step against sums written out by hand, and times against amounts over rates."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import planned
+import pytest
+
+from flexolmo_jax.model.architecture import ANCHOR, Layout
+from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
+from flexolmo_jax.planning.chips import CHIPS
+from flexolmo_jax.planning.collectives import DCN, ICI, Collective
+from flexolmo_jax.planning.program import make_program
+from flexolmo_jax.planning.roofline import Roofline, computed_again, hbm_bytes, network_seconds, roofline
+
+D, F, V, N, LAYERS, TOKENS = 32, 24, 64, 16, 2, 16 * 32  # N: width of keys, two heads of 8
+# Elements of a block.
+ATTENTION = 2 * D * D + 2 * D * N + D + N + 2 * D  # with the norms of queries, keys, and what goes to the stream
+EXPERT = 3 * D * F + D + 1
+# What goes through memory for a token in a block.
+PROJECTIONS = (
+    3 * D + (D + 2 * N) + 2 * D
+)  # x to each of query, key and value; to them; attention's result to the stream
+SCORED = (D + 2 * N) + D
+FED = (D + F) + (D + F) + (2 * F + D)  # gate; up; what gate and up are, and the result
+SUMS = 2 * 3 * D
+END = 5 * D  # the row of the embedding, read and written; head: its input, the gradient of that, the input again
+
+
+def moved(kind="pair", mesh=None, **values):
+    values = {"compute.dtype": "bfloat16"} | {key.replace("__", "."): value for key, value in values.items()}
+    config = planned.config(kind, mesh, values)
+    return hbm_bytes(config, make_program(config, jax.devices()))
+
+
+def pair(attention_passes=2, expert_passes=2, again=0, parts=1):
+    """Bytes of a pair in bfloat16 on each of 8 copies; `again` are the elements of a block computed again."""
+    weights = 2 * parts * LAYERS * (attention_passes * ATTENTION + expert_passes * 2 * EXPERT)
+    head = 2 * parts * 2 * D * V  # for the logits, and for the gradient of the head's input
+    trained = LAYERS * EXPERT
+    gradients = 2 * parts * 2 * trained + (2 * parts * 4 * trained if parts > 1 else 0)
+    block = 3 * (PROJECTIONS + SCORED + 2 * FED + SUMS) + again
+    logits = V * (4 + 4 + 2 + 2 + 2)
+    return weights + head + gradients + 8 * 4 * trained + TOKENS / 8 * (2 * (LAYERS * block + END) + logits)
+
+
+@pytest.mark.parametrize(
+    ("remat", "closed_form"),
+    [
+        ("none", pair()),
+        ("dots", pair()),
+        ("feed_forward", pair(3, 2, PROJECTIONS)),
+        ("kernels", pair(3, 3, PROJECTIONS + 2 * FED)),
+        ("full", pair(3, 3, PROJECTIONS + 2 * FED + SCORED)),
+    ],
+)
+def test_memory_traffic_of_copies_has_a_closed_form(remat, closed_form):
+    assert moved(compute__remat=remat) == closed_form
+
+
+def test_each_part_reads_weights_and_adds_to_the_gradient():
+    assert moved(data__accumulate=2) == pair(parts=2)
+
+
+def test_longer_rows_read_the_head_for_each_piece():
+    """From 64 to 128 tokens only what tokens move doubles; to 256 there is a second piece as well."""
+    short, one_piece, two_pieces = (moved(data__sequence_length=length) for length in (64, 128, 256))
+    assert two_pieces - one_piece == 2 * (one_piece - short) + 2 * 2 * D * V
+
+
+def test_split_weights_are_gathered_before_each_use():
+    """What lies over fsdp is written by a gather, then read; whole rows, biases and norms of heads are just read."""
+    whole = LAYERS * (2 * (D + 1) + D + N)
+    split = LAYERS * (ATTENTION + 2 * EXPERT) - whole
+    trained, own = LAYERS * EXPERT, (LAYERS * (EXPERT - D - 1)) / 8 + LAYERS * (D + 1)
+    gathered = 2 * 2 * split + 2 * (2 * D * V + D)  # of head, embedding and last norm once; these it need not read
+    assert moved(mesh={"fsdp": 8}) - moved() == gathered - 8 * 4 * (trained - own)
+
+
+def test_a_mesh_over_tensor_splits_hidden_units_heads_and_vocabulary():
+    half = moved(mesh={"fsdp": 4, "tensor": 2})
+    norms_and_rows = 2 * 2 * LAYERS * (4 * D)
+    assert moved(mesh={"fsdp": 8}) < half < 2 * moved(mesh={"fsdp": 8}) + norms_and_rows
+
+
+def test_stacked_experts_move_rows_to_the_chosen_ones_alone():
+    values = {"compute__remat": "kernels", "data__batch_size": 64}
+    four = moved("stacked", **values)
+    mixed = 3 * 2 * (FED + 4 * D)  # top 2, whose rows are copied; kept, so that nothing of them is computed again
+    block = 3 * (PROJECTIONS + SCORED + SUMS) + mixed + PROJECTIONS
+    logits = V * (4 + 4 + 2 + 2 + 2)
+    weights = 2 * LAYERS * (3 * ATTENTION + 2 * 4 * EXPERT) + 2 * 2 * D * V
+    leaves = LAYERS * (ATTENTION + 4 * EXPERT) + 2 * D * V + D
+    gradients = 2 * 2 * leaves + 2 * 4 * D * V  # that of the head is added up in float32
+    tokens = 64 * 32 / 8
+    assert four == weights + gradients + 8 * 4 * leaves + tokens * (2 * (LAYERS * block + END) + logits)
+
+
+def test_tied_embeddings_have_one_matrix():
+    values = {"model.tied_embeddings": True, "compute.dtype": "bfloat16"}
+    config = planned.config("stacked", None, values)
+    tied = hbm_bytes(config, make_program(config, jax.devices()))
+    # The embedding had no use but that rows of it are read: what it took is gradient and optimizer.
+    assert moved("stacked") - tied == D * V * (2 * 2 + 8 * 4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "remat", "again"),
+    [
+        (ANCHOR, "none", set()),
+        (ANCHOR, "dots", set()),
+        (ANCHOR, "feed_forward", {"projections"}),
+        (ANCHOR, "kernels", {"projections", "experts"}),
+        (ANCHOR, "full", {"projections", "attention", "experts"}),
+        (Layout("stacked", 4, 2), "dots", set()),
+        (Layout("stacked", 4, 2), "kernels", {"projections"}),
+        # All are chosen: plain matmuls.
+        (Layout("stacked", 2, 2), "dots", set()),
+        (Layout("stacked", 2, 2), "feed_forward", {"projections"}),
+        (Layout("stacked", 2, 2), "kernels", {"projections", "experts"}),
+    ],
+)
+def test_what_is_computed_again_depends_on_policy_and_layout(layout, remat, again):
+    assert computed_again(remat, layout) == again
+
+
+@pytest.fixture(scope="module")
+def planned_step():
+    config = planned.config("stacked", {"data": 2, "expert": 4}, {"compute.remat": "full"})
+    return config, make_program(config, jax.devices())
+
+
+def test_time_is_amount_over_rate(planned_step):
+    config, program = planned_step
+    chip = CHIPS["v5e"]
+    along_expert = Collective("all-gather", DCN, 2, (), ("f32",), 1e6, 3, "")
+    line = roofline(config, program, chip, (2, 4), [along_expert, along_expert._replace(runs=1)])
+    arch, layout = program.model.architecture, program.model.layout
+    assert line.flops == train_step_flops(arch, layout, program.trainable, 16, 32) / 8
+    assert line.recomputed_flops == recomputed_flops(arch, layout, "full", 16, 32) / 8
+    assert line.compute_seconds == (line.flops + line.recomputed_flops) / 197e12
+    assert line.hbm_bytes == hbm_bytes(config, program)
+    assert line.hbm_seconds == line.hbm_bytes / 819e9
+    assert line.sent_bytes == 4e6
+    assert line.network_seconds == pytest.approx(4e6 / 3.125e9)
+    unknown = roofline(config, program, chip, (2, 4), None)
+    assert (unknown.sent_bytes, unknown.network_seconds) == (None, None)
+    assert unknown[:3] == line[:3]
+
+
+def test_at_best_all_overlap_and_at_worst_nothing_does():
+    line = Roofline(0, 0, 0, 0, 2.0, 3.0, 5.0)
+    assert (line.at_best, line.at_worst) == (5.0, 10.0)
+    line = line._replace(network_seconds=None)
+    assert (line.at_best, line.at_worst) == (3.0, 5.0)
+
+
+@pytest.mark.parametrize(("group", "links"), [((0, 1, 2, 3), 1), ((0, 4), 1), (tuple(range(8)), 2)])
+def test_collectives_take_the_links_of_their_group(group, links):
+    devices = [SimpleNamespace(coords=(x, y, 0)) for x in range(2) for y in range(4)]
+    program = SimpleNamespace(mesh=SimpleNamespace(devices=np.array(devices, object).reshape(2, 4)))
+    one = Collective("all-reduce", ICI, len(group), group, ("f32",), 1e6, 3, "")
+    assert network_seconds(one, program, CHIPS["v5e"], (2, 4)) == 3e6 / (links * 45e9)
