@@ -22,7 +22,7 @@ def get_config(vocab_size: str = "512") -> ConfigDict:
     config.mixture.num_experts, config.mixture.top_k = 4, 2
     config.data.sequence_length = 512
     config.data.batch_size = 4
-    config.compute.remat = "feed_forward"
+    config.compute.remat = "kernels"
     config.steps = 1000
     config.loss.router_z_loss = 1e-3
     return config
