@@ -1,7 +1,7 @@
 r"""Compiles a run's train step for TPU slices that need not be there, and says what it needs and how long it takes.
 
     flexolmo plan --config=configs/expert.py:tiny --topology=v5e:2x4
-    flexolmo plan --config=configs/expert.py:7b --topology=v5e:4x4 --config.data.accumulate=64 \
+    flexolmo plan --config=configs/expert.py:7b --topology=v5e:4x4 --config.data.accumulate=32 \
         --config.compute.remat=kernels --json=plan.json
 
 No anchor, data or accelerator is needed: a configuration without --config.start_from is planned with fresh weights.
