@@ -33,7 +33,7 @@ def stacked_experts(
 ) -> jax.Array:
     """The weighted sum of each token's k experts, on all devices of the mesh; no token is dropped.
 
-    Without a mesh, or without rules, on one device.
+    Without rules, or with a mesh of one device or none, there is nothing to divide.
 
     Args:
       x_BxSxD: the input, in the dtype of the computation.
@@ -50,7 +50,7 @@ def stacked_experts(
     if not dispatch_gains(dispatch, batch * length, experts["gate"].shape[0], weights_BxSxK.shape[-1]):
         dispatch = "all"
     mesh = jax.sharding.get_abstract_mesh()
-    if not rules or mesh.empty:
+    if not rules or mesh.empty or mesh.size == 1:
         return _sum_on_device(x_BxSxD, experts, weights_BxSxK, expert_BxSxK, dispatch=dispatch)
 
     specs = {leaf: sharding.partition_spec(("experts", *axes), rules) for leaf, axes in KERNEL_AXES.items()}

@@ -30,6 +30,7 @@ FLAGS = {
     ],
     "serve": ["model", "name", "host", "port", "slots", "queue", "max_length", "dtype", "verbose"],
     "benchmark": ["config", "step", "runs", "versus", "json"],
+    "plan": ["config", "topology", "slices", "json"],
     "inspect": ["check"],
     "import-hf": ["source", "out", "expert_names", "public_rows_from", "as_contribution", "anchor", "expert"],
     "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "drop_bias"],
@@ -105,6 +106,7 @@ REQUIRED = {
     "generate": {"model": "x"},
     "serve": {"model": "x"},
     "benchmark": {"config": "configs/benchmark.py"},
+    "plan": {"config": "configs/expert.py", "topology": "v5e:2x4"},
     "import-hf": {"source": "x", "out": "x"},
     "export-hf": {"out": "x"},
 }
