@@ -30,11 +30,10 @@ def run() -> None:
     import importlib.util
     import json
 
-    from etils import epath
-
     from flexolmo_jax.benchmark.machine import description
     from flexolmo_jax.benchmark.run import benchmark
     from flexolmo_jax.benchmark.tables import steps_table, versus_table
+    from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.evaluation.tables import show
     from flexolmo_jax.progress import progress_bar
@@ -60,6 +59,4 @@ def run() -> None:
             print(f"{result['step']}: transformers, {name} is left out: {why}")
     if _JSON.value:
         figures = {**description(), "config": json.loads(_CONFIG.value.to_json()), "steps": results}
-        file = epath.Path(_JSON.value)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(_JSON.value, figures)

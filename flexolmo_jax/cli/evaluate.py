@@ -27,10 +27,7 @@ flags.mark_flags_as_required(["model"])
 
 def run() -> None:
     """Evaluates, and prints a table of the corpora and one of the tasks."""
-    import json
-
-    from etils import epath
-
+    from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.evaluation.tables import loss_table, opt_out_table, show
     from flexolmo_jax.inference.model import load
@@ -59,9 +56,7 @@ def run() -> None:
     for table in shown:
         show(table)
     if _JSON.value:
-        file = epath.Path(_JSON.value)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(_JSON.value, figures)
 
 
 def _losses(model, corpora):

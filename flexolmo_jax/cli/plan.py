@@ -23,8 +23,7 @@ def run() -> None:
     """Plans, and prints tables of memory, collectives and time, and what follows."""
     import json
 
-    from etils import epath
-
+    from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.evaluation.tables import show
     from flexolmo_jax.planning import tables
     from flexolmo_jax.planning.plan import plan
@@ -39,6 +38,4 @@ def run() -> None:
     for sentence in (tables.run_line(made), *made.advice, *tables.ASSUMPTIONS):
         print(sentence)
     if _JSON.value:
-        file = epath.Path(_JSON.value)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"config": json.loads(_CONFIG.value.to_json()), **made.to_json()}, indent=2) + "\n")
+        write_json(_JSON.value, {"config": json.loads(_CONFIG.value.to_json()), **made.to_json()})

@@ -47,17 +47,31 @@ def recomputed_flops(architecture: Architecture, layout: Layout, remat: str, bat
       batch: rows of the step.
       length: tokens in a row.
     """
-    if remat in ("none", "dots"):
-        return 0.0
     arch, narrow = architecture, architecture.num_kv_heads * architecture.head_dim
-    again = 4 * arch.d_model * (arch.d_model + narrow)  # projections, and the router
-    again += 2 * arch.d_model * layout.num_experts if layout != ANCHOR else 0
-    if remat == "full":  # attention
-        again += 2 * arch.d_model * (length + 1)
-    dispatched = layout.kind == "stacked" and layout.top_k < layout.num_experts  # else experts are plain matmuls
-    if remat == "full" or (remat == "kernels" and not dispatched):
-        again += 6 * layout.top_k * arch.d_model * arch.d_ff
-    return batch * length * arch.num_layers * again
+    router = 2 * arch.d_model * layout.num_experts if layout != ANCHOR else 0
+    flops = {
+        "projections": 4 * arch.d_model * (arch.d_model + narrow) + router,
+        "attention": 2 * arch.d_model * (length + 1),
+        "experts": 6 * layout.top_k * arch.d_model * arch.d_ff,
+    }
+    return batch * length * arch.num_layers * float(sum(flops[part] for part in computed_again(remat, layout)))
+
+
+def computed_again(remat: str, layout: Layout) -> set[str]:
+    """What of a block the backward pass computes again: of "projections" (with the router), "attention" and "experts".
+
+    Args:
+      remat: a key of `decoder.REMAT_POLICIES`.
+      layout: how the experts are laid out.
+    """
+    dispatched = layout.kind == "stacked" and layout.top_k < layout.num_experts  # else they are plain matmuls
+    return {
+        "none": set(),
+        "dots": set(),
+        "feed_forward": {"projections"},
+        "kernels": {"projections"} if dispatched else {"projections", "experts"},
+        "full": {"projections", "attention", "experts"},
+    }[remat]
 
 
 def decode_step_flops(architecture: Architecture, layout: Layout, rows: int, keys: float) -> float:

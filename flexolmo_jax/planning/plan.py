@@ -88,7 +88,7 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, say: Callable[[str]
         compiled = compile_program(program)
     except TooLargeError as error:
         held = memory(program, 0, kind.hbm_bytes)
-        peak = error.needed + (held.trained + held.frozen + held.optimizer + held.batch) * error.temporaries
+        peak = error.needed + (held.state + held.batch) * error.temporaries
         held, found = memory(program, peak, kind.hbm_bytes), None
     else:
         held = memory(program, compiled.memory_analysis().peak_memory_in_bytes, kind.hbm_bytes)

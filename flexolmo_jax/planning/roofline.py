@@ -29,8 +29,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
-from flexolmo_jax.model.architecture import Layout
-from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
+from flexolmo_jax.model.flops import computed_again, recomputed_flops, train_step_flops
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
 from flexolmo_jax.planning.memory import device_bytes
@@ -105,23 +104,6 @@ def network_seconds(one: Collective, program: Program, chip: Chip, torus: Sequen
         devices = program.mesh.devices.flat
         bandwidth = group_bandwidth(chip, torus, [devices[place] for place in one.group])
     return one.runs * one.bytes_sent / bandwidth
-
-
-def computed_again(remat: str, layout: Layout) -> set[str]:
-    """What of a block the backward pass computes again: of "projections", "attention" and "experts".
-
-    Args:
-      remat: a key of `decoder.REMAT_POLICIES`.
-      layout: how the experts are laid out.
-    """
-    dispatched = layout.kind == "stacked" and layout.top_k < layout.num_experts  # else they are plain matmuls
-    return {
-        "none": set(),
-        "dots": set(),
-        "feed_forward": {"projections"},
-        "kernels": {"projections"} if dispatched else {"projections", "experts"},
-        "full": {"projections", "attention", "experts"},
-    }[remat]
 
 
 def hbm_bytes(config: ConfigDict, program: Program) -> float:
