@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import Architecture
-from flexolmo_jax.model.attention_kernels import KERNELS
+from flexolmo_jax.model.attention_kernels import attend
 from flexolmo_jax.model.layers import RMSNorm, parameter
 
 
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         query, key = (rotary(y, positions_BxS, arch.rope_theta) for y in (query, key))
 
         if cache is None:
-            out_BxSxHxC = KERNELS[self.kernel](query, key, value, segment_ids_BxS, self.rules)
+            out_BxSxHxC = attend(self.kernel, query, key, value, segment_ids_BxS, self.rules)
         else:
             cache = cache.write(key, value, positions_BxS)
             out_BxSxHxC = cache.attend(query, positions_BxS)

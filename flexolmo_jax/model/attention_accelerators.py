@@ -1,17 +1,14 @@
 """Causal attention within packed documents by kernels of libraries, for GPUs and TPUs.
 
-The arguments are those of `attention_kernels`, and `rules`: to the partitioner a kernel is opaque, so under a mesh each
-device is given its rows and its heads, by `shard_map`.
+The arguments are those of `attention_kernels`.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from flexolmo_jax import sharding
 from flexolmo_jax.model.attention_blockwise import LOG_NORMALISER
 
 LANES = 128  # of a TPU: lengths and sizes of blocks are multiples
@@ -31,7 +28,6 @@ def cudnn(
     key_BxSxHxC: jax.Array,
     value_BxSxHxC: jax.Array,
     segment_ids_BxS: jax.Array,
-    rules: sharding.Rules = (),
 ) -> jax.Array:
     """Flash attention of cuDNN, for GPUs.
 
@@ -45,8 +41,8 @@ def cudnn(
     length, head_dim = query_BxSxNxC.shape[1], query_BxSxNxC.shape[-1]
     fits = length % 2 == 0 and head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM
     fits &= query_BxSxNxC.dtype in (jnp.bfloat16, jnp.float16)
-    attend = functools.partial(masked, implementation="cudnn" if fits else "xla")
-    return _on_devices(attend, query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS, rules)
+    implementation = "cudnn" if fits else "xla"
+    return masked(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS, implementation)
 
 
 def splash(
@@ -54,14 +50,13 @@ def splash(
     key_BxSxHxC: jax.Array,
     value_BxSxHxC: jax.Array,
     segment_ids_BxS: jax.Array,
-    rules: sharding.Rules = (),
 ) -> jax.Array:
     """Splash attention, for TPUs: skips what lies above the diagonal and never holds more scores than a block has.
 
     It takes lengths that are multiples of 128; at others XLA computes attention.
     """
     attend = masked if query_BxSxNxC.shape[1] % LANES else _splash
-    return _on_devices(attend, query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS, rules)
+    return attend(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS)
 
 
 def _splash(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -84,22 +79,3 @@ def _splash_kernel(length: int, heads: int) -> Callable[..., jax.Array]:
     return splash_attention.make_splash_mha_single_device(
         causal, block_sizes=sizes, residual_checkpoint_name=LOG_NORMALISER
     )
-
-
-def _on_devices(
-    attend: Callable[..., jax.Array],
-    query_BxSxNxC: jax.Array,
-    key_BxSxHxC: jax.Array,
-    value_BxSxHxC: jax.Array,
-    segment_ids_BxS: jax.Array,
-    rules: sharding.Rules,
-) -> jax.Array:
-    """Calls `attend` on each device with its rows and its heads; without a mesh or rules, on all of them."""
-    if not rules or jax.sharding.get_abstract_mesh().empty:
-        return attend(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS)
-    # Heads of keys and of queries are divided alike, so that those that belong together lie together.
-    heads = sharding.even_spec(key_BxSxHxC.shape, ("batch", None, "heads", None), rules)
-    rows = jax.sharding.PartitionSpec(heads[0], None)
-    # Kernels of libraries do not say over which axes their results vary, which the check would want to know.
-    sharded = jax.shard_map(attend, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return sharded(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS)

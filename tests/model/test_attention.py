@@ -79,7 +79,7 @@ def test_blocks_have_the_gradient_of_all_scores_at_once(monkeypatch, length, num
     segment_ids = jnp.cumsum(rng.random((2, length)) < 0.2, axis=1)
 
     def both(kernel):
-        out, vjp = jax.vjp(lambda *inputs: KERNELS[kernel](*inputs, segment_ids, ()), query, key, value)
+        out, vjp = jax.vjp(lambda *inputs: KERNELS[kernel](*inputs, segment_ids), query, key, value)
         return out, *vjp(toward)
 
     actual, expected = (jax.jit(both, static_argnums=0)(kernel) for kernel in ("blockwise", "reference"))
@@ -94,7 +94,7 @@ def test_what_causality_masks_is_hardly_computed():
     rows = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
 
     def flops(kernel):
-        compiled = jax.jit(lambda *inputs: KERNELS[kernel](*inputs, ())).lower(query, query, query, rows).compile()
+        compiled = jax.jit(KERNELS[kernel]).lower(query, query, query, rows).compile()
         return compiled.cost_analysis()["flops"]
 
     assert flops("blockwise") < 0.6 * flops("reference")

@@ -13,6 +13,7 @@ from configs.base import SHARDING_RULES
 from flexolmo_jax import sharding
 from flexolmo_jax.model import attention_accelerators
 from flexolmo_jax.model.attention_accelerators import cudnn, splash
+from flexolmo_jax.model.attention_kernels import attend
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 16, 256
 # A row of one document; of three, whose ends are no multiples of a block, and padding; of one token and padding.
@@ -65,7 +66,7 @@ def test_splash_attention_is_computed_where_rows_and_heads_are(expected):
     with jax.set_mesh(mesh):
         heads = jax.NamedSharding(mesh, sharding.partition_spec(("batch", None, "heads", None), SHARDING_RULES))
         arguments = jax.device_put(random_arguments(), heads)
-        actual = with_gradients(lambda *a: splash(*a, SHARDING_RULES), arguments)
+        actual = with_gradients(lambda *a: attend("splash", *a, SHARDING_RULES), arguments)
     assert_trees_close(actual, expected, 1e-5)
     assert actual[0].sharding.shard_shape(actual[0].shape) == (1, LENGTH, HEADS // 2, HEAD_DIM)
 
@@ -78,13 +79,13 @@ def test_splash_attention_takes_bfloat16():
     assert_trees_close(actual, jax.device_get(exact), 0.02)
 
 
-@pytest.mark.parametrize("attend", [splash, cudnn])
-def test_what_a_kernel_does_not_take_is_computed_without_it(attend):
+@pytest.mark.parametrize("kernel", [splash, cudnn])
+def test_what_a_kernel_does_not_take_is_computed_without_it(kernel):
     """A length that is no multiple of 128; float32."""
     arguments = tuple(x[:, :40] for x in random_arguments())
     segment_ids = SEGMENT_IDS[:, :40]
     expected = jax.device_get(with_gradients(plain, arguments, segment_ids))
-    assert_trees_close(with_gradients(attend, arguments, segment_ids), expected, 1e-5)
+    assert_trees_close(with_gradients(kernel, arguments, segment_ids), expected, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -134,13 +134,13 @@ def flops_of_dots(jaxpr, times=1):
         total += sum(flops_of_dots(inner, loops) for inner in jax.extend.core.jaxprs_in_params(equation.params))
         if equation.primitive.name not in ("dot_general", "ragged_dot_general"):
             continue
-        left, right = (v.aval.shape for v in equation.invars[:2])
+        left = equation.invars[0].aval.shape
         numbers = equation.params.get("dimension_numbers")
         numbers = numbers or equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         shape = equation.outvars[0].aval.shape
         flops = times * 2 * math.prod(shape) * math.prod(left[axis] for axis in numbers[0][0])
-        # Attention's are [batch, kv heads, ...]; of LENGTH x LENGTH positions LENGTH (LENGTH + 1) / 2 count.
-        is_attention = any(len(s) == 4 for s in (left, right, shape))
+        # Attention's have a batch of heads and positions of a row; of LENGTH x LENGTH LENGTH (LENGTH + 1) / 2 count.
+        is_attention = bool(numbers[1][0]) and LENGTH in (*left, *shape)
         total += flops * (LENGTH + 1) / (2 * LENGTH) if is_attention else flops
     return total
 
