@@ -61,12 +61,13 @@ def test_splash_attention_is_causal_and_keeps_documents_apart(monkeypatch, expec
     assert_trees_close(with_gradients(splash, random_arguments()), expected, 1e-5)
 
 
-def test_splash_attention_is_computed_where_rows_and_heads_are(expected):
+@pytest.mark.parametrize("kernel", ["splash", "blockwise"])
+def test_attention_is_computed_where_rows_and_heads_are(expected, kernel):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "expert": 1, "tensor": 2})
     with jax.set_mesh(mesh):
         heads = jax.NamedSharding(mesh, sharding.partition_spec(("batch", None, "heads", None), SHARDING_RULES))
         arguments = jax.device_put(random_arguments(), heads)
-        actual = with_gradients(lambda *a: attend("splash", *a, SHARDING_RULES), arguments)
+        actual = with_gradients(lambda *a: attend(kernel, *a, SHARDING_RULES), arguments)
     assert_trees_close(actual, expected, 1e-5)
     assert actual[0].sharding.shard_shape(actual[0].shape) == (1, LENGTH, HEADS // 2, HEAD_DIM)
 
