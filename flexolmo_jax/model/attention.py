@@ -12,14 +12,25 @@ from flexolmo_jax.model.attention_kernels import attend
 from flexolmo_jax.model.layers import RMSNorm, parameter
 
 
-def rotary(x_BxSxHxC: jax.Array, positions_BxS: jax.Array, theta: float) -> jax.Array:
-    """Rotates the two halves of each head (rotate-half), cos and sin in float32."""
-    half = x_BxSxHxC.shape[-1] // 2
-    frequency_C = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BxSx1xC = (positions_BxS[..., None].astype(jnp.float32) * frequency_C)[:, :, None]
-    cos, sin = jnp.cos(angle_BxSx1xC), jnp.sin(angle_BxSx1xC)
-    a, b = jnp.split(x_BxSxHxC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxSxHxC.dtype)
+class Rotation(NamedTuple):
+    """The rotary embedding of some positions, the same in all layers: cosines and sines, float32, of half a head."""
+
+    cos_BxSx1xC: jax.Array
+    sin_BxSx1xC: jax.Array
+
+    @classmethod
+    def of(cls, positions_BxS: jax.Array, head_dim: int, theta: float) -> "Rotation":
+        """Frequency i of the head_dim / 2 is theta ** (-2 i / head_dim)."""
+        half = head_dim // 2
+        frequency_C = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angle_BxSx1xC = (positions_BxS[..., None].astype(jnp.float32) * frequency_C)[:, :, None]
+        return cls(jnp.cos(angle_BxSx1xC), jnp.sin(angle_BxSx1xC))
+
+    def turn(self, x_BxSxHxC: jax.Array) -> jax.Array:
+        """Rotates the two halves of each head (rotate-half), in float32; an array of x's dtype."""
+        a, b = jnp.split(x_BxSxHxC.astype(jnp.float32), 2, axis=-1)
+        cos, sin = self
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxSxHxC.dtype)
 
 
 class KVCache(NamedTuple):
@@ -62,7 +73,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxSxD: jax.Array, segment_ids_BxS: jax.Array, positions_BxS: jax.Array, cache: KVCache | None = None
+        self,
+        x_BxSxD: jax.Array,
+        segment_ids_BxS: jax.Array,
+        positions_BxS: jax.Array,
+        rotation: Rotation,
+        cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns ([batch, length, d_model] in `dtype`, the cache with what was written into it)."""
         arch = self.architecture
@@ -81,7 +97,7 @@ class Attention(nn.Module):
         # The norm runs over all heads together, before the split into heads matters.
         query = RMSNorm(arch.norm_eps, ("heads", None), name="query_norm")(query)
         key = RMSNorm(arch.norm_eps, ("heads", None), name="key_norm")(key)
-        query, key = (rotary(y, positions_BxS, arch.rope_theta) for y in (query, key))
+        query, key = rotation.turn(query), rotation.turn(key)
 
         if cache is None:
             out_BxSxHxC = attend(self.kernel, query, key, value, segment_ids_BxS, self.rules)

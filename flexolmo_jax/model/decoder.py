@@ -12,7 +12,7 @@ from flax import traverse_util
 from flexolmo_jax import sharding
 from flexolmo_jax.model import attention_kernels
 from flexolmo_jax.model.architecture import Architecture, Layout
-from flexolmo_jax.model.attention import Attention, KVCache
+from flexolmo_jax.model.attention import Attention, KVCache, Rotation
 from flexolmo_jax.model.attention_blockwise import ATTENDED, LOG_NORMALISER
 from flexolmo_jax.model.experts import KEPT, choose_dispatch
 from flexolmo_jax.model.experts_cpu import SUMMED
@@ -88,11 +88,11 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, expert_mask, cache=None):
+    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, rotation, expert_mask, cache=None):
         """Returns (the new residual stream, (router logits, router weights) [batch, length, experts] and the cache)."""
         arch, rules, dtype = self.architecture, self.compute.rules, jnp.dtype(self.compute.dtype)
         attention = Attention(arch, dtype, rules, self.compute.attention, name="attention")
-        attended, cache = attention(x_BxSxD, segment_ids_BxS, positions_BxS, cache)
+        attended, cache = attention(x_BxSxD, segment_ids_BxS, positions_BxS, rotation, cache)
         x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="attention_norm")(attended)
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
         mixture = Mixture(arch, self.layout, dtype, rules, self.compute.dispatch, name="mixture")
@@ -138,8 +138,11 @@ class Decoder(nn.Module):
         x_BxSxD = table_VxD[tokens_BxS]
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
 
+        # Here, and not in each block: its cosines take longer to compute than all else a block does to queries and keys.
+        rotation = Rotation.of(positions_BxS, arch.head_dim, arch.rope_theta)
+        context = (segment_ids_BxS, positions_BxS, rotation, expert_mask)
         blocks = self._scanned_blocks if self.compute.scan_layers else self._separate_blocks
-        x_BxSxD, (*routing, cache) = blocks(x_BxSxD, (segment_ids_BxS, positions_BxS, expert_mask), cache)
+        x_BxSxD, (*routing, cache) = blocks(x_BxSxD, context, cache)
 
         x_BxSxD = RMSNorm(arch.norm_eps, name="final_norm")(x_BxSxD)
         if arch.tied_embeddings:

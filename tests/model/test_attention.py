@@ -10,7 +10,7 @@ from flax import linen as nn
 from tiny import ARCHITECTURE, COMPILE_FAST, random_batch
 
 from flexolmo_jax.model import attention_blockwise
-from flexolmo_jax.model.attention import Attention, rotary
+from flexolmo_jax.model.attention import Attention, Rotation
 from flexolmo_jax.model.attention_kernels import KERNELS
 
 
@@ -45,7 +45,8 @@ def test_rotary_turns_complex_numbers():
     x_BxSxHxC = np.random.default_rng(0).normal(size=(2, 6, 3, 8))
     positions_BxS = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 4095]])
     expected = [rotate(x, positions, 5e5) for x, positions in zip(x_BxSxHxC, positions_BxS, strict=True)]
-    np.testing.assert_allclose(jax.jit(rotary)(np.float32(x_BxSxHxC), positions_BxS, 5e5), expected, atol=1e-3)
+    turned = jax.jit(lambda x, positions: Rotation.of(positions, 8, 5e5).turn(x))(np.float32(x_BxSxHxC), positions_BxS)
+    np.testing.assert_allclose(turned, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "blockwise"])
@@ -58,7 +59,8 @@ def test_attention_is_that_of_plain_loops(monkeypatch, num_kv_heads, kernel):
     batch = random_batch([[5, 4], [3, 2, 2]], 9)
     x_BxSxD = rng.normal(size=(2, 9, arch.d_model))
     module = Attention(arch, jnp.float32, (), kernel)
-    arguments = (jnp.float32(x_BxSxD), batch["segment_ids"], batch["positions"])
+    rotation = Rotation.of(batch["positions"], arch.head_dim, arch.rope_theta)
+    arguments = (jnp.float32(x_BxSxD), batch["segment_ids"], batch["positions"], rotation)
     shapes = jax.eval_shape(lambda key: nn.unbox(module.init(key, *arguments)["params"]), jax.random.key(0))
     leaves = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape), shapes)
     apply = jax.jit(module.apply, compiler_options=COMPILE_FAST)
