@@ -22,7 +22,8 @@ def get_config(vocab_size: str = "512") -> ConfigDict:
     config.mixture.num_experts, config.mixture.top_k = 4, 2
     config.data.sequence_length = 512
     config.data.batch_size = 4
-    config.compute.remat = "kernels"
+    config.compute.remat = "dots"
+    config.data.accumulate = 2  # in parts, what is kept for the backward pass takes half the memory
     config.steps = 1000
     config.loss.router_z_loss = 1e-3
     return config

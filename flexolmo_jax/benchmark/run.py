@@ -68,19 +68,30 @@ def prepared(config: ConfigDict, step: str) -> dict[str, Any]:
     config = config.copy_and_resolve_references()
     if step in ("anchor", "expert"):
         config.mixture.num_experts = config.mixture.top_k = 1
+    if step == "decode":
+        config.data.accumulate = 1  # of training steps alone
     config.partition = PARTITIONS.get(step, PARTITIONS["joint"])
     build_model(config, platform="cpu")  # to check it; the devices are for the workers
     return json.loads(config.to_json())
 
 
 def _specs(step: str, config: dict[str, Any], versus: bool) -> dict[str, Spec]:
-    """What to measure, by name; ours first."""
+    """What to measure, by name; ours first.
+
+    Where `data.accumulate` has our step take its rows in parts, transformers takes them at once, which is the faster,
+    and uncompiled in as many parts too, which needs less memory.
+    """
     specs = {OURS: Spec(OURS, step, config)}
     if versus:
+        parts = config["data"]["accumulate"]
+        at_once = {**config, "data": {**config["data"], "accumulate": 1}}
         dense = step == "anchor" or (step == "decode" and config["mixture"]["num_experts"] == 1)
-        for experts, compiled in DENSE if dense else VARIANTS:
+        variants = DENSE if dense else VARIANTS
+        for experts, compiled in variants:
             name = (experts or "dense") + (", compiled" if compiled else "")
-            specs[name] = Spec("transformers", step, config, experts, compiled)
+            specs[name] = Spec("transformers", step, at_once, experts, compiled)
+        for experts in [experts for experts, compiled in variants if not compiled and parts > 1]:
+            specs[f"{experts or 'dense'}, {parts} parts"] = Spec("transformers", step, config, experts)
     return specs
 
 

@@ -14,6 +14,7 @@ from flexolmo_jax.model import attention_kernels
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.attention import Attention, KVCache, Rotation
 from flexolmo_jax.model.attention_blockwise import ATTENDED, LOG_NORMALISER
+from flexolmo_jax.model.block_scan import scan_blocks
 from flexolmo_jax.model.experts import KEPT, choose_dispatch
 from flexolmo_jax.model.experts_cpu import SUMMED
 from flexolmo_jax.model.layers import FED, RMSNorm, parameter
@@ -41,6 +42,7 @@ class Compute:
       dtype: "float32" or "bfloat16", of activations and matmuls (norms and router stay in float32).
       remat: a key of `REMAT_POLICIES`: what the backward pass recomputes instead of keeping.
       unroll: blocks per iteration of the scan over layers.
+      input_gradient: whether what enters the first block has a gradient; if not, stacked blocks compute none.
       rules: logical axis -> mesh axes; empty for no constraints.
       scan_layers: whether the blocks' leaves are stacked, `blocks/*`, and scanned over, or each block has leaves
         of its own, `blocks_0/*`, `blocks_1/*`, ... (`separate_layers`), which a cache requires.
@@ -52,6 +54,7 @@ class Compute:
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    input_gradient: bool = True
     rules: sharding.Rules = ()
     scan_layers: bool = True
     platform: str = "cpu"
@@ -138,7 +141,7 @@ class Decoder(nn.Module):
         x_BxSxD = table_VxD[tokens_BxS]
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
 
-        # Here, and not in each block: its cosines take longer to compute than all else a block does to queries and keys.
+        # Once for all blocks: cosines cost more than all else that is done to queries and keys between matmuls.
         rotation = Rotation.of(positions_BxS, arch.head_dim, arch.rope_theta)
         context = (segment_ids_BxS, positions_BxS, rotation, expert_mask)
         blocks = self._scanned_blocks if self.compute.scan_layers else self._separate_blocks
@@ -165,19 +168,27 @@ class Decoder(nn.Module):
 
     def _scanned_blocks(self, x_BxSxD, context, cache):
         """One block's program for all layers; their leaves are stacked."""
-        policy = REMAT_POLICIES[self.compute.remat]
-        # Inside a loop nothing merges what is computed again with what was computed before; unrolled, it must be kept.
-        block = nn.remat(Block, policy=policy, prevent_cse=self.compute.unroll > 1) if policy else Block
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.architecture.num_layers,
-            unroll=self.compute.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.architecture, self.layout, self.compute, name="blocks")
-        return blocks(x_BxSxD, *context)
+        how = (self.architecture, self.layout, self.compute)
+        if self.is_initializing():
+            stacked_block = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.architecture.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return stacked_block(*how, name="blocks")(x_BxSxD, *context)
+
+        def block(leaves, x_BxSxD, context):
+            return Block(*how, parent=None, name="blocks").apply({"params": leaves}, x_BxSxD, *context)
+
+        unroll, policy = self.compute.unroll, REMAT_POLICIES[self.compute.remat]
+        if policy:
+            # In a loop nothing merges what is computed again with what was computed before; unrolled, it must be kept.
+            block = jax.checkpoint(block, policy=policy, prevent_cse=unroll > 1)
+        leaves = self.variables["params"]["blocks"]
+        return scan_blocks(block, leaves, x_BxSxD, context, unroll, self.compute.input_gradient)
 
     def _separate_blocks(self, x_BxSxD, context, cache):
         """Layer after layer: no leaf has to be cut out of a stack, which would cost a copy at each token."""

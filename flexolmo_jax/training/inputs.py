@@ -90,7 +90,7 @@ def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decode
         how.dtype,
         how.remat,
         how.unroll,
-        config.sharding_rules,
+        rules=config.sharding_rules,
         platform=platform or jax.default_backend(),
         attention=how.attention,
         dispatch=how.dispatch,

@@ -1,6 +1,7 @@
 """One optimizer step: a pure function of the state, the frozen leaves and a batch."""
 
 import ctypes
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,9 +46,10 @@ def make_train_step(
 
     def part_gradient(trainable: Leaves, frozen: Leaves, tokens: jax.Array, part: Batch):
         """Gradient of what the part adds to the mean over `tokens`, and sums over the part."""
+        trained = _ending_at_blocks(model) if "embedding" not in trainable else model
 
         def loss_fn(trainable):
-            loss, sums = objective(model, {**frozen, **trainable}, part, weights)
+            loss, sums = objective(trained, {**frozen, **trainable}, part, weights)
             return loss / tokens, {"loss": loss, **sums}
 
         return jax.grad(loss_fn, has_aux=True)(trainable)
@@ -77,6 +79,13 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
     return train_step
+
+
+def _ending_at_blocks(model: Decoder) -> Decoder:
+    """The model with no gradient below its blocks; as it is on accelerators, where conditionals in loops may cost more."""
+    if model.compute.platform != "cpu":
+        return model
+    return model.clone(compute=dataclasses.replace(model.compute, input_gradient=False))
 
 
 def compile_step(step: Callable, *arguments: Any) -> jax.stages.Compiled:

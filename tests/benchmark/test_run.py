@@ -23,7 +23,8 @@ def asked(monkeypatch):
         platform, fails = "cpu", ()
 
         def __init__(self, spec):
-            self.name = spec.experts or spec.side
+            parts = spec.config["data"]["accumulate"]
+            self.name = (spec.experts or spec.side) + (f", {parts} parts" if parts > 1 and spec.experts else "")
             log.append((self.name, "start"))
 
         def close(self):
@@ -35,7 +36,7 @@ def asked(monkeypatch):
             log.append((self.name, request))
             if self.name in self.fails:
                 raise UserError(f"{self.name} fails")
-            seconds = SECONDS[self.name]
+            seconds = SECONDS[self.name.partition(",")[0]]
             ours = {"device": "d", "devices": 1, "flops": 8e9, "limit_of": "float32 matmul"}
             built = {"platform": self.platform, "first_seconds": seconds, "tokens": 100, "compile_seconds": 3.0}
             return {
@@ -51,8 +52,10 @@ def asked(monkeypatch):
     return log, Process
 
 
-def measure(runs=2, versus=True):
-    (result,) = run.benchmark(config_file.get_config(), ["expert"], runs, versus)
+def measure(accumulate=1):
+    config = config_file.get_config()
+    config.data.accumulate = accumulate
+    (result,) = run.benchmark(config, ["expert"], 2, versus=True)
     return result
 
 
@@ -73,6 +76,19 @@ def test_what_is_ten_times_as_slow_is_left_out_at_once(asked):
     assert result["sides"].keys() == {"flexolmo", "eager", "grouped_mm"}
     assert result["left_out"] == {"batched_mm": "more than 10 times as slow as another"}
     assert log.index(("batched_mm", "close")) < log.index(("flexolmo", "limit"))
+
+
+def test_where_ours_takes_rows_in_parts_others_take_them_at_once_and_in_parts(asked):
+    sides = measure(accumulate=2)["sides"]
+    assert list(sides) == ["flexolmo", "eager", "grouped_mm", "eager, 2 parts", "grouped_mm, 2 parts"]
+
+
+def test_decoding_has_rows_that_do_not_divide_into_parts():
+    config = config_file.get_config()
+    config.data.batch_size, config.data.accumulate = 1, 2
+    assert run.prepared(config, "decode")["data"]["accumulate"] == 1
+    with pytest.raises(UserError, match="accumulate=2: must divide"):
+        run.prepared(config, "joint")
 
 
 def test_on_a_device_each_side_has_it_alone(asked):

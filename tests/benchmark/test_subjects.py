@@ -17,6 +17,7 @@ SIZES = {
     "model.d_ff": 24,
     "data.sequence_length": 16,
     "data.batch_size": 8,
+    "data.accumulate": 1,
     "compute.frozen_dtype": "bfloat16",
 }
 # Paths that a step trains. The bias of a fresh expert is 0, where |b| has no gradient.

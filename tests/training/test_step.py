@@ -10,6 +10,7 @@ import pytest
 from tiny import ARCHITECTURE, COMPILE_FAST, STACKED, assert_trees_close, random_batch, random_leaves
 
 from configs import base
+from flexolmo_jax.model import decoder
 from flexolmo_jax.model.architecture import PAIR
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.training import head_loss
@@ -26,14 +27,19 @@ WEIGHTS = LossWeights(z_loss=1e-2, router_z_loss=1e-1, load_balancing=0.0)
 BATCH = random_batch([[16], [3], [2, 9], [1], [5, 5], [1]], 16)
 
 
-@functools.cache
-def compiled_step(accumulate=1):
-    """The step that trains the expert of a pair, with decay of every leaf and clipping."""
+def make_step(accumulate=1):
+    """The step of a pair, with decay of every leaf and clipping, and its optimizer."""
     config = base.get_config().optimizer
     config.update(learning_rate=1e-2, weight_decay=0.1, no_decay=())
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule)
-    step = make_train_step(MODEL, optimizer, schedule, WEIGHTS, accumulate)
+    return make_train_step(MODEL, optimizer, schedule, WEIGHTS, accumulate), optimizer
+
+
+@functools.cache
+def compiled_step(accumulate=1):
+    """The same, compiled."""
+    step, optimizer = make_step(accumulate)
     return jax.jit(step, compiler_options=COMPILE_FAST), optimizer
 
 
@@ -169,6 +175,18 @@ def compiled_flops(monkeypatch, partition):
 def test_an_expert_step_computes_no_gradient_of_a_frozen_weight(monkeypatch):
     expected = matmul_flops(BIG, ROWS, WIDTH, everything=False)
     assert compiled_flops(monkeypatch, EXPERT_ONLY) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("partition", "ends"), [(EXPERT_ONLY, True), (EVERYTHING, False)], ids=["expert", "all"])
+def test_scanned_blocks_end_where_the_lowest_leaf_is_trained(monkeypatch, partition, ends):
+    told = []
+    scan = decoder.scan_blocks
+    monkeypatch.setattr(decoder, "scan_blocks", lambda *how: told.append(how[-1]) or scan(*how))
+    step, optimizer = make_step()
+    trainable, frozen = split(MODEL.abstract(), trainable_paths(MODEL.abstract(), partition))
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, trainable))
+    jax.eval_shape(step, state, frozen, BATCH)
+    assert told == [not ends]
 
 
 def test_the_count_of_a_step_shows_gradients_of_all_weights(monkeypatch):
