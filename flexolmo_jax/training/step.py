@@ -82,7 +82,7 @@ def make_train_step(
 
 
 def _ending_at_blocks(model: Decoder) -> Decoder:
-    """The model with no gradient below its blocks; as it is on accelerators, where conditionals in loops may cost more."""
+    """The model with no gradient below its blocks; as is on accelerators: conditionals in their loops may cost more."""
     if model.compute.platform != "cpu":
         return model
     return model.clone(compute=dataclasses.replace(model.compute, input_gradient=False))
