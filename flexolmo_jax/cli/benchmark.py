@@ -9,7 +9,8 @@ them (formula in flexolmo_jax/model/flops.py). The limit is that of this machine
 large matmul in its dtype or, of decoding, the rate at which memory is read. Figures are medians.
 
 With --versus=transformers the same sizes run there too, in turns, with each implementation of experts it has, compiled
-and not. Peak memory is that of a process, with libraries and compiling; on a device, what it had in use.
+and not. Where data.accumulate has a step take its rows in parts, transformers takes them at once and, uncompiled, in
+parts too. Peak memory is that of a process, with libraries and compiling; on a device, what it had in use.
 """
 
 from absl import flags

@@ -80,7 +80,10 @@ class Attention(nn.Module):
         rotation: Rotation,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Returns ([batch, length, d_model] in `dtype`, the cache with what was written into it)."""
+        """Returns ([batch, length, d_model] in `dtype`, the cache with what was written into it).
+
+        The rotation is that of the positions, which themselves say only where in the cache keys and values go.
+        """
         arch = self.architecture
         batch, length, _ = x_BxSxD.shape
         # One dimension for all tokens, and one for all heads: where two are contracted, a CPU makes one by copying.

@@ -12,6 +12,7 @@ def scan_blocks(
     leaves: Any,
     x: jax.Array,
     context: Any,
+    length: int,
     unroll: int = 1,
     input_gradient: bool = True,
 ) -> tuple[jax.Array, Any]:
@@ -22,6 +23,7 @@ def scan_blocks(
       leaves: pytree of stacked leaves, [layers, ...].
       x: what enters the first layer; each layer's has its shape and dtype.
       context: pytree of what all layers are given. Without `input_gradient` it has no gradient.
+      length: the number of layers.
       unroll: layers per iteration of the loop.
       input_gradient: whether the gradient of x is needed. Otherwise it is 0, and what leads to it alone is not
         computed: the backward pass of one layer, but for that of its leaves.
@@ -30,10 +32,9 @@ def scan_blocks(
       (x after the last layer, outputs [layers, ...]).
     """
     if input_gradient:
-        return jax.lax.scan(lambda x, layer: block(layer, x, context), x, leaves, unroll=unroll)
-    ending = _ending(block)
-    is_first = jnp.arange(jax.tree.leaves(leaves)[0].shape[0]) == 0
-    return jax.lax.scan(lambda x, layer: ending(*layer, x, context), x, (is_first, leaves), unroll=unroll)
+        return jax.lax.scan(lambda x, layer: block(layer, x, context), x, leaves, length, unroll=unroll)
+    ending, is_first = _ending(block), jnp.arange(length) == 0
+    return jax.lax.scan(lambda x, layer: ending(*layer, x, context), x, (is_first, leaves), length, unroll=unroll)
 
 
 def _ending(block: Callable) -> Callable:

@@ -167,8 +167,8 @@ class Decoder(nn.Module):
         return sharding.constrain(head_DxV.astype(self.compute.dtype), (None, "vocab"), self.compute.rules)
 
     def _scanned_blocks(self, x_BxSxD, context, cache):
-        """One block's program for all layers; their leaves are stacked."""
-        how = (self.architecture, self.layout, self.compute)
+        """One block's program for all layers; their leaves are stacked. `nn.scan` declares them, for `scan_blocks`."""
+        fields = (self.architecture, self.layout, self.compute)
         if self.is_initializing():
             stacked_block = nn.scan(
                 Block,
@@ -178,17 +178,18 @@ class Decoder(nn.Module):
                 length=self.architecture.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return stacked_block(*how, name="blocks")(x_BxSxD, *context)
+            return stacked_block(*fields, name="blocks")(x_BxSxD, *context)
 
         def block(leaves, x_BxSxD, context):
-            return Block(*how, parent=None, name="blocks").apply({"params": leaves}, x_BxSxD, *context)
+            return Block(*fields, parent=None, name="blocks").apply({"params": leaves}, x_BxSxD, *context)
 
         unroll, policy = self.compute.unroll, REMAT_POLICIES[self.compute.remat]
         if policy:
             # In a loop nothing merges what is computed again with what was computed before; unrolled, it must be kept.
             block = jax.checkpoint(block, policy=policy, prevent_cse=unroll > 1)
         leaves = self.variables["params"]["blocks"]
-        return scan_blocks(block, leaves, x_BxSxD, context, unroll, self.compute.input_gradient)
+        how = {"unroll": unroll, "input_gradient": self.compute.input_gradient}
+        return scan_blocks(block, leaves, x_BxSxD, context, self.architecture.num_layers, **how)
 
     def _separate_blocks(self, x_BxSxD, context, cache):
         """Layer after layer: no leaf has to be cut out of a stack, which would cost a copy at each token."""

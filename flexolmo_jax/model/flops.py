@@ -13,8 +13,9 @@ with these multiply-adds m for a token of a block (D d_model, C = D / H a head, 
     gate, up, down D F each, for the top-k of stacked experts, and for all of the other layouts
 
 and D V for the head. (S + 1) / 2 is the number of positions that a token of a row sees, on average. What a program
-computes beyond that is not counted: keys that causality masks, activations computed again for the backward pass,
-experts beyond the top-k; nor are norms, softmaxes and other work that is not a matmul.
+computes beyond that is not counted: keys that causality masks, activations computed again for the backward pass, the
+gradient of what enters the first block where a loop over blocks takes it along, experts beyond the top-k; nor are
+norms, softmaxes and other work that is not a matmul.
 """
 
 from collections.abc import Collection

@@ -35,9 +35,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Leaves, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the step `(state, frozen, batch) -> (state, metrics)`.
 
-    Gradients are taken with respect to the trainable leaves only, so no weight gradient of a frozen leaf
-    exists. The batch is computed in `accumulate` parts whose sums are added, so the gradient is that of
-    the mean over all tokens of the batch, however it is divided (load balancing is computed per part).
+    Gradients are taken with respect to the trainable leaves only: none of a frozen leaf is computed. The batch is
+    computed in `accumulate` parts whose sums are added, so the gradient is that of the mean over all tokens of the
+    batch, however it is divided (load balancing is computed per part).
 
     Metrics, float32: `loss`, `cross_entropy`, `z_loss`, `router_z_loss`, `load_balancing` (means per token),
     `gradient_norm` before clipping, `learning_rate` (of `schedule`, for the log), `tokens`, and `routing_E`, each
@@ -46,10 +46,10 @@ def make_train_step(
 
     def part_gradient(trainable: Leaves, frozen: Leaves, tokens: jax.Array, part: Batch):
         """Gradient of what the part adds to the mean over `tokens`, and sums over the part."""
-        trained = _ending_at_blocks(model) if "embedding" not in trainable else model
+        differentiated = model if "embedding" in trainable else _ending_at_blocks(model)
 
         def loss_fn(trainable):
-            loss, sums = objective(trained, {**frozen, **trainable}, part, weights)
+            loss, sums = objective(differentiated, {**frozen, **trainable}, part, weights)
             return loss / tokens, {"loss": loss, **sums}
 
         return jax.grad(loss_fn, has_aux=True)(trainable)

@@ -24,7 +24,8 @@ def asked(monkeypatch):
 
         def __init__(self, spec):
             parts = spec.config["data"]["accumulate"]
-            self.name = (spec.experts or spec.side) + (f", {parts} parts" if parts > 1 and spec.experts else "")
+            self.name = spec.experts or spec.side
+            self.name += ", compiled" * spec.compiled + f", {parts} parts" * (parts > 1 and spec.side != "flexolmo")
             log.append((self.name, "start"))
 
         def close(self):
@@ -78,9 +79,12 @@ def test_what_is_ten_times_as_slow_is_left_out_at_once(asked):
     assert log.index(("batched_mm", "close")) < log.index(("flexolmo", "limit"))
 
 
-def test_where_ours_takes_rows_in_parts_others_take_them_at_once_and_in_parts(asked):
-    sides = measure(accumulate=2)["sides"]
-    assert list(sides) == ["flexolmo", "eager", "grouped_mm", "eager, 2 parts", "grouped_mm, 2 parts"]
+def test_where_ours_takes_rows_in_parts_others_take_them_at_once_and_in_parts(asked, monkeypatch):
+    log, _ = asked
+    monkeypatch.setattr(run, "VARIANTS", [("eager", False), ("eager", True)])
+    expected = ["flexolmo", "eager", "eager, compiled", "eager, 2 parts"]
+    assert list(measure(accumulate=2)["sides"]) == expected
+    assert [name for name, request in log if request == "start"] == expected
 
 
 def test_decoding_has_rows_that_do_not_divide_into_parts():

@@ -23,6 +23,7 @@ SIZES = {
     "model.num_kv_heads": 1,
     "model.d_ff": 48,
     "data.sequence_length": 16,
+    "data.accumulate": 1,
     "data.batch_size": 2,
 }
 OVERRIDES = [f"--config.{key}={value}" for key, value in SIZES.items()]

@@ -1,5 +1,7 @@
 """The scan over blocks against a plain loop."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,33 +10,35 @@ import pytest
 from flexolmo_jax.model.block_scan import scan_blocks
 
 LAYERS, WIDTH = 4, 3
+X, SHIFT = jnp.float32([[0.1, 0.2, 0.3], [-1, 0, 1]]), jnp.float32([0.5, 0, -0.5])
 
 
 @pytest.fixture
 def passed():
-    """Layers through whose input the backward pass went, in its order."""
+    """What the backward pass went through: (name, layer)."""
     return []
 
 
 @pytest.fixture
 def block(passed):
-    """The function tanh(x + x**2 @ kernel + shift), with a note of each gradient of x that is computed."""
+    """The function tanh(x @ frozen + x**2 @ kernel + shift), with a note of gradients of x and of `frozen`."""
 
-    @jax.custom_vjp
-    def noted(x, layer):
-        return x
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def noted(name, y, layer):
+        return y
 
-    def note(layer, toward):
-        passed.append(int(layer))
-        return toward
+    def backward(name, layer, toward):
+        def note(layer, toward):
+            passed.append((name, int(layer)))
+            return toward
 
-    def backward(layer, toward):
         return jax.pure_callback(note, toward, layer, toward), None  # pure: where nobody needs it, it is not called
 
-    noted.defvjp(lambda x, layer: (x, layer), backward)
+    noted.defvjp(lambda name, y, layer: (y, layer), backward)
 
     def block(leaves, x, shift):
-        y = jnp.tanh(noted(x, leaves["layer"]) + x**2 @ leaves["kernel"] + shift)
+        frozen = noted("frozen", leaves["frozen"], leaves["layer"])
+        y = jnp.tanh(noted("x", x, leaves["layer"]) @ frozen + x**2 @ leaves["kernel"] + shift)
         return y, jnp.sum(y**3)
 
     return block
@@ -42,11 +46,9 @@ def block(passed):
 
 @pytest.fixture
 def leaves():
-    kernel = np.random.default_rng(0).normal(0, 0.5, (LAYERS, WIDTH, WIDTH))
-    return {"kernel": jnp.float32(kernel), "layer": jnp.arange(LAYERS)}
-
-
-X, SHIFT = jnp.float32([[0.1, 0.2, 0.3], [-1, 0, 1]]), jnp.float32([0.5, 0, -0.5])
+    rng = np.random.default_rng(0)
+    kernel, frozen = jnp.float32(rng.normal(0, 0.5, (2, LAYERS, WIDTH, WIDTH)))
+    return {"kernel": kernel, "frozen": frozen, "layer": jnp.arange(LAYERS)}
 
 
 def looped(block, leaves, x, shift):
@@ -72,16 +74,17 @@ def test_it_is_a_loop_whose_backward_pass_may_end_at_the_first_blocks_leaves(
     def both(apply):
         return jax.jit(jax.grad(lambda *inputs: run(apply, *inputs), (0, 1), has_aux=True))(leaves["kernel"], X)
 
+    def scanned(*inputs):
+        return scan_blocks(*inputs, LAYERS, unroll=unroll, input_gradient=input_gradient)
+
     (d_kernel, d_x), results = both(looped)
     jax.effects_barrier()
     passed.clear()
-    (actual_d_kernel, actual_d_x), actual = both(
-        lambda *inputs: scan_blocks(*inputs, unroll=unroll, input_gradient=input_gradient)
-    )
+    (actual_d_kernel, actual_d_x), actual = both(scanned)
     jax.effects_barrier()
     for got, want in zip(actual, results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
     np.testing.assert_allclose(actual_d_kernel, d_kernel, rtol=1e-5)
     assert np.abs(d_kernel).min(axis=(1, 2)).all()
     np.testing.assert_allclose(actual_d_x, d_x if input_gradient else np.zeros_like(d_x), rtol=1e-5)
-    assert sorted(passed) == list(range(0 if input_gradient else 1, LAYERS))
+    assert sorted(passed) == [("x", layer) for layer in range(0 if input_gradient else 1, LAYERS)]

@@ -10,7 +10,7 @@ import pytest
 from tiny import ARCHITECTURE, COMPILE_FAST, STACKED, assert_trees_close, random_batch, random_leaves
 
 from configs import base
-from flexolmo_jax.model import decoder
+from flexolmo_jax.model import block_scan, decoder
 from flexolmo_jax.model.architecture import PAIR
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.training import head_loss
@@ -27,13 +27,13 @@ WEIGHTS = LossWeights(z_loss=1e-2, router_z_loss=1e-1, load_balancing=0.0)
 BATCH = random_batch([[16], [3], [2, 9], [1], [5, 5], [1]], 16)
 
 
-def make_step(accumulate=1):
+def make_step(accumulate=1, model=MODEL):
     """The step of a pair, with decay of every leaf and clipping, and its optimizer."""
     config = base.get_config().optimizer
     config.update(learning_rate=1e-2, weight_decay=0.1, no_decay=())
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule)
-    return make_train_step(MODEL, optimizer, schedule, WEIGHTS, accumulate), optimizer
+    return make_train_step(model, optimizer, schedule, WEIGHTS, accumulate), optimizer
 
 
 @functools.cache
@@ -177,12 +177,22 @@ def test_an_expert_step_computes_no_gradient_of_a_frozen_weight(monkeypatch):
     assert compiled_flops(monkeypatch, EXPERT_ONLY) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize(("partition", "ends"), [(EXPERT_ONLY, True), (EVERYTHING, False)], ids=["expert", "all"])
-def test_scanned_blocks_end_where_the_lowest_leaf_is_trained(monkeypatch, partition, ends):
+@pytest.mark.parametrize(
+    ("partition", "platform", "ends"),
+    [(EXPERT_ONLY, "cpu", True), (EXPERT_ONLY, "tpu", False), (EVERYTHING, "cpu", False)],
+)
+def test_the_backward_pass_of_blocks_ends_in_the_first_where_the_embedding_is_frozen(
+    monkeypatch, partition, platform, ends
+):
     told = []
-    scan = decoder.scan_blocks
-    monkeypatch.setattr(decoder, "scan_blocks", lambda *how: told.append(how[-1]) or scan(*how))
-    step, optimizer = make_step()
+
+    def scan_blocks(*inputs, input_gradient, **how):
+        told.append(input_gradient)
+        return block_scan.scan_blocks(*inputs, input_gradient=input_gradient, **how)
+
+    monkeypatch.setattr(decoder, "scan_blocks", scan_blocks)
+    compute = Compute(platform=platform, attention="reference", dispatch="loop")
+    step, optimizer = make_step(model=MODEL.clone(compute=compute))
     trainable, frozen = split(MODEL.abstract(), trainable_paths(MODEL.abstract(), partition))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, trainable))
     jax.eval_shape(step, state, frozen, BATCH)
