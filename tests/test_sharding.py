@@ -28,6 +28,7 @@ PARTITIONS = {
     "anchor": (("blocks/mixture/anchor/(row|bias)", "frozen"), (".*", "trainable")),
     "pair": (("blocks/mixture/expert/.*", "trainable"), (".*", "frozen")),
     "stacked": ((".*", "trainable"),),
+    "router": (("blocks/mixture/experts/(row|bias)", "trainable"), (".*", "frozen")),
 }
 BATCH = random_batch([[16], [3], [2, 9], [1], [5, 5], [1], [8, 8], [16]], 16)
 
@@ -115,7 +116,8 @@ def train(kind, sizes):
     config = base.get_config()
     config.optimizer.learning_rate = 1e-2
     config.optimizer.weight_decay = 0.1
-    model = Decoder(ARCHITECTURE, LAYOUTS[kind], Compute(rules=config.sharding_rules))
+    layout = LAYOUTS["stacked" if kind == "router" else kind]
+    model = Decoder(ARCHITECTURE, layout, Compute(rules=config.sharding_rules))
     inputs = Inputs(model, None, trainable_paths(model.abstract(), PARTITIONS[kind]), [], {})
     sizes = {**ONE, **sizes}
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
@@ -147,8 +149,9 @@ def train(kind, sizes):
         ("anchor", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]),
         ("pair", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]),
         ("stacked", [{"expert": 4, "data": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}]),
+        ("router", [{"expert": 4, "data": 2}]),
     ],
-    ids=LAYOUTS,
+    ids=PARTITIONS,
 )
 def test_eight_devices_train_as_one_does(kind, meshes):
     losses, leaves = train(kind, {})

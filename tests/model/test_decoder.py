@@ -133,6 +133,9 @@ def test_what_is_recomputed_or_unrolled_changes_neither_loss_nor_gradient(stacke
     expected = loss_and_gradient()
     for compute in ({"remat": "dots"}, {"remat": "feed_forward"}, {"remat": "kernels"}, {"remat": "full", "unroll": 2}):
         assert_trees_close(loss_and_gradient(**compute), expected, 1e-5)
+    loss, gradient = loss_and_gradient(remat="dots", input_gradient=False)
+    assert not gradient["embedding"].any()
+    assert_trees_close((loss, {**gradient, "embedding": expected[1]["embedding"]}), expected, 1e-5)
 
 
 def test_logits_are_float32_in_bfloat16_too(stacked_leaves):
