@@ -4,7 +4,7 @@ r"""A size at which steps and decoding are compared with those of other programs
 
 The default fits two CPU cores: a step of any kind takes a few seconds there, in float32. The argument is the number of
 token ids; with `configs/benchmark.py:50304` the head is as large a part of the work as in models of that width.
-Training steps take the rows in two parts; for a row at a time, give --config.data.accumulate=1.
+Training steps take the rows in two parts; with --config.data.accumulate=1 they take them at once, or a single one.
 """
 
 from ml_collections import ConfigDict

@@ -183,13 +183,15 @@ class Decoder(nn.Module):
         def block(leaves, x_BxSxD, context):
             return Block(*fields, parent=None, name="blocks").apply({"params": leaves}, x_BxSxD, *context)
 
-        unroll, policy = self.compute.unroll, REMAT_POLICIES[self.compute.remat]
+        policy, how = REMAT_POLICIES[self.compute.remat], self.compute
         if policy:
             # In a loop nothing merges what is computed again with what was computed before; unrolled, it must be kept.
-            block = jax.checkpoint(block, policy=policy, prevent_cse=unroll > 1)
+            block = jax.checkpoint(block, policy=policy, prevent_cse=how.unroll > 1)
         leaves = self.variables["params"]["blocks"]
-        how = {"unroll": unroll, "input_gradient": self.compute.input_gradient}
-        return scan_blocks(block, leaves, x_BxSxD, context, self.architecture.num_layers, **how)
+        length = self.architecture.num_layers
+        return scan_blocks(
+            block, leaves, x_BxSxD, context, length, unroll=how.unroll, input_gradient=how.input_gradient
+        )
 
     def _separate_blocks(self, x_BxSxD, context, cache):
         """Layer after layer: no leaf has to be cut out of a stack, which would cost a copy at each token."""
