@@ -118,15 +118,10 @@ def _for_speed(
 def _needed(config: ConfigDict, memory: Memory, kept: Mapping[str, int], remat: str, parts: float) -> float:
     """About what a step needs that keeps what `remat` does, of `parts` times as many parts, in bytes.
 
-    Gradients stay, once for the part and, where there are several, once for their sum; all else goes by the rows.
+    The gradient stays; all else goes by the rows.
     """
-
-    def gradients(accumulate: float) -> int:
-        return memory.trained * (1 + (accumulate > 1))
-
-    now = config.data.accumulate
-    rest = max(0, memory.temporaries - kept[config.compute.remat] - gradients(now))
-    return memory.state + memory.batch + gradients(now * parts) + (rest + kept[remat]) / parts
+    rest = max(0, memory.temporaries - kept[config.compute.remat] - memory.trained)
+    return memory.state + memory.batch + memory.trained + (rest + kept[remat]) / parts
 
 
 def _flags(config: ConfigDict, remat: str, parts: int) -> str:

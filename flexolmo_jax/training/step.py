@@ -44,33 +44,37 @@ def make_train_step(
     expert's share of the routing weight.
     """
 
-    def part_gradient(trainable: Leaves, frozen: Leaves, tokens: jax.Array, part: Batch):
-        """Gradient of what the part adds to the mean over `tokens`, and sums over the part."""
+    def part_loss(trainable: Leaves, frozen: Leaves, tokens: jax.Array, part: Batch):
+        """What the part adds to the mean over `tokens`, the vjp toward the trainable leaves, and sums over the part."""
         differentiated = model if "embedding" in trainable else _ending_at_blocks(model)
 
         def loss_fn(trainable):
             loss, sums = objective(differentiated, {**frozen, **trainable}, part, weights)
             return loss / tokens, {"loss": loss, **sums}
 
-        return jax.grad(loss_fn, has_aux=True)(trainable)
+        return jax.vjp(loss_fn, trainable, has_aux=True)
 
     def train_step(state: TrainState, frozen: Leaves, batch: Batch):
         # The loss is divided, not its gradient: that would be one more pass over the memory of all trainable leaves.
         tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
-        gradient_of = functools.partial(part_gradient, state.trainable, frozen, tokens)
+        loss_of = functools.partial(part_loss, state.trainable, frozen, tokens)
         if accumulate == 1:
-            gradient, sums = gradient_of(batch)
+            loss, vjp, sums = loss_of(batch)
+            (gradient,) = vjp(jnp.ones_like(loss))
         else:
             # Part i takes rows i, i + accumulate, ...: every part then spans all devices.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            (gradient, sums), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradient_of(part)), None),
-                jax.tree.map(
-                    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                    jax.eval_shape(gradient_of, jax.tree.map(lambda x: x[0], parts)),
-                ),
-                parts,
-            )
+            # Each layer's gradient is added in place: none of a part alone is ever held.
+            total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), state.trainable)
+
+            def add_part(_, part):
+                loss, vjp, sums = loss_of(part)
+                vjp.with_refs(total)(jnp.ones_like(loss))
+                return None, sums
+
+            _, sums = jax.lax.scan(add_part, None, parts)
+            sums = jax.tree.map(functools.partial(jnp.sum, axis=0), sums)
+            gradient = jax.tree.map(jax.freeze, total)
         metrics = {name: value / tokens for name, value in sums.items()}
         metrics |= {"tokens": tokens, "gradient_norm": optax.tree.norm(gradient)}
         metrics["learning_rate"] = schedule(state.step)
