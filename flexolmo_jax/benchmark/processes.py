@@ -13,13 +13,12 @@ from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.errors import UserError
 
 WORKER = "flexolmo_jax.benchmark.worker"
-# For glibc: keep what was freed, in huge pages. What a step on a CPU allocates is otherwise mapped and cleared anew
-# each time, which takes a tenth of it and more (docs/performance.md).
-KEEP_MEMORY = {
-    "GLIBC_TUNABLES": ":".join(
-        f"glibc.malloc.{name}={value}"
-        for name, value in {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**33, "arena_max": 1}.items()
-    )
+# For glibc's allocator, what each side is fastest with, in huge pages (docs/performance.md). Of this program it is what
+# users are told: a step allocates its temporary memory at once, and gives it back. Tensors of transformers come and go,
+# so that what is freed is better kept.
+_ALLOCATOR = {
+    "flexolmo": {"hugetlb": 1},
+    "transformers": {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**33, "arena_max": 1},
 }
 
 
@@ -30,13 +29,14 @@ class Process:
         """Starts it; it takes some seconds to import what it needs."""
         self._label = f"--step={spec.step}, {spec.side}"
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  what libraries print; its last line tells of a failure
+        tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in _ALLOCATOR[spec.side].items())
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**KEEP_MEMORY, **os.environ},
+            env={"GLIBC_TUNABLES": tunables, **os.environ},
         )
         self._send(json.dumps(dataclasses.asdict(spec)))
 
