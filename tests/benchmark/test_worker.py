@@ -5,6 +5,8 @@ import sys
 
 import numpy as np
 
+from flexolmo_jax.benchmark import worker
+
 PEAK = "from flexolmo_jax.benchmark.worker import peak_memory; {}; print(peak_memory())"
 
 
@@ -18,3 +20,31 @@ def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it()
     small = peak("pass")
     assert small < before.nbytes
     assert peak(f"import numpy; numpy.ones({before.nbytes}, 'uint8')") > small + before.nbytes
+
+
+class AfterAPause:
+    """A subject whose first step after a measurement takes 100 seconds of a clock that it moves, each other one 2."""
+
+    now, rested = 0.0, True
+
+    def step(self):
+        self.now += 100 if self.rested else 2
+        self.rested = False
+
+    def wait(self):
+        pass
+
+    def limit(self):
+        self.rested = True
+
+    token = limit
+
+
+def test_the_first_step_after_a_pause_is_not_timed(monkeypatch):
+    subject = AfterAPause()
+    monkeypatch.setattr(worker, "_subject", lambda spec: subject)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: subject.now)
+    measured = worker.Worker(None)
+    for _ in range(2):
+        assert measured.step() == 2
+        measured.limit()
