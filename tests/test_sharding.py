@@ -111,7 +111,7 @@ def test_constraints_hold_on_a_mesh_and_are_nothing_without_one_or_without_rules
         assert constrained(RULES).sharding.shard_shape(x.shape) == (1, 2)
 
 
-def train(kind, sizes):
+def train(kind, sizes, accumulate=1):
     """Losses of three steps and the leaves after them, on the devices that the sizes ask for."""
     config = base.get_config()
     config.optimizer.learning_rate = 1e-2
@@ -130,7 +130,7 @@ def train(kind, sizes):
         leaves = {path: jax.device_put(leaf, where[path]) for path, leaf in random_leaves(model).items()}
         trainable, frozen = split(leaves, inputs.trainable)
         state = initial_state(trainable, optimizer, mesh)
-        step = make_train_step(model, optimizer, schedule, weights, accumulate=1)
+        step = make_train_step(model, optimizer, schedule, weights, accumulate)
         batch = jax.device_put(BATCH, rows)
         # One program for all steps: it refuses a state that lies elsewhere than the first one did.
         step = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(COMPILE_FAST)
@@ -161,6 +161,14 @@ def test_eight_devices_train_as_one_does(kind, meshes):
         spread, spread_leaves = train(kind, sizes)
         assert spread == pytest.approx(losses, rel=1e-5), sizes
         assert_trees_close(spread_leaves, leaves, 1e-3)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("pair", {"fsdp": 2, "tensor": 2}), ("stacked", {"expert": 2, "fsdp": 2})])
+def test_parts_add_their_gradients_on_devices_as_on_one(kind, sizes):
+    losses, leaves = train(kind, {}, accumulate=2)
+    spread, spread_leaves = train(kind, sizes, accumulate=2)
+    assert spread == pytest.approx(losses, rel=1e-5)
+    assert_trees_close(spread_leaves, leaves, 1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
