@@ -13,9 +13,8 @@ from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.errors import UserError
 
 WORKER = "flexolmo_jax.benchmark.worker"
-# For glibc's allocator, what each side is fastest with, in huge pages (docs/performance.md). Of this program it is what
-# users are told: a step allocates its temporary memory at once, and gives it back. Tensors of transformers come and go,
-# so that what is freed is better kept.
+# For glibc's allocator, both in huge pages (docs/performance.md): this program as its users are told to run it, whose
+# steps give their temporary memory back; transformers as it is fastest, keeping what its many tensors free.
 _ALLOCATOR = {
     "flexolmo": {"hugetlb": 1},
     "transformers": {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**33, "arena_max": 1},

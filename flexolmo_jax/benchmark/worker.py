@@ -32,7 +32,7 @@ class Worker:
         self.limit, self.token = self._subject.limit, self._subject.token
 
     def build(self) -> dict[str, Any]:
-        """What the subject's `build` returns, and "first_seconds", of the first step after it."""
+        """What the subject's `build` returns, and "first_seconds", of the first step that is timed."""
         built = self._subject.build()
         first = self.step()
         self._repeats = math.ceil(LEAST_SECONDS / first)
