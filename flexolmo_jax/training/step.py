@@ -59,6 +59,7 @@ def make_train_step(
         tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
         loss_of = functools.partial(part_loss, state.trainable, frozen, tokens)
         if accumulate == 1:
+            # Nothing to add to: a sum would be cleared first, and each layer's gradient held beside it.
             loss, vjp, sums = loss_of(batch)
             (gradient,) = vjp(jnp.ones_like(loss))
         else:
