@@ -6,6 +6,7 @@ The arguments are those of `attention_kernels`.
 from collections.abc import Callable
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
@@ -13,6 +14,7 @@ from flexolmo_jax.model.attention_blockwise import LOG_NORMALISER
 
 LANES = 128  # of a TPU: lengths and sizes of blocks are multiples
 SPLASH_BLOCK = 512  # at most: queries, and keys, whose scores are in VMEM at a time
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # name of JAX's primitive
 CUDNN_HEAD_DIM = 128  # at most, on any GPU that has flash attention
 
 
@@ -43,6 +45,11 @@ def cudnn(
     fits &= query_BxSxNxC.dtype in (jnp.bfloat16, jnp.float16)
     implementation = "cudnn" if fits else "xla"
     return masked(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS, implementation)
+
+
+def is_cudnn(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
+    """A policy of rematerialisation that keeps what cuDNN's forward pass returns, which has no name to keep it by."""
+    return primitive.name == CUDNN_FORWARD
 
 
 def splash(

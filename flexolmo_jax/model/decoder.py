@@ -13,6 +13,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.model import attention_kernels
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.attention import Attention, KVCache, Rotation
+from flexolmo_jax.model.attention_accelerators import is_cudnn
 from flexolmo_jax.model.attention_blockwise import ATTENDED, LOG_NORMALISER
 from flexolmo_jax.model.block_scan import scan_blocks
 from flexolmo_jax.model.experts import KEPT, choose_dispatch
@@ -20,16 +21,17 @@ from flexolmo_jax.model.experts_cpu import SUMMED
 from flexolmo_jax.model.layers import FED, RMSNorm, parameter
 from flexolmo_jax.model.mixture import Mixture
 
-_KERNELS = (ATTENDED, LOG_NORMALISER, KEPT, SUMMED)
 _POLICIES = jax.checkpoint_policies
+_KERNELS = _POLICIES.save_from_both_policies(
+    is_cudnn, _POLICIES.save_only_these_names(ATTENDED, LOG_NORMALISER, KEPT, SUMMED)
+)
+_FEED_FORWARD = _POLICIES.save_from_both_policies(_KERNELS, _POLICIES.save_only_these_names(FED))
 # Each keeps less than the one before it.
 REMAT_POLICIES = {
     "none": None,
-    "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(FED, *_KERNELS)
-    ),
-    "feed_forward": _POLICIES.save_only_these_names(FED, *_KERNELS),
-    "kernels": _POLICIES.save_only_these_names(*_KERNELS),
+    "dots": _POLICIES.save_from_both_policies(_FEED_FORWARD, _POLICIES.dots_with_no_batch_dims_saveable),
+    "feed_forward": _FEED_FORWARD,
+    "kernels": _KERNELS,
     "full": _POLICIES.nothing_saveable,
 }
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flexolmo_jax.errors import UserError
 
 MEGABLOX_TILE = (512, 1024, 1024)  # at most: rows, contracted dimension, columns; fits the 16 MiB of VMEM twice
-LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 64, 1024  # of a block: enough to be worth a matmul; enough for the fastest one
+LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 64, 2048  # of a block: enough to be worth a matmul; to be worth its kernel's copies
 
 
 def grouped_matmul(
@@ -123,8 +123,8 @@ def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Arra
 
 
 def _block_rows(num_rows: int, num_groups: int) -> int:
-    """An eighth of a group's mean rows, so that little is computed in vain, within what is worth a matmul."""
-    return min(num_rows, max(LEAST_BLOCK_ROWS, min(MOST_BLOCK_ROWS, num_rows // num_groups // 8)))
+    """A quarter of a group's mean rows: of smaller blocks each copies a kernel, of larger ones more is in vain."""
+    return min(num_rows, max(LEAST_BLOCK_ROWS, min(MOST_BLOCK_ROWS, num_rows // num_groups // 4)))
 
 
 def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """Attention by the kernels of accelerators, interpreted where there is none, against plain attention."""
 
+import re
 from unittest import mock
 
 import jax
@@ -7,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pallas_interpreter import interpreted
-from tiny import COMPILE_FAST, assert_trees_close, random_batch
+from tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch
 
 from configs.base import SHARDING_RULES
 from flexolmo_jax import sharding
 from flexolmo_jax.model import attention_accelerators
 from flexolmo_jax.model.attention_accelerators import cudnn, splash
 from flexolmo_jax.model.attention_kernels import attend
+from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 16, 256
 # A row of one document; of three, whose ends are no multiples of a block, and padding; of one token and padding.
@@ -107,6 +109,20 @@ def test_cudnn_is_asked_for_what_it_takes(length, head_dim, dtype, implementatio
         jax.eval_shape(cudnn, *inputs, jax.ShapeDtypeStruct((2, length), "int32"))
     assert asked.call_args.kwargs["implementation"] == implementation
     assert asked.call_args.kwargs["is_causal"]
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_cudnn_computes_attention_once_unless_nothing_is_kept(remat):
+    model = Decoder(ARCHITECTURE, LAYOUTS["pair"], Compute("bfloat16", remat, attention="cudnn"))
+
+    def loss(leaves, tokens):
+        return jnp.sum(model.apply_flat(leaves, tokens).hidden_BxSxD.astype(jnp.float32))
+
+    # To trace a kernel, JAX asks whether its library is there.
+    with mock.patch("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", return_value=91000):
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(model.abstract(), jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    computed = re.findall(r"dot_product_attention_(fwd|bwd)_wrapper\[", str(jaxpr))
+    assert sorted(computed) == ["bwd"] + ["fwd"] * (1 + (remat == "full"))
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
