@@ -1,20 +1,25 @@
-r"""Compiles a run's train step for TPU slices that need not be there, and says what it needs and how long it takes.
+r"""Compiles a run's train step for TPUs or GPUs that need not be there, and says what it needs and how long it takes.
 
     flexolmo plan --config=configs/expert.py:tiny --topology=v5e:2x4
     flexolmo plan --config=configs/expert.py:7b --topology=v5e:4x4 --config.data.accumulate=32 \
         --config.compute.remat=kernels --json=plan.json
+    flexolmo plan --config=configs/expert.py:7b --topology=h200:1 --config.data.accumulate=512
 
 No anchor, data or accelerator is needed: a configuration without --config.start_from is planned with fresh weights.
 Memory and collectives are those of the compiled program; times are a roofline estimate, not a measurement.
-Needs libtpu (extra `plan`).
+Needs libtpu (extra `plan`) for TPUs, and JAX's plugin for GPUs (extra `cuda`) for these.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, as FILE or FILE:ARGUMENT.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of a slice: v5e:4x4, v6e:2x4, v5p:2x4x4, ...")
-_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "Kind and shape of a TPU slice, or kind and number of a node's GPUs: v5e:4x4, v5p:2x4x4, h200:8, ...",
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "How many such TPU slices, joined by the data centre's network.")
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -35,7 +40,7 @@ def run() -> None:
     print(tables.heading(made))
     for table in (tables.memory_table, *[tables.collectives_table] * bool(made.collectives), tables.roofline_table):
         show(table(made))
-    for sentence in (tables.run_line(made), *made.advice, *tables.ASSUMPTIONS):
+    for sentence in (tables.run_line(made), *made.advice, *tables.assumptions(made)):
         print(sentence)
     if _JSON.value:
         write_json(_JSON.value, {"config": json.loads(_CONFIG.value.to_json()), **made.to_json()})

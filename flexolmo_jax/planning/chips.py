@@ -1,4 +1,4 @@
-"""TPU chips: what one JAX device of each computes, holds and moves, and the links between them.
+"""TPU chips and GPUs: what one JAX device of each computes, holds and moves, and the links between them.
 
 Sources, as of 2026:
 
@@ -6,10 +6,12 @@ Sources, as of 2026:
   or tpu7x: FLOP/s, HBM, HBM bandwidth, torus, network of the data centre.
 - [book] "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus: bandwidth of a link, where a torus wraps around.
 - [libtpu] What libtpu 0.0.42 says is available when a program does not fit: HBM that a program can use.
+- [nvidia] NVIDIA's data sheets of H100 SXM, H200 SXM and of systems with eight of them (DGX, HGX): FLOP/s of dense
+  matrices, HBM bandwidth, NVLink, network. Of the HBM, what the driver leaves: 79.1 and 139.8 GiB.
 
 On interconnect, [cloud] gives a chip's bandwidth over all its links and in both directions at once: 400 (v5e), 800
 (v6e) or 1200 (v5p, TPU7x) GB/s, thus 50 or 100 GB/s for each direction of each of 4 or 6 links. [book] gives 45 or 90
-for the same, without a reason; the lower figures are used here.
+for the same, without a reason; the lower figures are used here. NVLink's 900 GB/s are those of both directions.
 """
 
 import re
@@ -19,10 +21,12 @@ from typing import Any, NamedTuple
 from flexolmo_jax.errors import UserError
 
 _GIB = 2**30
+GPU_MEMORY_FRACTION = 0.95  # of a GPU's HBM, for JAX: XLA_PYTHON_CLIENT_MEM_FRACTION; unless told, it takes 0.75
+GPUS_OF_A_NODE = 8  # at most: those on one switch
 
 
 class Chip(NamedTuple):
-    """One JAX device of a kind of TPU: a chip, or half of one where `devices_per_chip` is 2.
+    """One JAX device of a kind: a GPU, a TPU chip, or half of one where `devices_per_chip` is 2.
 
     Attributes:
       device_kind: what `jax.Device.device_kind` calls it.
@@ -31,8 +35,8 @@ class Chip(NamedTuple):
       hbm_bytes: memory that a program can use, in bytes.
       hbm_bandwidth: in bytes/s.
       link_bandwidth: what a device sends over one link of its chip, in bytes/s; a chip has two links for each dimension
-        of the torus, one to each neighbour.
-      torus_dimensions: 2, or 3 where slices are made of cubes of 4 x 4 x 4 chips.
+        of the torus, one to each neighbour; a GPU has one, to its switch.
+      torus_dimensions: 2, or 3 where slices are made of cubes of 4 x 4 x 4 chips; 0 for GPUs.
       dcn_bandwidth: what a device sends to other slices, in bytes/s.
     """
 
@@ -44,6 +48,10 @@ class Chip(NamedTuple):
     link_bandwidth: float
     torus_dimensions: int
     dcn_bandwidth: float
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.torus_dimensions == 0
 
 
 CHIPS = {
@@ -57,13 +65,16 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", 1, 918e12, int(31.25 * _GIB), 1638e9, 90e9, 2, 12.5e9),
     # [cloud] 2307 TFLOP/s, 192 GiB, 7380 GB/s; 100 Gbit/s for a chip. Each of its two chiplets is a device.
     "tpu7x": Chip("TPU7x", 2, 2307e12 / 2, int(94.75 * _GIB), 7380e9 / 2, 90e9 / 2, 3, 12.5e9 / 2),
+    # [nvidia] 989 TFLOP/s, 3.35 or 4.8 TB/s; NVLink 900 GB/s; 400 Gbit/s for a GPU.
+    "h100": Chip("NVIDIA H100", 1, 989e12, int(GPU_MEMORY_FRACTION * 79.1 * _GIB), 3350e9, 450e9, 0, 50e9),
+    "h200": Chip("NVIDIA H200", 1, 989e12, int(GPU_MEMORY_FRACTION * 139.8 * _GIB), 4800e9, 450e9, 0, 50e9),
 }
 
-_NAME = re.compile(r"(\w+):(\d+(?:x\d+){1,2})")
+_NAME = re.compile(r"(\w+):(\d+(?:x\d+){0,2})")
 
 
 def chip(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:2x4".
+    """The chip of a topology such as "v5e:2x4" or "h200:8".
 
     Raises:
       UserError: the name has another form, or names no chip of the table.
@@ -72,10 +83,11 @@ def chip(topology: str) -> Chip:
 
 
 def torus_shape(topology: str) -> tuple[int, ...]:
-    """Chips along each dimension of a slice: (2, 4) of "v5e:2x4".
+    """Chips along each dimension of a slice: (2, 4) of "v5e:2x4", and (8,) of "h200:8", a node's GPUs.
 
     Raises:
-      UserError: the name has another form, names no chip of the table, or more dimensions than its torus has.
+      UserError: the name has another form, names no chip of the table, other dimensions than its torus has, or more
+        GPUs than are in a node.
     """
     return _parse(topology)[1]
 
@@ -83,10 +95,16 @@ def torus_shape(topology: str) -> tuple[int, ...]:
 def _parse(topology: str) -> tuple[str, tuple[int, ...]]:
     found = _NAME.fullmatch(topology)
     if not found:
-        raise UserError(f"--topology={topology}: not a chip and the shape of its slice; give one such as v5e:2x4")
+        raise UserError(
+            f"--topology={topology}: not a chip and the shape of its slice; give one such as v5e:2x4 or h200:8"
+        )
     name, shape = found[1], tuple(int(size) for size in found[2].split("x"))
     if name not in CHIPS:
         raise UserError(f"--topology={topology}: no chip {name} is known; use one of {', '.join(CHIPS)}")
+    if CHIPS[name].is_gpu:
+        if len(shape) != 1 or not 0 < shape[0] <= GPUS_OF_A_NODE:
+            raise UserError(f"--topology={topology}: a node has 1 to {GPUS_OF_A_NODE} GPUs, as in {name}:8")
+        return name, shape
     dimensions = CHIPS[name].torus_dimensions
     if len(shape) != dimensions or 0 in shape:
         example = f"{name}:{'4x4' if dimensions == 2 else '2x2x4'}"
@@ -110,13 +128,16 @@ def group_bandwidth(chip: Chip, torus: Sequence[int], devices: Sequence[Any]) ->
     """What each device of a group within a slice can send to its neighbours in the group, in bytes/s.
 
     Each dimension of the torus in which the group extends gives two links where the group closes to a ring, and else
-    one, which is all that the ends of a line have. Devices of one chip count one link, though they are closer.
+    one, which is all that the ends of a line have. Devices of one chip count one link, though they are closer, and so
+    does a GPU, whose switch is one link from all others.
 
     Args:
       chip: the kind of chip.
       torus: chips along each dimension of the slice, as from `torus_shape`.
       devices: the group, as JAX describes them (`coords`, which may have more dimensions than the torus).
     """
+    if chip.is_gpu:
+        return chip.link_bandwidth
     links = 0
     places = zip(*(device.coords[: len(torus)] for device in devices), strict=True)
     for size, wrapped, along in zip(torus, wraps(chip, torus), places, strict=True):

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexolmo_jax.evaluation.tables import MISSING, plain_table
+from flexolmo_jax.planning.chips import GPU_MEMORY_FRACTION
 from flexolmo_jax.planning.collectives import DCN
 from flexolmo_jax.planning.plan import Plan
 
@@ -15,6 +16,10 @@ ASSUMPTIONS = (
     "HBM: matmuls, attention and residual sums read operands and write results once; all else is fused with them.",
     "Interconnect: ring algorithms without latency, at one direction of each link that a group's shape can use.",
     "At best, the three overlap perfectly; at worst, nothing does. Input and checkpoints are not counted.",
+)
+GPU_MEMORY = (
+    f"Available: what JAX takes of a GPU with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION}; without it, 0.75. "
+    "A step that comes close to it computes more again."
 )
 
 
@@ -93,6 +98,11 @@ def run_line(plan: Plan) -> str:
     least, most = (f"{h:,.0f} h" if h >= 10 else f"{h:.2f} h" if h >= 1 else scaled(3600 * h, "s") for h in hours)
     cost = " to ".join(f"{h * chips:,.0f}" if h * chips >= 10 else f"{h * chips:.3g}" for h in hours)
     return f"{plan.steps:,} steps take {least} to {most}: {cost} chip-hours"
+
+
+def assumptions(plan: Plan) -> tuple[str, ...]:
+    """What the figures of a plan rest on, a paragraph each."""
+    return (*ASSUMPTIONS, GPU_MEMORY) if plan.chip.is_gpu else ASSUMPTIONS
 
 
 def scaled(value: float, unit: str, base: int = 1000) -> str:

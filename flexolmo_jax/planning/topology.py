@@ -1,4 +1,4 @@
-"""Devices of a TPU slice that need not be there: XLA's TPU compiler takes their description instead."""
+"""Devices that need not be there, of a TPU slice or a node of GPUs: XLA's compilers take their description instead."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ import jax
 from jax.experimental import topologies
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.planning.chips import Chip, chip, torus_shape
 
 # libtpu asks the machine it is on which TPU it has. These answer in its place, and keep its logs off the disk.
 _ENVIRONMENT = {
@@ -20,18 +21,60 @@ _ENVIRONMENT = {
 }
 
 
+# What XLA asks of a GPU, here of compute capability 9.0 (Hopper, as SXM module), in the text form of its
+# `GpuTargetConfigProto`. Sizes are in bytes; they are those of NVIDIA's CUDA programming guide and data sheets.
+_HOPPER = """
+platform_name: "CUDA"
+device_description_str: "{name}"
+dnn_version_info {{ major: 9 minor: 10 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
+  threads_per_core_limit: 2048 threads_per_block_limit: 1024
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  l2_cache_size: 52428800 memory_bandwidth: {bandwidth} device_memory_size: {memory}
+}}
+"""
+# XLA computes again what does not fit: into what JAX's allocator has, and where there is no GPU, into this share of it.
+_XLA_SHARE = 0.8
+
+
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     """The devices of `slices` slices, to compile for; programs cannot run on them.
 
     To be called before JAX has looked for devices: it then sees the host's CPU alone.
 
     Args:
-      name: kind and shape of a slice, such as "v5e:4x4" or "v5p:2x4x4".
+      name: kind and shape of a slice, such as "v5e:4x4" or "v5p:2x4x4", or kind and number of a node's GPUs: "h200:8".
       slices: how many of them, joined by the data centre's network.
 
     Raises:
-      UserError: libtpu is not installed, or it knows no such slice.
+      UserError: the compiler is not installed, or it knows no such slice; several nodes of GPUs.
     """
+    jax.config.update("jax_platforms", "cpu")
+    kind = chip(name)
+    return _gpus(name, kind, slices) if kind.is_gpu else _tpus(name, slices)
+
+
+def _gpus(name: str, kind: Chip, slices: int) -> list[jax.Device]:
+    if slices > 1:
+        raise UserError(f"--slices={slices}: of GPUs, one node is planned; leave it out")
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise UserError(
+            f"--topology={name}: needs JAX's plugin for GPUs, which is not installed; pip install 'flexolmo-jax[cuda]'"
+        )
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # no warnings of what it misses of a GPU; jax has set 1
+    target = _HOPPER.format(
+        name=kind.device_kind, bandwidth=int(kind.hbm_bandwidth), memory=int(kind.hbm_bytes / _XLA_SHARE)
+    )
+    (count,) = torus_shape(name)
+    described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+    return list(described.devices)
+
+
+def _tpus(name: str, slices: int) -> list[jax.Device]:
     if not importlib.util.find_spec("libtpu"):
         raise UserError(
             f"--topology={name}: needs libtpu, the TPU compiler, which is not installed; "
@@ -39,7 +82,6 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
         )
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    jax.config.update("jax_platforms", "cpu")
     options = {"num_slices": slices} if slices > 1 else {}
     if set(name.partition(":")[2].split("x")) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)  # else 2 x 2, of which a single chip is no multiple

@@ -21,6 +21,8 @@ CONFIG = "--config=configs/expert.py:tiny"
         ((CONFIG, "--topology=v5p:2x4"), "a slice of v5p has 3 sizes above 0"),
         ((CONFIG, "--topology=v5e:2x4", "--slices=0"), "--slices=0: must be at least 1"),
         ((CONFIG, "--topology=v5e:2x4", "--slices=two"), "--slices"),
+        ((CONFIG, "--topology=h200:9"), "--topology=h200:9: a node has 1 to 8 GPUs, as in h200:8"),
+        ((CONFIG, "--topology=h200:8", "--slices=2"), "--slices=2: of GPUs, one node is planned"),
         (("--config=configs/expert.py:huge", "--topology=v5e:2x4"), "unknown size 'huge'"),
     ],
 )
@@ -28,10 +30,21 @@ def test_refuses_in_one_line(arguments, words):
     assert_refused(flexolmo("plan", *arguments), "plan", words)
 
 
-def test_says_how_to_get_the_compiler(monkeypatch):
+@pytest.mark.parametrize(
+    ("topology", "module", "words"),
+    [
+        (
+            "v5e:2x4",
+            "libtpu",
+            "needs libtpu, the TPU compiler, which is not installed; pip install 'flexolmo-jax[plan]'",
+        ),
+        ("h200:8", "jax_cuda", "needs JAX's plugin for GPUs, which is not installed; pip install 'flexolmo-jax[cuda]'"),
+    ],
+)
+def test_says_how_to_get_the_compiler(monkeypatch, topology, module, words):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name.startswith(module) else find(name, *rest)
     )
-    refused = flexolmo("plan", CONFIG, "--topology=v5e:2x4")
-    assert_refused(refused, "plan", "--topology=v5e:2x4: needs libtpu", "pip install 'flexolmo-jax[plan]'")
+    refused = flexolmo("plan", CONFIG, f"--topology={topology}")
+    assert_refused(refused, "plan", f"--topology={topology}: {words}")

@@ -8,12 +8,15 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.planning.chips import CHIPS, chip, group_bandwidth, torus_shape, wraps
 
 # Of Google Cloud's pages: chips of a pod and its peak PFLOP/s; both directions of all links of a chip, in GB/s.
+# Of NVIDIA's the same of a node.
 PUBLISHED = {
     "v4": (4096, 1126.4, None),
     "v5e": (256, 50.4, 400),
     "v5p": (8960, 4112.6, 1200),
     "v6e": (256, 234.9, 800),
     "tpu7x": (9216, 21260, 1200),
+    "h100": (8, 15.83 / 2, 900),  # half of what is said of sparse matrices
+    "h200": (8, 15.83 / 2, 900),
 }
 
 
@@ -22,7 +25,9 @@ def test_figures_agree_with_those_of_pods(name):
     chips, pflops, links = PUBLISHED[name]
     one = CHIPS[name]
     assert one.peak_flops * one.devices_per_chip * chips == pytest.approx(pflops * 1e15, rel=0.01)
-    if links:  # the book puts a link at 9 tenths of it
+    if one.is_gpu:
+        assert 2 * one.link_bandwidth == links * 1e9
+    elif links:  # the book puts a link at 9 tenths of it
         directions = 2 * 2 * one.torus_dimensions
         assert one.link_bandwidth * one.devices_per_chip * directions == pytest.approx(0.9 * links * 1e9)
 
@@ -31,6 +36,7 @@ def test_a_chip_is_found_by_the_name_of_a_slice():
     assert chip("v5e:2x4").device_kind == "TPU v5 lite"
     assert chip("tpu7x:2x2x1").devices_per_chip == 2
     assert torus_shape("v5p:2x4x4") == (2, 4, 4)
+    assert torus_shape("h200:8") == (8,)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,11 @@ def test_a_chip_is_found_by_the_name_of_a_slice():
         ("v5p:2x4", "a slice of v5p has 3 sizes above 0, as in v5p:2x2x4"),
         ("v6e:2x4x4", "a slice of v6e has 2 sizes above 0, as in v6e:4x4"),
         ("v6e:0x4", "2 sizes above 0"),
+        ("v6e:8", "2 sizes above 0"),
+        ("h200", "not a chip and the shape of its slice"),
+        ("h200:0", "a node has 1 to 8 GPUs, as in h200:8"),
+        ("h200:16", "a node has 1 to 8 GPUs, as in h200:8"),
+        ("h100:2x4", "a node has 1 to 8 GPUs, as in h100:8"),
     ],
 )
 def test_refuses_other_names_in_one_line(name, why):
@@ -75,6 +86,7 @@ def devices(*coords):
         ("v5p:4x4x8", [(x, y, 0) for x in range(4) for y in range(4)], 4),
         ("v5p:4x4x8", [(x, 0, z) for x in range(4) for z in range(4)], 3),
         ("tpu7x:2x2x1", [(0, 0, 0), (0, 0, 0)], 1),  # the two halves of a chip
+        ("h200:8", [(0,), (3,)], 1),
     ],
 )
 def test_bandwidth_counts_links_within_the_group(name, coords, links):

@@ -1,4 +1,4 @@
-"""Plans of tiny steps, compiled for TPUs that are not there, against sums made here.
+"""Plans of steps, compiled for TPUs and GPUs that are not there, against sums made here.
 
 Each in a process of its own: the compiler goes by environment variables, and the emulated devices are to stay.
 """
@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
-pytestmark = [
-    pytest.mark.plan,
-    pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed"),
-]
+pytestmark = pytest.mark.plan
+tpus, gpus = (
+    pytest.mark.skipif(not importlib.util.find_spec(compiler), reason=f"{compiler} is not installed")
+    for compiler in ("libtpu", "jax_cuda13_plugin")
+)
 
 # Of configs/models.py's tiny.
 V, LAYERS, D, F = 320, 4, 128, 352
@@ -38,13 +39,14 @@ def planned(tmp_path_factory, *arguments):
     return done.stdout, json.loads(file.read_text())
 
 
-@pytest.fixture(scope="module")
-def expert(tmp_path_factory):
-    return planned(tmp_path_factory, "--config=configs/expert.py:tiny", "--topology=v5e:2x4")
+@pytest.fixture(scope="module", params=[pytest.param("v5e:2x4", marks=tpus), pytest.param("h200:8", marks=gpus)])
+def expert(request, tmp_path_factory):
+    """(topology, standard output, JSON) of a plan for eight devices."""
+    return request.param, *planned(tmp_path_factory, "--config=configs/expert.py:tiny", f"--topology={request.param}")
 
 
 def test_parameters_and_optimizer_are_what_the_architecture_says(expert):
-    _, made = expert
+    _, _, made = expert
     assert made["parameters"] == SHARED + 2 * EXPERT
     memory = made["memory"]
     assert memory["trained"] == 4 * EXPERT
@@ -59,29 +61,33 @@ def test_parameters_and_optimizer_are_what_the_architecture_says(expert):
 
 
 def test_the_gradient_is_summed_over_all_copies(expert):
-    _, made = expert
-    (row,) = made["collectives"]
+    topology, _, made = expert
+    row, *others = made["collectives"]  # what sends most comes first
     assert (row["kind"], row["network"], row["axes"]) == ("all-reduce", "ici", ["data"])
     gradient = 4 * EXPERT * 2 * 7 / 8
     assert gradient <= row["bytes_sent"] < 1.01 * gradient  # and a few sums over tokens
-    assert row["seconds"] == pytest.approx(row["bytes_sent"] / (2 * 45e9))
-    assert made["roofline"]["sent_bytes"] == row["bytes_sent"]
-    assert made["roofline"]["network_seconds"] == pytest.approx(row["seconds"])
+    assert row["seconds"] == pytest.approx(row["bytes_sent"] / {"v5e:2x4": 2 * 45e9, "h200:8": 450e9}[topology])
+    assert sum(other["bytes_sent"] for other in others) < 0.02 * gradient  # for GPUs, of the router, for its top-k
+    assert made["roofline"]["sent_bytes"] == sum(each["bytes_sent"] for each in (row, *others))
+    assert made["roofline"]["network_seconds"] == pytest.approx(sum(each["seconds"] for each in (row, *others)))
 
 
 def test_the_tables_show_what_the_json_has(expert):
-    shown, made = expert
-    assert f"{made['parameters']:,} parameters on v5e:2x4: 8 devices (TPU v5 lite), mesh data 8" in shown
+    topology, shown, made = expert
+    kind, available = {"v5e:2x4": ("TPU v5 lite", "15.75"), "h200:8": ("NVIDIA H200", "132.81")}[topology]
+    assert f"{made['parameters']:,} parameters on {topology}: 8 devices ({kind}), mesh data 8" in shown
     assert f"{made['memory']['peak'] / 2**20:.2f} MiB" in shown
     assert f"{made['collectives'][0]['bytes_sent'] / 1e6:.2f} MB" in shown
     assert all(sentence in shown for sentence in made["advice"])
-    assert made["advice"][0].startswith("fits: 0.05 of 15.75 GiB")
+    assert made["advice"][0].startswith(f"fits: 0.05 of {available} GiB")
+    assert ("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in shown) == (topology == "h200:8")
     assert made["config"]["model"]["d_model"] == D
     assert "Traceback" not in shown
 
 
-def test_experts_and_what_they_share_are_split_over_an_axis_of_their_own(tmp_path_factory):
-    arguments = ("--config=configs/joint.py:tiny", "--topology=v5e:2x4", "--config.mesh.expert=4")
+@pytest.mark.parametrize("topology", [pytest.param("v5e:2x4", marks=tpus), pytest.param("h200:8", marks=gpus)])
+def test_experts_and_what_they_share_are_split_over_an_axis_of_their_own(tmp_path_factory, topology):
+    arguments = ("--config=configs/joint.py:tiny", f"--topology={topology}", "--config.mesh.expert=4")
     _, made = planned(tmp_path_factory, *arguments)
     assert made["parameters"] == SHARED + 4 * EXPERT
     # One of four experts; of what they share, norms of queries and keys are whole.
@@ -93,6 +99,7 @@ def test_experts_and_what_they_share_are_split_over_an_axis_of_their_own(tmp_pat
     assert all(row["network"] == "ici" for row in made["collectives"])
 
 
+@tpus
 def test_slices_exchange_gradients_through_the_data_centre(tmp_path_factory):
     values = ("--config.data.batch_size=16", "--config.mesh.data=2", "--config.mesh.fsdp=8")
     shown, made = planned(
@@ -108,6 +115,7 @@ def test_slices_exchange_gradients_through_the_data_centre(tmp_path_factory):
     assert "2 slices of v5e:2x4" in shown
 
 
+@tpus
 def test_a_step_that_does_not_fit_says_so(tmp_path_factory):
     values = ("--config.data.batch_size=65536", "--config.data.sequence_length=2048")
     shown, made = planned(tmp_path_factory, "--config=configs/expert.py:tiny", "--topology=v5e:2x4", *values)
@@ -120,6 +128,23 @@ def test_a_step_that_does_not_fit_says_so(tmp_path_factory):
     assert made["advice"][0] in shown
 
 
+@gpus
+@pytest.mark.parametrize("topology", ["h200:1", "h100:1"])
+def test_an_expert_of_the_published_size_fits_a_gpu_of_141_gigabytes_alone(tmp_path_factory, topology):
+    arguments = ("--config=configs/expert.py:7b", f"--topology={topology}", "--config.data.batch_size=2")
+    _, made = planned(tmp_path_factory, *arguments)
+    memory = made["memory"]
+    assert memory["fits"] == (topology == "h200:1")
+    # 4.3 billion parameters that are trained, and their moments, in float32; 7.3 billion frozen ones in bfloat16.
+    assert memory["trained"] + memory["optimizer"] == pytest.approx(12 * 4.33e9, rel=0.01)
+    assert memory["frozen"] == pytest.approx(2 * 7.3e9, rel=0.01)
+    # The gradient, and of each of 32 blocks what enters it and the results of its matmuls and of attention.
+    tokens, width, hidden = 2 * 4096, 4096, 11_008
+    needed = 4 * 4.33e9 + 2 * 32 * tokens * ((1 + 4 + 1 + 2) * width + 4 * hidden)
+    assert needed < memory["temporaries"] < 1.1 * needed
+
+
+@tpus
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
