@@ -10,6 +10,7 @@ The implementations, and what the compiled program of a step with gradients show
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from flexolmo_jax.errors import UserError
 
 MEGABLOX_TILE = (512, 1024, 1024)  # at most: rows, contracted dimension, columns; fits the 16 MiB of VMEM twice
-LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 64, 2048  # of a block: enough to be worth a matmul; to be worth its kernel's copies
+BLOCK_ROWS = 64  # of a block, and multiples of it
+COPY_ROWS = 800  # a GPU multiplies so many rows by a kernel while it copies one, on average over both passes
 
 
 def grouped_matmul(
@@ -123,8 +125,13 @@ def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Arra
 
 
 def _block_rows(num_rows: int, num_groups: int) -> int:
-    """A quarter of a group's mean rows: of smaller blocks each copies a kernel, of larger ones more is in vain."""
-    return min(num_rows, max(LEAST_BLOCK_ROWS, min(MOST_BLOCK_ROWS, num_rows // num_groups // 4)))
+    """The rows of a block with which the work is least.
+
+    R rows in E groups take R / b + E blocks of b rows at most. A block costs as much as the matmul of b + c rows, where
+    c, `COPY_ROWS`, stand for the copies of its kernel and of its gradient: least in all for b = sqrt(c R / E).
+    """
+    least = math.sqrt(COPY_ROWS * num_rows / num_groups)
+    return min(num_rows, BLOCK_ROWS * max(1, round(least / BLOCK_ROWS)))
 
 
 def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:

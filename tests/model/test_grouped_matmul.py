@@ -56,11 +56,15 @@ def computed(implementation, x, kernels, toward, group_sizes):
         return jax.jit(with_gradients, compiler_options=COMPILE_FAST)(x, kernels, toward)
 
 
+def set_block_rows(monkeypatch, rows):
+    monkeypatch.setattr(grouped_matmul, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(grouped_matmul, "COPY_ROWS", 0)
+
+
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("sizes", GROUP_SIZES)
 def test_each_row_meets_the_kernel_of_its_group(monkeypatch, sizes, implementation):
-    monkeypatch.setattr(grouped_matmul, "LEAST_BLOCK_ROWS", 16)
-    monkeypatch.setattr(grouped_matmul, "MOST_BLOCK_ROWS", 16)
+    set_block_rows(monkeypatch, 16)
     arguments = random_arguments(jnp.float32)
     actual = computed(implementation, *arguments, GROUP_SIZES[sizes])
     expected = group_by_group(*arguments, GROUP_SIZES[sizes])
@@ -83,12 +87,24 @@ def test_bfloat16_stays_bfloat16_and_is_summed_in_float32(implementation):
 
 @pytest.mark.parametrize("rows", [1, 7, 150, 1024])
 def test_blocks_of_any_size_give_the_same(monkeypatch, rows):
-    monkeypatch.setattr(grouped_matmul, "LEAST_BLOCK_ROWS", rows)
-    monkeypatch.setattr(grouped_matmul, "MOST_BLOCK_ROWS", rows)
+    set_block_rows(monkeypatch, rows)
     arguments = random_arguments(jnp.float32)
     actual = computed("blocks", *arguments, GROUP_SIZES["uneven"])
     for got, exact in zip(actual, group_by_group(*arguments, GROUP_SIZES["uneven"]), strict=True):
         np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1 << 9, 1 << 12, 1 << 15, 1 << 17])
+@pytest.mark.parametrize("num_groups", [2, 4, 64])
+def test_no_other_size_of_blocks_costs_less(num_rows, num_groups):
+    def cost(rows):
+        return (num_rows / rows + num_groups) * (rows + grouped_matmul.COPY_ROWS)
+
+    chosen = grouped_matmul._block_rows(num_rows, num_groups)
+    assert chosen <= num_rows
+    assert chosen % grouped_matmul.BLOCK_ROWS == 0
+    others = range(grouped_matmul.BLOCK_ROWS, num_rows + 1, grouped_matmul.BLOCK_ROWS)
+    assert cost(chosen) <= 1.01 * min(cost(rows) for rows in others)
 
 
 @pytest.mark.parametrize("num_groups", [1, 4, 64])
