@@ -92,7 +92,7 @@ def _multiply_blocks(x_RxD: jax.Array, kernels: jax.Array, group_sizes_E: jax.Ar
     A group's last block reaches into the rows of the next group, which overwrites them when its turn comes.
     """
     num_rows = x_RxD.shape[0]
-    size = _block_rows(num_rows, group_sizes_E.shape[0])
+    count, size = block_count(num_rows, group_sizes_E.shape[0])
     x_RxD = jnp.pad(x_RxD, ((0, size), (0, 0)))
 
     def multiply(y, block):
@@ -101,14 +101,16 @@ def _multiply_blocks(x_RxD: jax.Array, kernels: jax.Array, group_sizes_E: jax.Ar
         return jax.lax.dynamic_update_slice_in_dim(y, jnp.einsum(equation, rows, kernels[group]), start, 0), None
 
     shape = jax.eval_shape(functools.partial(jnp.einsum, equation), x_RxD, kernels[0])
-    y, _ = jax.lax.scan(multiply, jnp.zeros(shape.shape, shape.dtype), _block_table(group_sizes_E, num_rows, size))
+    y, _ = jax.lax.scan(
+        multiply, jnp.zeros(shape.shape, shape.dtype), _block_table(group_sizes_E, num_rows, count, size)
+    )
     return y[:num_rows]
 
 
 def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """The gradient of the kernels, float32 [E, D, F]: for each group, the sum of its rows' outer products."""
     num_rows = x_RxD.shape[0]
-    size = _block_rows(num_rows, group_sizes_E.shape[0])
+    count, size = block_count(num_rows, group_sizes_E.shape[0])
     x_RxD, toward_RxF = (jnp.pad(y, ((0, size), (0, 0))) for y in (x_RxD, toward_RxF))
 
     def add(total_ExDxF, block):
@@ -121,28 +123,32 @@ def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Arra
         return jax.lax.dynamic_update_index_in_dim(total_ExDxF, outer_DxF, group, 0), None
 
     zeros_ExDxF = jnp.zeros((group_sizes_E.shape[0], x_RxD.shape[1], toward_RxF.shape[1]), jnp.float32)
-    return jax.lax.scan(add, zeros_ExDxF, _block_table(group_sizes_E, num_rows, size))[0]
+    return jax.lax.scan(add, zeros_ExDxF, _block_table(group_sizes_E, num_rows, count, size))[0]
 
 
-def _block_rows(num_rows: int, num_groups: int) -> int:
-    """The rows of a block with which the work is least.
+def block_count(num_rows: int, num_groups: int) -> tuple[int, int]:
+    """How many blocks are computed, and the rows of each, with which the work is least.
 
-    R rows in E groups take R / b + E blocks of b rows at most. A block costs as much as the matmul of b + c rows, where
-    c, `COPY_ROWS`, stand for the copies of its kernel and of its gradient: least in all for b = sqrt(c R / E).
+    R rows in E groups take R / b + E blocks of b rows, which suffices for any division into groups. A block costs as
+    much as the matmul of b + c rows, where c, `COPY_ROWS`, stand for the copies of its kernel and of its gradient. That
+    is least in all for b = sqrt(c R / E).
     """
     least = math.sqrt(COPY_ROWS * num_rows / num_groups)
-    return min(num_rows, BLOCK_ROWS * max(1, round(least / BLOCK_ROWS)))
+    size = min(num_rows, BLOCK_ROWS * max(1, round(least / BLOCK_ROWS)))
+    return (num_rows + num_groups * (size - 1)) // size, size
 
 
-def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _block_table(
+    group_sizes_E: jax.Array, num_rows: int, count: int, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The group, the first row and the end of the group of each block, in the order of rows.
 
-    There are as many blocks as the worst division of rows into groups needs; those left over begin after all rows.
+    Blocks that are left over begin after all rows.
     """
     num_groups = group_sizes_E.shape[0]
     ends_E, blocks_E = jnp.cumsum(group_sizes_E), -(-group_sizes_E // size)
     last_block_E = jnp.cumsum(blocks_E)
-    block_T = jnp.arange((num_rows + num_groups * (size - 1)) // size)
+    block_T = jnp.arange(count)
     group_T = jnp.minimum(jnp.searchsorted(last_block_E, block_T, side="right"), num_groups - 1)
     in_group_T = block_T - (last_block_E - blocks_E)[group_T]
     start_T = (ends_E - group_sizes_E)[group_T] + in_group_T * size

@@ -15,7 +15,8 @@ that all else is fused with these. So a device moves in a step of A parts, T tok
     activations   T (P + 1) for each operand and result: once forward, twice backward, once more where computed again
     logits        T       in float32, written and read; their gradient written and read twice
 
-where P is 3 for what `computed_again` says, and else 2: forward and backward.
+where P is 3 for what `computed_again` says, and else 2: forward and backward. `block_work` says what is added where
+stacked experts are computed in blocks of rows, as on GPUs.
 
 Sources of rates and of what collectives send: `chips` and `collectives`.
 """
@@ -30,6 +31,7 @@ from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.flops import computed_again, recomputed_flops, train_step_flops
+from flexolmo_jax.model.grouped_matmul import block_count
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
 from flexolmo_jax.planning.memory import device_bytes
@@ -45,6 +47,7 @@ class Roofline(NamedTuple):
     Attributes:
       flops: FLOPs that the step needs, on this device.
       recomputed_flops: those computed again for the backward pass.
+      idle_flops: those of blocks of experts' rows that no token needs.
       hbm_bytes: bytes that go through its memory.
       sent_bytes: bytes that it sends to other devices; None where the program does not compile.
       compute_seconds: FLOPs at the chip's bfloat16 rate.
@@ -54,6 +57,7 @@ class Roofline(NamedTuple):
 
     flops: float
     recomputed_flops: float
+    idle_flops: float
     hbm_bytes: float
     sent_bytes: float | None
     compute_seconds: float
@@ -91,10 +95,12 @@ def roofline(
     shape = (config.data.batch_size, config.data.sequence_length)
     flops = train_step_flops(model.architecture, model.layout, program.trainable, *shape) / devices
     again = recomputed_flops(model.architecture, model.layout, config.compute.remat, *shape) / devices
-    moved = hbm_bytes(config, program)
+    idle, copied = block_work(config, program)
+    moved = hbm_bytes(config, program) + copied
     sent = None if found is None else sum(one.runs * one.bytes_sent for one in found)
     seconds = None if found is None else sum(network_seconds(one, program, chip, torus) for one in found)
-    return Roofline(flops, again, moved, sent, (flops + again) / chip.peak_flops, moved / chip.hbm_bandwidth, seconds)
+    compute_seconds, hbm_seconds = (flops + again + idle) / chip.peak_flops, moved / chip.hbm_bandwidth
+    return Roofline(flops, again, idle, moved, sent, compute_seconds, hbm_seconds, seconds)
 
 
 def network_seconds(one: Collective, program: Program, chip: Chip, torus: Sequence[int]) -> float:
@@ -104,6 +110,35 @@ def network_seconds(one: Collective, program: Program, chip: Chip, torus: Sequen
         devices = program.mesh.devices.flat
         bandwidth = group_bandwidth(chip, torus, [devices[place] for place in one.group])
     return one.runs * one.bytes_sent / bandwidth
+
+
+def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
+    """What a device does in a step for blocks of stacked experts' rows (`grouped_matmul`) beyond what the rows need.
+
+    Each block copies its kernel for each matmul with it; and for its gradient, the sum so far is copied, read with what
+    is added to it, and written, in float32. There are blocks for as many rows as could come to the device.
+
+    Returns:
+      (FLOPs, bytes that go through its memory); zeros where experts are computed in another way.
+    """
+    model, parts = program.model, config.data.accumulate
+    arch, layout = model.architecture, model.layout
+    if layout.kind != "stacked" or layout.top_k == layout.num_experts or model.compute.dispatch != "blocks":
+        return 0.0, 0.0
+
+    def ways(axis: str) -> int:
+        return sharding.ways(program.mesh, sharding.partition_spec((axis,), config.sharding_rules)[0])
+
+    experts = layout.num_experts // ways("experts")
+    tokens = math.prod(program.batch["tokens"].sharding.shard_shape(program.batch["tokens"].shape)) // parts
+    count, size = block_count(tokens * ways("experts") * min(layout.top_k, experts), experts)
+    kernel = arch.d_model * arch.d_ff // ways("mlp")
+    products = 2 + ("experts" in computed_again(config.compute.remat, layout))
+    trained = "blocks/mixture/experts/gate" in program.trainable
+    times = parts * arch.num_layers * 3  # gate, up, down
+    idle = 2 * kernel * (products + trained) * (count * size - tokens * layout.top_k)
+    copied = count * kernel * (2 * products * jnp.dtype(config.compute.dtype).itemsize + 5 * FLOAT32 * trained)
+    return float(times * idle), float(times * copied)
 
 
 def hbm_bytes(config: ConfigDict, program: Program) -> float:

@@ -71,11 +71,12 @@ def roofline_table(plan: Plan) -> Table:
     """What a device does in a step, and how long it takes."""
     line, chip = plan.roofline, plan.chip
     table = plain_table("a step, on each device", ["amount", "rate", "time"])
-    flops = line.flops + line.recomputed_flops
+    flops = line.flops + line.recomputed_flops + line.idle_flops
     again = f", {line.recomputed_flops / flops:.0%} again" if line.recomputed_flops else ""
+    idle = f", {line.idle_flops / flops:.0%} in vain" if line.idle_flops else ""
     table.add_row(
         "arithmetic",
-        scaled(flops, "FLOP") + again,
+        scaled(flops, "FLOP") + again + idle,
         scaled(chip.peak_flops, "FLOP/s"),
         scaled(line.compute_seconds, "s"),
     )

@@ -100,7 +100,7 @@ def test_no_other_size_of_blocks_costs_less(num_rows, num_groups):
     def cost(rows):
         return (num_rows / rows + num_groups) * (rows + grouped_matmul.COPY_ROWS)
 
-    chosen = grouped_matmul._block_rows(num_rows, num_groups)
+    _, chosen = grouped_matmul.block_count(num_rows, num_groups)
     assert chosen <= num_rows
     assert chosen % grouped_matmul.BLOCK_ROWS == 0
     others = range(grouped_matmul.BLOCK_ROWS, num_rows + 1, grouped_matmul.BLOCK_ROWS)
@@ -108,16 +108,21 @@ def test_no_other_size_of_blocks_costs_less(num_rows, num_groups):
 
 
 @pytest.mark.parametrize("num_groups", [1, 4, 64])
-def test_at_most_one_block_a_group_is_computed_in_vain(num_groups):
+def test_at_most_one_block_a_group_is_computed_in_vain(monkeypatch, num_groups):
     """So the work follows the rows, not the groups; and no division of the rows needs more blocks than there are."""
-    num_rows, size = 512, 16
+    set_block_rows(monkeypatch, 16)
+    num_rows = 512
+    count, size = grouped_matmul.block_count(num_rows, num_groups)
+    assert size == 16
+    assert num_rows <= count * size < num_rows + num_groups * size
     rng = np.random.default_rng(0)
     for group_sizes in (
         rng.multinomial(num_rows, rng.dirichlet([0.5] * num_groups)),
         [num_rows] + [0] * (num_groups - 1),
     ):
-        group, start, end = grouped_matmul._block_table(jnp.asarray(group_sizes, jnp.int32), num_rows, size)
-        assert num_rows <= len(group) * size < num_rows + num_groups * size
+        group_sizes_E = jnp.asarray(group_sizes, jnp.int32)
+        group, start, end = grouped_matmul._block_table(group_sizes_E, num_rows, count, size)
+        assert len(group) == count
         of_row = np.full(num_rows, -1)
         for g, first, last in zip(group, start, end, strict=True):
             of_row[first : min(first + size, last)] = g

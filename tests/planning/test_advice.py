@@ -37,7 +37,7 @@ def advise(
     parts = [round(GIB * size) for size in (state - frozen - optimizer, frozen, optimizer, 0, temporaries)]
     memory = Memory(*parts, peak=sum(parts), available=10 * GIB)
     seconds = [3.0 if name == bound else 1.0 for name in ("arithmetic", "HBM", "interconnect")]
-    line = Roofline(1.0, 1.0, 1.0, 1.0, *seconds) if memory.fits else None
+    line = Roofline(1.0, 1.0, 0.0, 1.0, 1.0, *seconds) if memory.fits else None
     kept = {policy: round(GIB * size) for policy, size in zip(REMAT_POLICIES, kept, strict=True)}
     return config, mesh, advice(config, mesh, slices, layout, memory, kept, line)
 

@@ -1,18 +1,24 @@
 """The bounds of a step against sums written out by hand, and times against amounts over rates."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import planned
 import pytest
+from dots import used_dots
 
+from flexolmo_jax.model import grouped_matmul
 from flexolmo_jax.model.architecture import ANCHOR, Layout
 from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
+from flexolmo_jax.model.grouped_matmul import block_count
 from flexolmo_jax.planning.chips import CHIPS
 from flexolmo_jax.planning.collectives import DCN, ICI, Collective
 from flexolmo_jax.planning.program import make_program
-from flexolmo_jax.planning.roofline import Roofline, computed_again, hbm_bytes, network_seconds, roofline
+from flexolmo_jax.planning.roofline import Roofline, block_work, computed_again, hbm_bytes, network_seconds, roofline
+from flexolmo_jax.training.partition import PARTITIONS
 
 D, F, V, N, LAYERS, TOKENS = 32, 24, 64, 16, 2, 16 * 32  # N: width of keys, two heads of 8
 # Elements of a block.
@@ -125,6 +131,43 @@ def test_what_is_computed_again_depends_on_policy_and_layout(layout, remat, agai
     assert computed_again(remat, layout) == again
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("partition", ["joint", "router"])
+def test_blocks_compute_more_than_their_rows_as_the_program_does(monkeypatch, partition, remat):
+    values = {"compute.dispatch": "blocks", "compute.remat": remat, "partition": PARTITIONS[partition]}
+    values |= {"data.sequence_length": 512, "data.accumulate": 2}
+    config = planned.config("stacked", {"data": 1}, values)
+    program = make_program(config, jax.devices()[:1])
+    idle, _ = block_work(config, program)
+    model = program.model.clone(compute=dataclasses.replace(program.model.compute, rules=()))
+
+    def loss(trained, frozen, tokens):
+        return jnp.sum(model.apply_flat({**frozen, **trained}, tokens).hidden_BxSxD)
+
+    def flops():
+        jax.clear_caches()  # of functions that have been traced
+        part = jax.ShapeDtypeStruct((8, 512), jnp.int32)
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(program.state.trainable, program.frozen, part).jaxpr
+        return sum(flops for flops, *_ in used_dots(jaxpr))
+
+    as_planned = flops()
+    monkeypatch.setattr(grouped_matmul, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(grouped_matmul, "COPY_ROWS", 0)
+    assert idle == 2 * (as_planned - flops()) > 0
+
+
+def test_copies_of_kernels_have_a_closed_form():
+    """4 experts, top-2, on 4 devices, by half of the hidden units: one expert, and rows for all tokens of the four."""
+    values = {"compute.dispatch": "blocks", "compute.dtype": "bfloat16"}
+    config = planned.config("stacked", {"expert": 4, "tensor": 2}, values)
+    rows = TOKENS  # of one block, as there are few
+    _, copied = block_work(config, make_program(config, jax.devices()))
+    assert block_count(rows, 1) == (1, rows)
+    assert copied == LAYERS * 3 * (D * F / 2) * (2 * (2 + 2) + 4 * 5)
+    config.compute.dispatch = "ragged"
+    assert block_work(config, make_program(config, jax.devices())) == (0, 0)
+
+
 @pytest.fixture(scope="module")
 def planned_step():
     config = planned.config("stacked", {"data": 2, "expert": 4}, {"compute.remat": "full"})
@@ -139,6 +182,7 @@ def test_time_is_amount_over_rate(planned_step):
     arch, layout = program.model.architecture, program.model.layout
     assert line.flops == train_step_flops(arch, layout, program.trainable, 16, 32) / 8
     assert line.recomputed_flops == recomputed_flops(arch, layout, "full", 16, 32) / 8
+    assert line.idle_flops == 0
     assert line.compute_seconds == (line.flops + line.recomputed_flops) / 197e12
     assert line.hbm_bytes == hbm_bytes(config, program)
     assert line.hbm_seconds == line.hbm_bytes / 819e9
@@ -146,11 +190,11 @@ def test_time_is_amount_over_rate(planned_step):
     assert line.network_seconds == pytest.approx(4e6 / 3.125e9)
     unknown = roofline(config, program, chip, (2, 4), None)
     assert (unknown.sent_bytes, unknown.network_seconds) == (None, None)
-    assert unknown[:3] == line[:3]
+    assert unknown[:4] == line[:4]
 
 
 def test_at_best_all_overlap_and_at_worst_nothing_does():
-    line = Roofline(0, 0, 0, 0, 2.0, 3.0, 5.0)
+    line = Roofline(0, 0, 0, 0, 0, 2.0, 3.0, 5.0)
     assert (line.at_best, line.at_worst) == (5.0, 10.0)
     line = line._replace(network_seconds=None)
     assert (line.at_best, line.at_worst) == (3.0, 5.0)

@@ -28,7 +28,7 @@ PLAN = Plan(
         (Row("all-reduce", DCN, (), 1, 1e6), 3.2e-4),
         (Row("collective-permute", ICI, (), 1, 1e3), 1e-8),
     ],
-    roofline=Roofline(197e12, 197e12 / 3, 819e9, 9e9, 4 / 3, 1.0, 0.2),
+    roofline=Roofline(197e12, 197e12 / 3, 0.0, 819e9, 9e9, 4 / 3, 1.0, 0.2),
     advice=["fits"],
 )
 
