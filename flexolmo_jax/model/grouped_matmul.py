@@ -5,7 +5,7 @@ The implementations, and what the compiled program of a step with gradients show
 - `ragged` (`jax.lax.ragged_dot`): for TPUs a kernel, but the gradient of the kernels is dense, so that the FLOPs grow
   with the number of groups. For NVIDIA GPUs, and for CPUs, all of it is dense.
 - `megablox` (Pallas, part of JAX): kernels for TPUs, forward and backward; tiles without rows are not visited.
-- `blocks`: block after block of rows, each a plain matmul, on any device. At most one block a group is in vain.
+- `blocks`: block after block of rows, each a plain matmul, on any device. At most a block a group is in vain.
 - `tokamax` (Pallas, a library that is not required): kernels for GPUs, forward and backward, tuned for few shapes.
 """
 
@@ -92,68 +92,63 @@ def _multiply_blocks(x_RxD: jax.Array, kernels: jax.Array, group_sizes_E: jax.Ar
     A group's last block reaches into the rows of the next group, which overwrites them when its turn comes.
     """
     num_rows = x_RxD.shape[0]
-    count, size = block_count(num_rows, group_sizes_E.shape[0])
+    size = block_rows(num_rows, group_sizes_E.shape[0])
     x_RxD = jnp.pad(x_RxD, ((0, size), (0, 0)))
 
-    def multiply(y, block):
-        group, start, _ = block
+    def multiply(y, group, start, _):
         rows = jax.lax.dynamic_slice_in_dim(x_RxD, start, size)
-        return jax.lax.dynamic_update_slice_in_dim(y, jnp.einsum(equation, rows, kernels[group]), start, 0), None
+        return jax.lax.dynamic_update_slice_in_dim(y, jnp.einsum(equation, rows, kernels[group]), start, 0)
 
     shape = jax.eval_shape(functools.partial(jnp.einsum, equation), x_RxD, kernels[0])
-    y, _ = jax.lax.scan(
-        multiply, jnp.zeros(shape.shape, shape.dtype), _block_table(group_sizes_E, num_rows, count, size)
-    )
-    return y[:num_rows]
+    return _loop(multiply, jnp.zeros(shape.shape, shape.dtype), *_block_table(group_sizes_E, num_rows, size))[:num_rows]
 
 
 def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """The gradient of the kernels, float32 [E, D, F]: for each group, the sum of its rows' outer products."""
     num_rows = x_RxD.shape[0]
-    count, size = block_count(num_rows, group_sizes_E.shape[0])
+    size = block_rows(num_rows, group_sizes_E.shape[0])
     x_RxD, toward_RxF = (jnp.pad(y, ((0, size), (0, 0))) for y in (x_RxD, toward_RxF))
 
-    def add(total_ExDxF, block):
-        group, start, end = block
+    def add(total_ExDxF, group, start, end):
         rows = jax.lax.dynamic_slice_in_dim(x_RxD, start, size)
         rows = jnp.where((start + jnp.arange(size) < end)[:, None], rows, 0)
         toward = jax.lax.dynamic_slice_in_dim(toward_RxF, start, size)
         outer_DxF = jnp.einsum("RD,RF->DF", rows, toward, preferred_element_type=jnp.float32)
         outer_DxF += jax.lax.dynamic_index_in_dim(total_ExDxF, group, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(total_ExDxF, outer_DxF, group, 0), None
+        return jax.lax.dynamic_update_index_in_dim(total_ExDxF, outer_DxF, group, 0)
 
     zeros_ExDxF = jnp.zeros((group_sizes_E.shape[0], x_RxD.shape[1], toward_RxF.shape[1]), jnp.float32)
-    return jax.lax.scan(add, zeros_ExDxF, _block_table(group_sizes_E, num_rows, count, size))[0]
+    return _loop(add, zeros_ExDxF, *_block_table(group_sizes_E, num_rows, size))
 
 
-def block_count(num_rows: int, num_groups: int) -> tuple[int, int]:
-    """How many blocks are computed, and the rows of each, with which the work is least.
+def _loop(body: Callable, carry: jax.Array, count: jax.Array, *table_T: jax.Array) -> jax.Array:
+    """body(carry, row of the table) -> carry for so many of the table's rows: a device may get few of those it may."""
+    return jax.lax.fori_loop(0, count, lambda i, carry: body(carry, *(column_T[i] for column_T in table_T)), carry)
 
-    R rows in E groups take R / b + E blocks of b rows, which suffices for any division into groups. A block costs as
-    much as the matmul of b + c rows, where c, `COPY_ROWS`, stand for the copies of its kernel and of its gradient. That
-    is least in all for b = sqrt(c R / E).
+
+def block_rows(num_rows: int, num_groups: int) -> int:
+    """The rows of a block with which the work is least.
+
+    R rows in E groups take R / b + E / 2 blocks of b rows on average. A block costs as much as the matmul of b rows and
+    of `COPY_ROWS`, c, which stand for the copies of its kernel and of its gradient: least in all for sqrt(2 c R / E).
     """
-    least = math.sqrt(COPY_ROWS * num_rows / num_groups)
-    size = min(num_rows, BLOCK_ROWS * max(1, round(least / BLOCK_ROWS)))
-    return (num_rows + num_groups * (size - 1)) // size, size
+    least = math.sqrt(2 * COPY_ROWS * num_rows / num_groups)
+    return min(num_rows, BLOCK_ROWS * max(1, round(least / BLOCK_ROWS)))
 
 
-def _block_table(
-    group_sizes_E: jax.Array, num_rows: int, count: int, size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The group, the first row and the end of the group of each block, in the order of rows.
+def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, ...]:
+    """How many blocks there are; and of each its group, its first row, and the end of the group, in the order of rows.
 
-    Blocks that are left over begin after all rows.
+    There is room for as many blocks as the worst division of rows into groups needs.
     """
     num_groups = group_sizes_E.shape[0]
     ends_E, blocks_E = jnp.cumsum(group_sizes_E), -(-group_sizes_E // size)
     last_block_E = jnp.cumsum(blocks_E)
-    block_T = jnp.arange(count)
-    group_T = jnp.minimum(jnp.searchsorted(last_block_E, block_T, side="right"), num_groups - 1)
+    block_T = jnp.arange((num_rows + num_groups * (size - 1)) // size)
+    group_T = jnp.minimum(jnp.searchsorted(last_block_E, block_T, side="right", method="compare_all"), num_groups - 1)
     in_group_T = block_T - (last_block_E - blocks_E)[group_T]
     start_T = (ends_E - group_sizes_E)[group_T] + in_group_T * size
-    start_T = jnp.where(block_T < last_block_E[-1], start_T, num_rows)
-    return group_T, start_T, ends_E[group_T]
+    return last_block_E[-1], group_T, start_T, ends_E[group_T]
 
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {

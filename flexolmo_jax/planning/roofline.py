@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.flops import computed_again, recomputed_flops, train_step_flops
-from flexolmo_jax.model.grouped_matmul import block_count
+from flexolmo_jax.model.grouped_matmul import block_rows
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
 from flexolmo_jax.planning.memory import device_bytes
@@ -116,7 +116,7 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
     """What a device does in a step for blocks of stacked experts' rows (`grouped_matmul`) beyond what the rows need.
 
     Each block copies its kernel for each matmul with it; and for its gradient, the sum so far is copied, read with what
-    is added to it, and written, in float32. There are blocks for as many rows as could come to the device.
+    is added to it, and written, in float32. Of each expert's last block half is computed in vain, on average.
 
     Returns:
       (FLOPs, bytes that go through its memory); zeros where experts are computed in another way.
@@ -131,13 +131,14 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
 
     experts = layout.num_experts // ways("experts")
     tokens = math.prod(program.batch["tokens"].sharding.shard_shape(program.batch["tokens"].shape)) // parts
-    count, size = block_count(tokens * ways("experts") * min(layout.top_k, experts), experts)
+    size = block_rows(tokens * ways("experts") * min(layout.top_k, experts), experts)
     kernel = arch.d_model * arch.d_ff // ways("mlp")
     products = 2 + ("experts" in computed_again(config.compute.remat, layout))
     trained = "blocks/mixture/experts/gate" in program.trainable
     times = parts * arch.num_layers * 3  # gate, up, down
-    idle = 2 * kernel * (products + trained) * (count * size - tokens * layout.top_k)
-    copied = count * kernel * (2 * products * jnp.dtype(config.compute.dtype).itemsize + 5 * FLOAT32 * trained)
+    idle = 2 * kernel * (products + trained) * size * experts / 2
+    blocks = tokens * layout.top_k / size + experts / 2
+    copied = blocks * kernel * (2 * products * jnp.dtype(config.compute.dtype).itemsize + 5 * FLOAT32 * trained)
     return float(times * idle), float(times * copied)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import pytest
-from dots import used_dots
+from jax.interpreters import partial_eval
 from tiny import ARCHITECTURE, LAYOUTS
 
 from flexolmo_jax.model.architecture import Layout
@@ -126,6 +126,25 @@ def test_decoding_a_row_token_by_token_costs_a_forward_pass(layout):
     assert tokens == counted(ARCHITECTURE, layout, set())
 
 
+def flops_of_dots(jaxpr, times=1):
+    """FLOPs of all dots, those inside loops as often as these run; of attention, what causality leaves."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        loops = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        total += sum(flops_of_dots(inner, loops) for inner in jax.extend.core.jaxprs_in_params(equation.params))
+        if equation.primitive.name not in ("dot_general", "ragged_dot_general"):
+            continue
+        left = equation.invars[0].aval.shape
+        numbers = equation.params.get("dimension_numbers")
+        numbers = numbers or equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        shape = equation.outvars[0].aval.shape
+        flops = times * 2 * math.prod(shape) * math.prod(left[axis] for axis in numbers[0][0])
+        # Attention's have a batch of heads and positions of a row; of LENGTH x LENGTH LENGTH (LENGTH + 1) / 2 count.
+        is_attention = bool(numbers[1][0]) and LENGTH in (*left, *shape)
+        total += flops * (LENGTH + 1) / (2 * LENGTH) if is_attention else flops
+    return total
+
+
 def gradient_flops(layout, trainable, remat):
     """FLOPs of the dots in the gradient of the blocks as the project computes them."""
     model = Decoder(ARCHITECTURE, layout, Compute(remat=remat, attention="blockwise", dispatch="ragged"))
@@ -137,12 +156,8 @@ def gradient_flops(layout, trainable, remat):
 
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trainable}
     jaxpr = jax.make_jaxpr(jax.grad(loss))({path: leaves[path] for path in trainable}, frozen, rows).jaxpr
-    total = 0.0
-    for flops, left, shape, batch in used_dots(jaxpr):
-        # Attention's have a batch of heads and positions of a row; of LENGTH x LENGTH LENGTH (LENGTH + 1) / 2 count.
-        is_attention = bool(batch) and LENGTH in (*left, *shape)
-        total += flops * (LENGTH + 1) / (2 * LENGTH) if is_attention else flops
-    return total
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return flops_of_dots(needed)
 
 
 @pytest.mark.parametrize("kind", [*PARTITIONS, "all chosen"])

@@ -98,9 +98,9 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, rows):
 @pytest.mark.parametrize("num_groups", [2, 4, 64])
 def test_no_other_size_of_blocks_costs_less(num_rows, num_groups):
     def cost(rows):
-        return (num_rows / rows + num_groups) * (rows + grouped_matmul.COPY_ROWS)
+        return (num_rows / rows + num_groups / 2) * (rows + grouped_matmul.COPY_ROWS)
 
-    _, chosen = grouped_matmul.block_count(num_rows, num_groups)
+    chosen = grouped_matmul.block_rows(num_rows, num_groups)
     assert chosen <= num_rows
     assert chosen % grouped_matmul.BLOCK_ROWS == 0
     others = range(grouped_matmul.BLOCK_ROWS, num_rows + 1, grouped_matmul.BLOCK_ROWS)
@@ -108,25 +108,24 @@ def test_no_other_size_of_blocks_costs_less(num_rows, num_groups):
 
 
 @pytest.mark.parametrize("num_groups", [1, 4, 64])
-def test_at_most_one_block_a_group_is_computed_in_vain(monkeypatch, num_groups):
-    """So the work follows the rows, not the groups; and no division of the rows needs more blocks than there are."""
-    set_block_rows(monkeypatch, 16)
-    num_rows = 512
-    count, size = grouped_matmul.block_count(num_rows, num_groups)
-    assert size == 16
-    assert num_rows <= count * size < num_rows + num_groups * size
+def test_at_most_one_block_a_group_is_computed_in_vain(num_groups):
+    """So the work follows the rows that there are, not the groups; and no division needs more blocks than have room."""
+    num_rows, size = 512, 16
     rng = np.random.default_rng(0)
     for group_sizes in (
         rng.multinomial(num_rows, rng.dirichlet([0.5] * num_groups)),
-        [num_rows] + [0] * (num_groups - 1),
+        rng.multinomial(100, [1 / num_groups] * num_groups),  # and rows of no group
+        np.array([num_rows] + [0] * (num_groups - 1)),
     ):
-        group_sizes_E = jnp.asarray(group_sizes, jnp.int32)
-        group, start, end = grouped_matmul._block_table(group_sizes_E, num_rows, count, size)
-        assert len(group) == count
+        num_grouped = sum(group_sizes)
+        count, *table = grouped_matmul._block_table(jnp.asarray(group_sizes, jnp.int32), num_rows, size)
+        assert num_grouped <= count * size < num_grouped + num_groups * size
+        assert count <= len(table[0])
         of_row = np.full(num_rows, -1)
-        for g, first, last in zip(group, start, end, strict=True):
-            of_row[first : min(first + size, last)] = g
-        np.testing.assert_array_equal(of_row, np.repeat(np.arange(num_groups), group_sizes))
+        for group, first, end in zip(*(column[:count] for column in table), strict=True):
+            of_row[first : min(first + size, end)] = group
+        np.testing.assert_array_equal(of_row[:num_grouped], np.repeat(np.arange(num_groups), group_sizes))
+        assert (of_row[num_grouped:] == -1).all()
 
 
 @pytest.mark.parametrize(
