@@ -33,7 +33,7 @@ if [ -z "$python" ]; then
     pip install --quiet --disable-pip-version-check --constraint "$root/requirements.txt" --editable "$root[cuda]"
   fi
 fi
-# Of the GPU's memory jax takes three quarters unless told otherwise.
+# Of the GPU's memory jax takes three quarters unless told otherwise; XLA would compute more again to fit in.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
 
 run() {
@@ -56,5 +56,5 @@ cd "$root"
 run "$python" -m pytest tests/model/test_attention_accelerators.py tests/model/test_grouped_matmul.py
 benchmark expert_tiny --config=configs/expert.py:tiny --step=expert
 benchmark expert_7b --config=configs/expert.py:7b --step=expert --config.data.batch_size=2
-benchmark joint_1b --config=configs/joint.py:1b --step=joint --config.data.batch_size=4 \
+benchmark joint_1b --config=configs/joint.py:1b --step=joint --config.data.batch_size=8 \
   --config.mixture.num_experts=4 --config.mixture.top_k=2

@@ -10,7 +10,7 @@ and runs the tests on two processes. Arguments go to pytest: `bash launch/test.s
 
   --interop      also installs torch, transformers, lm-eval and openai; without them the tests that compare with
                  these libraries are skipped
-  --plan         also installs libtpu, the TPU compiler; without it the tests that compile for TPUs are skipped
+  --plan         also installs compilers for TPUs and GPUs; without them the tests that compile for these are skipped
   PYTHON=...     Python 3.11 or 3.12 to make .venv with; without effect once .venv is there
 HELP
   exit 0

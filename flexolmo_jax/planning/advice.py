@@ -38,7 +38,7 @@ def advice(
     sizes = f"{memory.peak / _GIB:,.2f} of {memory.available / _GIB:,.2f} GiB"
     if not memory.fits:
         changes = _for_memory(config, mesh, slices, memory, kept)
-        return [f"does not fit: {sizes}; " + (f"try {' or '.join(changes)}" if changes else "try a larger slice")]
+        return [f"does not fit: {sizes}; " + (f"try {' or '.join(changes)}" if changes else "try more devices")]
     said = [f"fits: {sizes}"]
     if roofline is None:
         return said

@@ -76,7 +76,7 @@ def advise(
         ),
         (
             dict(temporaries=12, batch=1, mesh={"tensor": 8}, remat="full"),
-            "13.00 of 10.00 GiB; try a larger slice",
+            "13.00 of 10.00 GiB; try more devices",
         ),
         # Copies of the parameters are split first.
         (
