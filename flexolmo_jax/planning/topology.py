@@ -65,7 +65,7 @@ def _gpus(name: str, kind: Chip, slices: int) -> list[jax.Device]:
         raise UserError(
             f"--topology={name}: needs JAX's plugin for GPUs, which is not installed; pip install 'flexolmo-jax[cuda]'"
         )
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # no warnings of what it misses of a GPU; jax has set 1
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # nothing of what is missed of a GPU; jax has set 1
     target = _HOPPER.format(
         name=kind.device_kind, bandwidth=int(kind.hbm_bandwidth), memory=int(kind.hbm_bytes / _XLA_SHARE)
     )
