@@ -20,7 +20,7 @@ VERBS = {
     "generate": "text that continues a prompt, and each expert's share of it",
     "serve": "a model answering the OpenAI API's requests for completions",
     "benchmark": "what steps of training and decoding cost on this machine, next to transformers",
-    "plan": "what a training step needs on TPU slices that need not be there, and how long it takes",
+    "plan": "what a training step needs on TPUs or GPUs that need not be there, and how long it takes",
     "inspect": "what a directory is, and whether its digests hold",
     "import-hf": "a model or a contribution of a Hugging Face directory",
     "export-hf": "a Hugging Face directory of a model, an anchor or a contribution",

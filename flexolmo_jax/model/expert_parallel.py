@@ -97,10 +97,11 @@ def _sum_on_device(
         }
     flat = (y.reshape(-1, y.shape[-1]) for y in (x_BxSxD, weights_BxSxK, expert_BxSxK))
     x_NxD, weights_NxK, expert_NxK = (jax.lax.all_gather(y, apart, tiled=True) if apart else y for y in flat)
+    expected_rows = weights_NxK.size // jax.lax.axis_size(expert_axes)
     if expert_axes:
         first = jax.lax.axis_index(expert_axes) * experts["gate"].shape[0]
         weights_NxK, expert_NxK = _own_experts(weights_NxK, expert_NxK, first, experts["gate"].shape[0])
-    y_NxD = sum_experts(x_NxD, experts, weights_NxK, expert_NxK, dispatch).astype(x_NxD.dtype)
+    y_NxD = sum_experts(x_NxD, experts, weights_NxK, expert_NxK, dispatch, expected_rows).astype(x_NxD.dtype)
     y_NxD = jax.lax.psum(y_NxD, together) if together else y_NxD
     y_NxD = jax.lax.psum_scatter(y_NxD, apart, tiled=True) if apart else y_NxD
     return y_NxD.reshape(x_BxSxD.shape)

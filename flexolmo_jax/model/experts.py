@@ -20,7 +20,12 @@ FEW_TOKENS = 16
 
 
 def sum_experts(
-    x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array, dispatch: str
+    x_NxD: jax.Array,
+    experts: dict,
+    weights_NxK: jax.Array,
+    expert_NxK: jax.Array,
+    dispatch: str,
+    expected_rows: int | None = None,
 ) -> jax.Array:
     """The weighted sum of each token's k experts; every token is computed, none is dropped.
 
@@ -31,11 +36,13 @@ def sum_experts(
       expert_NxK: int32, which experts these are; a token's are all different. Where it is the number of experts,
         the token has fewer than k, and the weight must be 0.
       dispatch: a key of `DISPATCH`.
+      expected_rows: of N * K rows, a token and one of its experts, those that have an expert, if all are chosen equally
+        often; by default all. It changes no result.
 
     Returns:
       float32 [N, D].
     """
-    return DISPATCH[dispatch](x_NxD, experts, weights_NxK, expert_NxK)
+    return DISPATCH[dispatch](x_NxD, experts, weights_NxK, expert_NxK, expected_rows or expert_NxK.size)
 
 
 def choose_dispatch(platform: str) -> str:
@@ -49,7 +56,7 @@ def dispatch_gains(dispatch: str, num_tokens: int, num_experts: int, top_k: int)
     return top_k < num_experts and not reads_all
 
 
-def _all_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array) -> jax.Array:
+def _all_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array, _: int) -> jax.Array:
     """Every expert sees every token: there is nothing to dispatch.
 
     The experts are a batch of matmuls, which reads the kernels where they lie.
@@ -61,8 +68,20 @@ def _all_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert
     return jnp.einsum("END,NE->ND", y_ExNxD.astype(jnp.float32), weights_NxE)
 
 
+def _looped_experts(
+    x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array, _: int
+) -> jax.Array:
+    """One expert after the other, for CPUs."""
+    return looped_experts(x_NxD, experts, weights_NxK, expert_NxK)
+
+
 def _sorted_experts(
-    implementation: str, x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array
+    implementation: str,
+    x_NxD: jax.Array,
+    experts: dict,
+    weights_NxK: jax.Array,
+    expert_NxK: jax.Array,
+    expected_rows: int,
 ) -> jax.Array:
     """Each expert sees the tokens that chose it, in one grouped matmul: for accelerators.
 
@@ -82,7 +101,7 @@ def _sorted_experts(
         x_RxD = checkpoint_name(x_RxD, KEPT)
 
     def matmul(x, leaf):
-        y = grouped_matmul.grouped_matmul(x, experts[leaf], group_sizes_E, implementation)
+        y = grouped_matmul.grouped_matmul(x, experts[leaf], group_sizes_E, implementation, expected_rows)
         return checkpoint_name(y, KEPT)
 
     with jax.named_scope("experts"):
@@ -113,11 +132,11 @@ def _take_rows_backward(taken, toward):
 
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
-DISPATCH: dict[str, Callable[[jax.Array, dict, jax.Array, jax.Array], jax.Array]] = {
+DISPATCH: dict[str, Callable[[jax.Array, dict, jax.Array, jax.Array, int], jax.Array]] = {
     "all": _all_experts,
-    "loop": looped_experts,
+    "loop": _looped_experts,
     **{
-        name: jax.checkpoint(functools.partial(_sorted_experts, name), policy=KEEP)
+        name: jax.checkpoint(functools.partial(_sorted_experts, name), policy=KEEP, static_argnums=4)
         for name in grouped_matmul.IMPLEMENTATIONS
     },
 }

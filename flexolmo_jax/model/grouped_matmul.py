@@ -19,12 +19,16 @@ import jax.numpy as jnp
 from flexolmo_jax.errors import UserError
 
 MEGABLOX_TILE = (512, 1024, 1024)  # at most: rows, contracted dimension, columns; fits the 16 MiB of VMEM twice
-BLOCK_ROWS = 64  # of a block, and multiples of it
-COPY_ROWS = 800  # a GPU multiplies so many rows by a kernel while it copies one, on average over both passes
+BLOCK_ROWS = 64  # a block's are a multiple of these
+COPY_ROWS = 800  # an H200 multiplies about so many by a kernel while it copies one, on average over both passes
 
 
 def grouped_matmul(
-    x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, implementation: str
+    x_RxD: jax.Array,
+    kernels_ExDxF: jax.Array,
+    group_sizes_E: jax.Array,
+    implementation: str,
+    expected_rows: int | None = None,
 ) -> jax.Array:
     """Multiplies each row by the kernel of its group.
 
@@ -34,14 +38,19 @@ def grouped_matmul(
       group_sizes_E: int32, rows of each group, at most R together. Rows beyond are of no group: what stands there,
         in the result and in the gradient of x, is undefined.
       implementation: a key of `IMPLEMENTATIONS`.
+      expected_rows: how many rows are of a group, about; by default all. It changes no result.
 
     Returns:
       [R, F], in the dtype of x.
     """
-    return IMPLEMENTATIONS[implementation](x_RxD, kernels_ExDxF, group_sizes_E)
+    return IMPLEMENTATIONS[implementation](x_RxD, kernels_ExDxF, group_sizes_E, expected_rows or x_RxD.shape[0])
 
 
-def _megablox(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def _ragged(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, _: int) -> jax.Array:
+    return jax.lax.ragged_dot(x_RxD, kernels_ExDxF, group_sizes_E)
+
+
+def _megablox(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, _: int) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     num_rows = x_RxD.shape[0]
@@ -57,7 +66,7 @@ def _tile(size: int, most: int) -> int:
     return -(-size // -(-size // most) // 128) * 128
 
 
-def _tokamax(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def _tokamax(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, _: int) -> jax.Array:
     try:
         import tokamax
     except ImportError:
@@ -67,32 +76,38 @@ def _tokamax(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Arra
     return tokamax.ragged_dot(x_RxD, kernels_ExDxF, group_sizes_E)
 
 
-@jax.custom_vjp
-def _blocks(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    return _multiply_blocks(x_RxD, kernels_ExDxF, group_sizes_E, "RD,DF->RF")
+def _blocks(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, expected_rows: int) -> jax.Array:
+    size = min(x_RxD.shape[0], block_rows(expected_rows, kernels_ExDxF.shape[0]))
+    return _in_blocks(size, x_RxD, kernels_ExDxF, group_sizes_E)
 
 
-def _blocks_forward(x_RxD, kernels_ExDxF, group_sizes_E):
-    return _blocks(x_RxD, kernels_ExDxF, group_sizes_E), (x_RxD, kernels_ExDxF, group_sizes_E)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_blocks(size: int, x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    return _multiply_blocks(size, x_RxD, kernels_ExDxF, group_sizes_E, "RD,DF->RF")
 
 
-def _blocks_backward(saved, toward_RxF):
+def _in_blocks_forward(size, x_RxD, kernels_ExDxF, group_sizes_E):
+    return _in_blocks(size, x_RxD, kernels_ExDxF, group_sizes_E), (x_RxD, kernels_ExDxF, group_sizes_E)
+
+
+def _in_blocks_backward(size, saved, toward_RxF):
     x_RxD, kernels_ExDxF, group_sizes_E = saved
-    toward_RxD = _multiply_blocks(toward_RxF, kernels_ExDxF, group_sizes_E, "RF,DF->RD")
-    toward_ExDxF = _sum_blocks(x_RxD, toward_RxF, group_sizes_E).astype(kernels_ExDxF.dtype)
+    toward_RxD = _multiply_blocks(size, toward_RxF, kernels_ExDxF, group_sizes_E, "RF,DF->RD")
+    toward_ExDxF = _sum_blocks(size, x_RxD, toward_RxF, group_sizes_E).astype(kernels_ExDxF.dtype)
     return toward_RxD, toward_ExDxF, None
 
 
-_blocks.defvjp(_blocks_forward, _blocks_backward)
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
-def _multiply_blocks(x_RxD: jax.Array, kernels: jax.Array, group_sizes_E: jax.Array, equation: str) -> jax.Array:
-    """Each row by the kernel of its group, as the equation says.
+def _multiply_blocks(
+    size: int, x_RxD: jax.Array, kernels: jax.Array, group_sizes_E: jax.Array, equation: str
+) -> jax.Array:
+    """Each row by the kernel of its group, as the equation says, in blocks of `size` rows.
 
     A group's last block reaches into the rows of the next group, which overwrites them when its turn comes.
     """
     num_rows = x_RxD.shape[0]
-    size = block_rows(num_rows, group_sizes_E.shape[0])
     x_RxD = jnp.pad(x_RxD, ((0, size), (0, 0)))
 
     def multiply(y, group, start, _):
@@ -100,13 +115,12 @@ def _multiply_blocks(x_RxD: jax.Array, kernels: jax.Array, group_sizes_E: jax.Ar
         return jax.lax.dynamic_update_slice_in_dim(y, jnp.einsum(equation, rows, kernels[group]), start, 0)
 
     shape = jax.eval_shape(functools.partial(jnp.einsum, equation), x_RxD, kernels[0])
-    return _loop(multiply, jnp.zeros(shape.shape, shape.dtype), *_block_table(group_sizes_E, num_rows, size))[:num_rows]
+    return _fold(multiply, jnp.zeros(shape.shape, shape.dtype), *_block_table(group_sizes_E, num_rows, size))[:num_rows]
 
 
-def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def _sum_blocks(size: int, x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """The gradient of the kernels, float32 [E, D, F]: for each group, the sum of its rows' outer products."""
     num_rows = x_RxD.shape[0]
-    size = block_rows(num_rows, group_sizes_E.shape[0])
     x_RxD, toward_RxF = (jnp.pad(y, ((0, size), (0, 0))) for y in (x_RxD, toward_RxF))
 
     def add(total_ExDxF, group, start, end):
@@ -118,22 +132,26 @@ def _sum_blocks(x_RxD: jax.Array, toward_RxF: jax.Array, group_sizes_E: jax.Arra
         return jax.lax.dynamic_update_index_in_dim(total_ExDxF, outer_DxF, group, 0)
 
     zeros_ExDxF = jnp.zeros((group_sizes_E.shape[0], x_RxD.shape[1], toward_RxF.shape[1]), jnp.float32)
-    return _loop(add, zeros_ExDxF, *_block_table(group_sizes_E, num_rows, size))
+    return _fold(add, zeros_ExDxF, *_block_table(group_sizes_E, num_rows, size))
 
 
-def _loop(body: Callable, carry: jax.Array, count: jax.Array, *table_T: jax.Array) -> jax.Array:
-    """body(carry, row of the table) -> carry for so many of the table's rows: a device may get few of those it may."""
+def _fold(body: Callable, carry: jax.Array, count: jax.Array, *table_T: jax.Array) -> jax.Array:
+    """Folds body(carry, *row) -> carry over the first `count` rows of a table, which may have room for many more.
+
+    On a GPU the host waits before each to know whether there is one.
+    """
     return jax.lax.fori_loop(0, count, lambda i, carry: body(carry, *(column_T[i] for column_T in table_T)), carry)
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
-    """The rows of a block with which the work is least.
+    """The rows of a block with which the work is about least.
 
-    R rows in E groups take R / b + E / 2 blocks of b rows on average. A block costs as much as the matmul of b rows and
-    of `COPY_ROWS`, c, which stand for the copies of its kernel and of its gradient: least in all for sqrt(2 c R / E).
+    Groups of m rows on average take m / b + 1 / 2 blocks of b rows, but at least one. A block costs as much as the
+    matmul of b rows and of `COPY_ROWS`, c, which stand for the copies of its kernel and of its gradient. That is least
+    for sqrt(2 c m); where groups are small, if most are a single block.
     """
-    least = math.sqrt(2 * COPY_ROWS * num_rows / num_groups)
-    return min(num_rows, BLOCK_ROWS * max(1, round(least / BLOCK_ROWS)))
+    mean = num_rows / num_groups
+    return BLOCK_ROWS * max(1, round(min(math.sqrt(2 * COPY_ROWS * mean), 1.5 * mean) / BLOCK_ROWS))
 
 
 def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, ...]:
@@ -141,18 +159,18 @@ def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[ja
 
     There is room for as many blocks as the worst division of rows into groups needs.
     """
-    num_groups = group_sizes_E.shape[0]
     ends_E, blocks_E = jnp.cumsum(group_sizes_E), -(-group_sizes_E // size)
     last_block_E = jnp.cumsum(blocks_E)
-    block_T = jnp.arange((num_rows + num_groups * (size - 1)) // size)
-    group_T = jnp.minimum(jnp.searchsorted(last_block_E, block_T, side="right", method="compare_all"), num_groups - 1)
+    block_T = jnp.arange((num_rows + group_sizes_E.shape[0] * (size - 1)) // size)
+    # A binary search would be a loop of its own.
+    group_T = jnp.searchsorted(last_block_E, block_T, side="right", method="compare_all")
     in_group_T = block_T - (last_block_E - blocks_E)[group_T]
     start_T = (ends_E - group_sizes_E)[group_T] + in_group_T * size
     return last_block_E[-1], group_T, start_T, ends_E[group_T]
 
 
-IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
-    "ragged": jax.lax.ragged_dot,
+IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
+    "ragged": _ragged,
     "megablox": _megablox,
     "tokamax": _tokamax,
     "blocks": _blocks,

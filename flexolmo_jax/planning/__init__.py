@@ -1,1 +1,1 @@
-"""What a training step needs and costs on a TPU slice, told by XLA's compiler and by arithmetic alone."""
+"""What a training step needs and costs on TPUs or GPUs, told by XLA's compiler and by arithmetic alone."""

@@ -7,7 +7,7 @@ Sources, as of 2026:
 - [book] "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus: bandwidth of a link, where a torus wraps around.
 - [libtpu] What libtpu 0.0.42 says is available when a program does not fit: HBM that a program can use.
 - [nvidia] NVIDIA's data sheets of H100 SXM, H200 SXM and of systems with eight of them (DGX, HGX): FLOP/s of dense
-  matrices, HBM bandwidth, NVLink, network. Of the HBM, what the driver leaves: 79.1 and 139.8 GiB.
+  matrices, HBM bandwidth, NVLink, network. Of the HBM, what PyTorch reports as a card's capacity: 79.1 and 139.8 GiB.
 
 On interconnect, [cloud] gives a chip's bandwidth over all its links and in both directions at once: 400 (v5e), 800
 (v6e) or 1200 (v5p, TPU7x) GB/s, thus 50 or 100 GB/s for each direction of each of 4 or 6 links. [book] gives 45 or 90
@@ -66,7 +66,7 @@ CHIPS = {
     # [cloud] 2307 TFLOP/s, 192 GiB, 7380 GB/s; 100 Gbit/s for a chip. Each of its two chiplets is a device.
     "tpu7x": Chip("TPU7x", 2, 2307e12 / 2, int(94.75 * _GIB), 7380e9 / 2, 90e9 / 2, 3, 12.5e9 / 2),
     # [nvidia] 989 TFLOP/s, 3.35 or 4.8 TB/s; NVLink 900 GB/s; 400 Gbit/s for a GPU.
-    "h100": Chip("NVIDIA H100", 1, 989e12, int(GPU_MEMORY_FRACTION * 79.1 * _GIB), 3350e9, 450e9, 0, 50e9),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 1, 989e12, int(GPU_MEMORY_FRACTION * 79.1 * _GIB), 3350e9, 450e9, 0, 50e9),
     "h200": Chip("NVIDIA H200", 1, 989e12, int(GPU_MEMORY_FRACTION * 139.8 * _GIB), 4800e9, 450e9, 0, 50e9),
 }
 
@@ -103,7 +103,9 @@ def _parse(topology: str) -> tuple[str, tuple[int, ...]]:
         raise UserError(f"--topology={topology}: no chip {name} is known; use one of {', '.join(CHIPS)}")
     if CHIPS[name].is_gpu:
         if len(shape) != 1 or not 0 < shape[0] <= GPUS_OF_A_NODE:
-            raise UserError(f"--topology={topology}: a node has 1 to {GPUS_OF_A_NODE} GPUs, as in {name}:8")
+            raise UserError(
+                f"--topology={topology}: a node has 1 to {GPUS_OF_A_NODE} GPUs, as in {name}:8; several are not planned"
+            )
         return name, shape
     dimensions = CHIPS[name].torus_dimensions
     if len(shape) != dimensions or 0 in shape:
@@ -128,8 +130,8 @@ def group_bandwidth(chip: Chip, torus: Sequence[int], devices: Sequence[Any]) ->
     """What each device of a group within a slice can send to its neighbours in the group, in bytes/s.
 
     Each dimension of the torus in which the group extends gives two links where the group closes to a ring, and else
-    one, which is all that the ends of a line have. Devices of one chip count one link, though they are closer, and so
-    does a GPU, whose switch is one link from all others.
+    one, which is all that the ends of a line have. Devices of one chip count one link, though they are closer. A GPU
+    has its one link to the switch, whatever the group.
 
     Args:
       chip: the kind of chip.

@@ -1,4 +1,4 @@
-"""Plans a run: its step compiled for a slice that need not be there, and what that tells."""
+"""Plans a run: its step compiled for devices that need not be there, and what that tells."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     """What is known of a step on a slice.
 
     Attributes:
-      topology: name of the slice.
+      topology: name of the slice, or of the node of GPUs.
       slices: how many of them.
       devices: JAX devices of all slices.
       chip: the kind of chip.
@@ -68,13 +68,13 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, say: Callable[[str]
 
     Args:
       config: the configuration, as `train` takes it; without `start_from`, of fresh weights.
-      topology: kind and shape of a slice, such as "v5e:4x4".
+      topology: kind and shape of a slice, such as "v5e:4x4", or kind and number of a node's GPUs: "h200:8".
       slices: how many, joined by the data centre's network.
       say: called with what is being done.
 
     Raises:
-      UserError: the configuration makes no sense or does not fit the slice's shape, there is no such slice, or libtpu
-        is missing.
+      UserError: the configuration makes no sense or does not fit the devices' number, there is no such slice or node,
+        or its compiler is missing.
     """
     kind, torus = chip(topology), torus_shape(topology)
     if slices < 1:

@@ -50,7 +50,7 @@ class Roofline(NamedTuple):
       idle_flops: those of blocks of experts' rows that no token needs.
       hbm_bytes: bytes that go through its memory.
       sent_bytes: bytes that it sends to other devices; None where the program does not compile.
-      compute_seconds: FLOPs at the chip's bfloat16 rate.
+      compute_seconds: all of these FLOPs at the chip's bfloat16 rate.
       hbm_seconds: bytes at the bandwidth of its memory.
       network_seconds: collectives at the bandwidth of the links they go over; None as `sent_bytes`.
     """
@@ -115,8 +115,9 @@ def network_seconds(one: Collective, program: Program, chip: Chip, torus: Sequen
 def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
     """What a device does in a step for blocks of stacked experts' rows (`grouped_matmul`) beyond what the rows need.
 
-    Each block copies its kernel for each matmul with it; and for its gradient, the sum so far is copied, read with what
-    is added to it, and written, in float32. Of each expert's last block half is computed in vain, on average.
+    For each matmul a block reads its kernel, writes it and reads it again. For the kernel's gradient its product is
+    written, the sum so far read and written, and both are read to write their sum, in float32. Of m rows of an expert
+    there are m / b + 1 / 2 blocks of b rows on average, but at least one.
 
     Returns:
       (FLOPs, bytes that go through its memory); zeros where experts are computed in another way.
@@ -131,14 +132,17 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
 
     experts = layout.num_experts // ways("experts")
     tokens = math.prod(program.batch["tokens"].sharding.shard_shape(program.batch["tokens"].shape)) // parts
-    size = block_rows(tokens * ways("experts") * min(layout.top_k, experts), experts)
+    rows = tokens * layout.top_k
+    size = min(tokens * ways("experts") * min(layout.top_k, experts), block_rows(rows, experts))
     kernel = arch.d_model * arch.d_ff // ways("mlp")
     products = 2 + ("experts" in computed_again(config.compute.remat, layout))
     trained = "blocks/mixture/experts/gate" in program.trainable
     times = parts * arch.num_layers * 3  # gate, up, down
-    idle = 2 * kernel * (products + trained) * size * experts / 2
-    blocks = tokens * layout.top_k / size + experts / 2
-    copied = blocks * kernel * (2 * products * jnp.dtype(config.compute.dtype).itemsize + 5 * FLOAT32 * trained)
+    blocks = experts * max(1.0, rows / experts / size + 1 / 2)
+    idle = 2 * kernel * (products + trained) * (blocks * size - rows)
+    # Once for each expert its kernel is counted as a weight.
+    copied = kernel * (3 * blocks - experts) * products * jnp.dtype(config.compute.dtype).itemsize
+    copied += kernel * blocks * 6 * FLOAT32 * trained
     return float(times * idle), float(times * copied)
 
 

@@ -12,14 +12,14 @@ from flexolmo_jax.planning.plan import Plan
 
 ASSUMPTIONS = (
     "Arithmetic: matmuls alone, at the chip's bfloat16 rate; a mixture's experts are chosen equally often. MFU (model "
-    "FLOPs utilization) leaves out what is computed again.",
+    "FLOPs utilization) leaves out what is computed again, and in vain: to fill the last block of each expert's rows.",
     "HBM: matmuls, attention and residual sums read operands and write results once; all else is fused with them.",
     "Interconnect: ring algorithms without latency, at one direction of each link that a group's shape can use.",
     "At best, the three overlap perfectly; at worst, nothing does. Input and checkpoints are not counted.",
 )
 GPU_MEMORY = (
     f"Available: what JAX takes of a GPU with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION}; without it, 0.75. "
-    "A step that comes close to it computes more again."
+    "Close to it, XLA computes more again than is counted here."
 )
 
 
@@ -98,7 +98,7 @@ def run_line(plan: Plan) -> str:
     hours = [plan.steps * each / 3600 for each in seconds]
     least, most = (f"{h:,.0f} h" if h >= 10 else f"{h:.2f} h" if h >= 1 else scaled(3600 * h, "s") for h in hours)
     cost = " to ".join(f"{h * chips:,.0f}" if h * chips >= 10 else f"{h * chips:.3g}" for h in hours)
-    return f"{plan.steps:,} steps take {least} to {most}: {cost} chip-hours"
+    return f"{plan.steps:,} steps take {least} to {most}: {cost} {'GPU' if plan.chip.is_gpu else 'chip'}-hours"
 
 
 def assumptions(plan: Plan) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ _ENVIRONMENT = {
 _HOPPER = """
 platform_name: "CUDA"
 device_description_str: "{name}"
-dnn_version_info {{ major: 9 minor: 10 }}
+dnn_version_info {{ major: 9 minor: 28 }}
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
   core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
@@ -60,17 +60,22 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
 
 def _gpus(name: str, kind: Chip, slices: int) -> list[jax.Device]:
     if slices > 1:
-        raise UserError(f"--slices={slices}: of GPUs, one node is planned; leave it out")
+        raise UserError(f"--slices={slices}: GPUs are planned for one node; leave out --slices")
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise UserError(
             f"--topology={name}: needs JAX's plugin for GPUs, which is not installed; pip install 'flexolmo-jax[cuda]'"
         )
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # nothing of what is missed of a GPU; jax has set 1
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # as JAX sets it: XLA would log what it misses of a GPU
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     target = _HOPPER.format(
         name=kind.device_kind, bandwidth=int(kind.hbm_bandwidth), memory=int(kind.hbm_bytes / _XLA_SHARE)
     )
     (count,) = torus_shape(name)
-    described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+    try:
+        described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"--topology={name}: JAX's plugin for GPUs cannot compile for it ({why})") from None
     return list(described.devices)
 
 

@@ -22,7 +22,7 @@ CONFIG = "--config=configs/expert.py:tiny"
         ((CONFIG, "--topology=v5e:2x4", "--slices=0"), "--slices=0: must be at least 1"),
         ((CONFIG, "--topology=v5e:2x4", "--slices=two"), "--slices"),
         ((CONFIG, "--topology=h200:9"), "--topology=h200:9: a node has 1 to 8 GPUs, as in h200:8"),
-        ((CONFIG, "--topology=h200:8", "--slices=2"), "--slices=2: of GPUs, one node is planned"),
+        ((CONFIG, "--topology=h200:8", "--slices=2"), "--slices=2: GPUs are planned for one node"),
         (("--config=configs/expert.py:huge", "--topology=v5e:2x4"), "unknown size 'huge'"),
     ],
 )

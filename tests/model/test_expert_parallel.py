@@ -141,7 +141,7 @@ def test_no_device_ever_holds_what_others_compute():
     mesh = make_mesh({"expert": 4, "tensor": 2})
     with jax.set_mesh(mesh):
         arguments = shards(mesh, *random_arguments("even"))
-        program = compiled(spread("ragged"), arguments).as_text()
+        program = compiled(spread("blocks"), arguments).as_text()
     # EXPERTS / 4 experts of D_FF / 2 hidden units; a gathered token has at most that many rows of its TOP_K.
     assert f"f32[{EXPERTS // 4},{D_MODEL},{D_FF // 2}]" in program
     assert f"f32[{EXPERTS},{D_MODEL}," not in program

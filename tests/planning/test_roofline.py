@@ -127,22 +127,32 @@ def test_what_is_computed_again_depends_on_policy_and_layout(layout, remat, agai
     assert computed_again(remat, layout) == again
 
 
-def test_blocks_copy_kernels_and_are_half_in_vain_for_the_last_of_each_expert():
-    """4 experts, top-2, on 4 devices, by half of the hidden units: one expert, and rows for all tokens of the four."""
-    values = {"compute.dispatch": "blocks", "compute.dtype": "bfloat16", "data.accumulate": 2}
+@pytest.mark.parametrize(("length", "near"), [(32, 0.3), (2048, 0.1)])
+@pytest.mark.parametrize(("partition", "remat"), [("joint", "dots"), ("router", "full")])
+def test_blocks_copy_kernels_and_the_last_of_each_expert_is_in_part_in_vain(length, near, partition, remat):
+    """4 experts, top-2, on 4 devices, by half of the hidden units: one expert each, which half of the tokens choose."""
+    values = {"compute.dispatch": "blocks", "compute.dtype": "bfloat16", "compute.remat": remat}
+    values |= {"data.accumulate": 2, "data.sequence_length": length, "partition": PARTITIONS[partition]}
     config = planned.config("stacked", {"expert": 4, "tensor": 2}, values)
-    size = block_rows(TOKENS // 2, 1)
-    assert size == TOKENS // 2  # a single block, as there are few
-    parts, products, kernel = 2, 3, D * F / 2
-    blocks = (TOKENS / 2 / 4 * 2) / size + 1 / 2
-    copies = 2 * 2 * 2 + 5 * 4  # forward and backward, read and written; the sum of gradients, in float32
-    each = parts * LAYERS * products * kernel
-    assert block_work(config, make_program(config, jax.devices())) == (each * 2 * 3 * size / 2, each * blocks * copies)
-    config.compute.remat = "full"
-    config.partition = PARTITIONS["router"]
-    again = (each * 2 * 3 * size / 2, each * blocks * 2 * 3 * 2)
-    assert block_work(config, make_program(config, jax.devices())) == again
-    config.compute.dispatch = "ragged"
+    parts, matmuls, kernel = 2, 3, D * F / 2
+    tokens = 16 * length / parts
+    size = min(tokens, block_rows(tokens / 2, 1))
+    # An expert that gets about that many rows: the mean over what it may get, from half to half as much again.
+    rows = np.linspace(0.5, 1.5, 10_001) * tokens / 2
+    blocks = np.mean(np.ceil(rows / size))
+    passes, trained = (2, 1) if partition == "joint" else (3, 0)
+    each = parts * LAYERS * matmuls * kernel
+    copies = 2 * passes * (3 * blocks - 1) + 4 * 6 * blocks * trained
+    idle, copied = block_work(config, make_program(config, jax.devices()))
+    assert copied == pytest.approx(each * copies, rel=near)
+    computed = each * 2 * (passes + trained) * blocks * size
+    needed = each * 2 * (passes + trained) * tokens / 2
+    assert needed + idle == pytest.approx(computed, rel=near)
+    assert idle > 0
+
+
+def test_only_blocks_work_in_blocks():
+    config = planned.config("stacked", {"data": 8}, {"compute.dispatch": "ragged"})
     assert block_work(config, make_program(config, jax.devices())) == (0, 0)
 
 
