@@ -17,6 +17,8 @@ KERNEL_AXES = {"gate": ("expert_embed", "mlp"), "up": ("expert_embed", "mlp"), "
 KEPT = "experts"
 KEEP = jax.checkpoint_policies.save_only_these_names(KEPT)
 FEW_TOKENS = 16
+# What an expert costs that is chosen, in readings of its kernels: a block copies them, and a GPU waits for it as long.
+READINGS = {"loop": 1, "blocks": 5}
 
 
 def sum_experts(
@@ -52,7 +54,8 @@ def choose_dispatch(platform: str) -> str:
 
 def dispatch_gains(dispatch: str, num_tokens: int, num_experts: int, top_k: int) -> bool:
     """Whether less is computed, or read, than if every expert saw every token."""
-    reads_all = dispatch == "loop" and num_tokens <= FEW_TOKENS and num_tokens * top_k >= 2 * num_experts
+    readings = num_tokens * top_k * READINGS.get(dispatch, 0)
+    reads_all = num_tokens <= FEW_TOKENS and readings >= 2 * num_experts
     return top_k < num_experts and not reads_all
 
 

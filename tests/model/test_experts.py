@@ -115,3 +115,22 @@ def test_bfloat16_experts_are_weighed_in_float32(dispatch):
     assert actual.dtype == jnp.bfloat16
     expected = plain_sum(*jax.tree.map(np.float64, low), weights, 2)
     assert np.abs(np.float64(actual) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "num_tokens", "num_experts", "top_k", "gains"),
+    [
+        ("loop", 1, 4, 2, True),  # reads two experts of four
+        ("loop", 8, 4, 2, False),  # most likely all
+        ("loop", 17, 4, 2, True),  # what is computed counts
+        ("blocks", 1, 4, 2, False),  # two of four, with copies
+        ("blocks", 1, 64, 2, True),
+        ("megablox", 8, 4, 2, True),
+        ("megablox", 8, 4, 4, False),  # each token has all
+    ],
+)
+def test_a_few_tokens_see_all_experts_where_choosing_would_read_more(
+    monkeypatch, dispatch, num_tokens, num_experts, top_k, gains
+):
+    monkeypatch.setattr(experts, "FEW_TOKENS", 16)
+    assert experts.dispatch_gains(dispatch, num_tokens, num_experts, top_k) == gains
