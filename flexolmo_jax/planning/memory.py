@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flexolmo_jax import sharding
 from flexolmo_jax.planning.program import Program
 
 
@@ -60,11 +59,7 @@ def kept_bytes(config: ConfigDict, program: Program) -> dict[str, int]:
     Returns:
       {policy of `decoder.REMAT_POLICIES`: bytes}.
     """
-    arch, layout, mesh = program.model.architecture, program.model.layout, program.mesh
-
-    def ways(axis: str) -> int:
-        return sharding.ways(mesh, sharding.partition_spec((axis,), config.sharding_rules)[0])
-
+    arch, layout, ways = program.model.architecture, program.model.layout, program.ways
     width, hidden = arch.d_model, arch.d_ff // ways("mlp")
     heads, keys = width // ways("heads"), 2 * arch.num_kv_heads * arch.head_dim // ways("heads")
     stacked = layout.kind == "stacked"
@@ -77,7 +72,7 @@ def kept_bytes(config: ConfigDict, program: Program) -> dict[str, int]:
         "dots": heads + keys + width,
         "none": 6 * width + rows * hidden,
     }
-    tokens = device_bytes(program.batch["tokens"]) // (4 * config.data.accumulate)
+    tokens = program.device_tokens // config.data.accumulate
     itemsize = jnp.dtype(config.compute.dtype).itemsize
     totals = dict(zip(elements, itertools.accumulate(elements.values()), strict=True))
     return {p: tokens * itemsize * (arch.num_layers * t + totals["none"]) for p, t in totals.items()}

@@ -1,5 +1,6 @@
 """The train step of a configuration, compiled for devices that need not be there."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -33,6 +34,16 @@ class Program(NamedTuple):
     state: TrainState
     frozen: dict[str, jax.ShapeDtypeStruct]
     batch: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def device_tokens(self) -> int:
+        """Tokens of a step that each device has, in all its parts."""
+        rows = self.batch["tokens"]
+        return math.prod(rows.sharding.shard_shape(rows.shape))
+
+    def ways(self, axis: str) -> int:
+        """Among how many devices a dimension with this logical axis is split."""
+        return sharding.ways(self.mesh, sharding.partition_spec((axis,), self.model.compute.rules)[0])
 
 
 class TooLargeError(Exception):

@@ -122,18 +122,13 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
     Returns:
       (FLOPs, bytes that go through its memory); zeros where experts are computed in another way.
     """
-    model, parts = program.model, config.data.accumulate
+    model, parts, ways = program.model, config.data.accumulate, program.ways
     arch, layout = model.architecture, model.layout
     if layout.kind != "stacked" or layout.top_k == layout.num_experts or model.compute.dispatch != "blocks":
         return 0.0, 0.0
-
-    def ways(axis: str) -> int:
-        return sharding.ways(program.mesh, sharding.partition_spec((axis,), config.sharding_rules)[0])
-
     experts = layout.num_experts // ways("experts")
-    tokens = math.prod(program.batch["tokens"].sharding.shard_shape(program.batch["tokens"].shape)) // parts
-    rows = tokens * layout.top_k
-    size = min(tokens * ways("experts") * min(layout.top_k, experts), block_rows(rows, experts))
+    rows = program.device_tokens // parts * layout.top_k
+    size = block_rows(rows, experts)
     kernel = arch.d_model * arch.d_ff // ways("mlp")
     products = 2 + ("experts" in computed_again(config.compute.remat, layout))
     trained = "blocks/mixture/experts/gate" in program.trainable
@@ -170,19 +165,14 @@ def hbm_bytes(config: ConfigDict, program: Program) -> float:
             moved += 2 * parts * pieces * size * FLOAT32 / width if path == head else 0
     own = device_bytes(program.state.trainable)
     moved += (2 * parts * own if parts > 1 else 0) + 8 * own
-    rows = program.batch["tokens"]
-    return moved + math.prod(rows.sharding.shard_shape(rows.shape)) * _token_bytes(config, program, width, again)
+    return moved + program.device_tokens * _token_bytes(program, width, again)
 
 
-def _token_bytes(config: ConfigDict, program: Program, width: int, again: Collection[str]) -> float:
+def _token_bytes(program: Program, width: int, again: Collection[str]) -> float:
     """Bytes that go through a device's memory for a token in a step, besides weights."""
-    arch, layout = program.model.architecture, program.model.layout
-
-    def split(size: int, axis: str) -> float:
-        return size / sharding.ways(program.mesh, sharding.partition_spec((axis,), config.sharding_rules)[0])
-
-    heads, keys = split(arch.d_model, "heads"), split(2 * arch.num_kv_heads * arch.head_dim, "heads")
-    hidden, vocabulary = split(arch.d_ff, "mlp"), split(arch.vocab_size, "vocab")
+    arch, layout, ways = program.model.architecture, program.model.layout, program.ways
+    heads, keys = arch.d_model / ways("heads"), 2 * arch.num_kv_heads * arch.head_dim / ways("heads")
+    hidden, vocabulary = arch.d_ff / ways("mlp"), arch.vocab_size / ways("vocab")
     expert = 2 * (arch.d_model + hidden) + (2 * hidden + arch.d_model)
     copies = 4 * arch.d_model if layout.kind == "stacked" else 0
     elements = {
