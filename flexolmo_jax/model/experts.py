@@ -17,7 +17,7 @@ KERNEL_AXES = {"gate": ("expert_embed", "mlp"), "up": ("expert_embed", "mlp"), "
 KEPT = "experts"
 KEEP = jax.checkpoint_policies.save_only_these_names(KEPT)
 FEW_TOKENS = 16
-# What an expert costs that is chosen, in readings of its kernels: a block copies them, and a GPU waits for it as long.
+# What a chosen expert costs, in readings of its kernels: blocks copy them, and waiting for the host takes as long.
 READINGS = {"loop": 1, "blocks": 5}
 
 
@@ -27,7 +27,7 @@ def sum_experts(
     weights_NxK: jax.Array,
     expert_NxK: jax.Array,
     dispatch: str,
-    expected_rows: int | None = None,
+    expected_rows: int,
 ) -> jax.Array:
     """The weighted sum of each token's k experts; every token is computed, none is dropped.
 
@@ -38,13 +38,13 @@ def sum_experts(
       expert_NxK: int32, which experts these are; a token's are all different. Where it is the number of experts,
         the token has fewer than k, and the weight must be 0.
       dispatch: a key of `DISPATCH`.
-      expected_rows: of N * K rows, a token and one of its experts, those that have an expert, if all are chosen equally
-        often; by default all. It changes no result.
+      expected_rows: how many of the N * K rows, a token and one of its experts, have an expert, if all are chosen
+        equally often. It changes no result.
 
     Returns:
       float32 [N, D].
     """
-    return DISPATCH[dispatch](x_NxD, experts, weights_NxK, expert_NxK, expected_rows or expert_NxK.size)
+    return DISPATCH[dispatch](x_NxD, experts, weights_NxK, expert_NxK, expected_rows)
 
 
 def choose_dispatch(platform: str) -> str:

@@ -13,7 +13,8 @@ from flexolmo_jax.planning.plan import Plan
 ASSUMPTIONS = (
     "Arithmetic: matmuls alone, at the chip's bfloat16 rate; a mixture's experts are chosen equally often. MFU (model "
     "FLOPs utilization) leaves out what is computed again, and in vain: to fill the last block of each expert's rows.",
-    "HBM: matmuls, attention and residual sums read operands and write results once; all else is fused with them.",
+    "HBM: matmuls, attention and residual sums read operands and write results once, but blocks of experts' rows copy "
+    "their kernels; all else is fused with them.",
     "Interconnect: ring algorithms without latency, at one direction of each link that a group's shape can use.",
     "At best, the three overlap perfectly; at worst, nothing does. Input and checkpoints are not counted.",
 )
