@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.compute.frozen_dtype = "float32"  # how frozen leaves are held in memory
     # What the backward pass computes again, the later the more: "none", "dots" (all but matmuls, attention and stacked
     # experts), "feed_forward" (all but the feed-forward's, attention and stacked experts), "kernels" (all but the
-    # latter two), "full".
+    # latter two; of experts on a CPU, all but their sums), "full".
     config.compute.remat = "none"
     # Which kernels compute; "auto" goes by the devices, and most are for devices of one kind.
     config.compute.attention = "auto"  # a key of flexolmo_jax/model/attention_kernels.py's KERNELS

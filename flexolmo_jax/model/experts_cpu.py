@@ -1,8 +1,9 @@
 """Experts of a merge on CPUs: expert after expert, each with its rows in blocks, forward and backward.
 
 A row is a token and one of its k experts. Rows are sorted by expert, and a loop takes block after block of an expert's
-rows through the whole feed-forward: what lies between its matmuls stays in the cache, and the backward pass computes
-it anew. An expert without rows is never read, and a weight of 0 makes no row.
+rows through the whole feed-forward: what lies between its matmuls stays in the cache. Of it, the gate's and up's
+products are kept for the backward pass; a policy of rematerialisation has them computed again with the rest. An expert
+without rows is never read, and a weight of 0 makes no row.
 """
 
 from typing import NamedTuple
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flexolmo_jax.model.layers import feed_forward
+from flexolmo_jax.model.layers import FED
 
-# Rows of a block: large ones as long as they are full, since many rows make fast matmuls and few sums of gradients;
-# small ones for the rest, since of a block that is not full some are computed in vain.
-LARGE, SMALL = 256, 64
+# A block's rows are a multiple of `STEP`. An expert's have the most, `STEPS` times that, as long as they are full, since
+# many rows make fast matmuls and few sums of gradients; the last has as few as hold the rest.
+STEP, STEPS = 32, 8
 SUMMED = "experts_summed"  # name of the result, for rematerialisation
 LEAVES = ("gate", "up", "down")
 
@@ -23,7 +24,8 @@ LEAVES = ("gate", "up", "down")
 @jax.custom_vjp
 def looped_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array) -> jax.Array:
     """The weighted sum of each token's experts, as `experts.sum_experts` has it; a weight of 0 gets no gradient."""
-    return _forward(x_NxD, experts, weights_NxK, expert_NxK)[0]
+    y_NxD, _ = _compute(x_NxD, experts, weights_NxK, expert_NxK, keep=False)
+    return y_NxD
 
 
 class _Rows(NamedTuple):
@@ -32,10 +34,10 @@ class _Rows(NamedTuple):
     Attributes:
       token_R: whose row it is.
       place_NxK: where each token's rows are.
-      weight_P: float32, and zeros for one more block.
+      weight_P: float32, and zeros for the rows that a block may have beyond the last.
       first_E: each expert's first row.
       count_E: its rows.
-      sizes: rows of a block, the largest first.
+      sizes: what rows a block may have, the most first; all are multiples of the last.
     """
 
     token_R: jax.Array
@@ -48,17 +50,18 @@ class _Rows(NamedTuple):
     @classmethod
     def sort(cls, weights_NxK: jax.Array, expert_NxK: jax.Array, num_experts: int) -> "_Rows":
         weight_R, (num_tokens, top_k) = weights_NxK.reshape(-1), weights_NxK.shape
-        sizes = tuple(sorted({min(num_tokens, LARGE), min(num_tokens, SMALL)}, reverse=True))
+        step = min(num_tokens, STEP)
+        sizes = tuple(step * steps for steps in range(min(STEPS, -(-num_tokens // step)), 0, -1))
         expert_R = jnp.where(weight_R > 0, expert_NxK.reshape(-1), num_experts)
         order_R = jnp.argsort(expert_R, stable=True)
         count_E = jnp.sum(expert_R[:, None] == jnp.arange(num_experts), axis=0)
         place_NxK = jnp.argsort(order_R).reshape(weights_NxK.shape)
-        weight_P = jnp.pad(weight_R[order_R], (0, sizes[-1]))
+        weight_P = jnp.pad(weight_R[order_R], (0, step))
         return cls(order_R // top_k, place_NxK, weight_P, jnp.cumsum(count_E) - count_E, count_E, sizes)
 
     def take(self, x_NxD: jax.Array) -> jax.Array:
-        """The tokens of the rows, and zeros for one more block: a block never begins later than it should."""
-        return jnp.pad(x_NxD[self.token_R], ((0, self.sizes[-1]), (0, 0)))
+        """The tokens of the rows, and as many more as weights: a block never begins later than it should."""
+        return x_NxD[jnp.pad(self.token_R, (0, self.weight_P.size - self.token_R.size))]
 
     def add_up(self, y_PxD: jax.Array) -> jax.Array:
         """The sum of each token's rows."""
@@ -70,8 +73,10 @@ class _Rows(NamedTuple):
         Rows of the last block that are not the expert's weigh 0. They are the next expert's, which comes later.
         """
         start, end = self.first_E[expert], self.first_E[expert] + self.count_E[expert]
+        largest, step = self.sizes[0], self.sizes[-1]
+        rounded = -(-self.count_E[expert] // step) * step
         for size in self.sizes:
-            blocks = (end - start + (size - 1 if size == self.sizes[-1] else 0)) // size
+            blocks = rounded // size if size == largest else (rounded % largest == size).astype(jnp.int32)
 
             def one(block, carry, size=size, first=start):
                 row = first + block * size
@@ -84,30 +89,44 @@ class _Rows(NamedTuple):
 
 
 def _forward(x_NxD, experts, weights_NxK, expert_NxK):
-    num_experts = experts["gate"].shape[0]
+    y_NxD, products = _compute(x_NxD, experts, weights_NxK, expert_NxK, keep=True)
+    return y_NxD, (x_NxD, experts, weights_NxK, expert_NxK, *products)
+
+
+def _compute(x_NxD, experts, weights_NxK, expert_NxK, keep):
+    """(the weighted sums, the gate's and up's products of the rows [P, F] if they are to be kept)."""
+    num_experts, _, d_ff = experts["gate"].shape
     with jax.named_scope("dispatch"):
         rows = _Rows.sort(weights_NxK, expert_NxK, num_experts)
         x_PxD = rows.take(x_NxD)
         chosen_E = jnp.argsort(rows.count_E == 0, stable=True)  # those with rows come first, in their order
 
-    def add_expert(i, y_PxD):
-        kernels = [experts[leaf][chosen_E[i]] for leaf in LEAVES]
+    def add_expert(i, carry):
+        gate_DxF, up_DxF, down_FxD = (experts[leaf][chosen_E[i]] for leaf in LEAVES)
 
-        def add_block(start, weights_Tx1, y_PxD):
-            out_TxD = feed_forward(jax.lax.dynamic_slice_in_dim(x_PxD, start, weights_Tx1.size), *kernels)
-            return jax.lax.dynamic_update_slice_in_dim(y_PxD, weights_Tx1 * out_TxD.astype(jnp.float32), start, 0)
+        def add_block(start, weights_Tx1, carry):
+            x_TxD = jax.lax.dynamic_slice_in_dim(x_PxD, start, weights_Tx1.size)
+            gate_TxF, up_TxF = x_TxD @ gate_DxF, x_TxD @ up_DxF
+            out_TxD = (jax.nn.silu(gate_TxF) * up_TxF) @ down_FxD
+            results = (weights_Tx1 * out_TxD.astype(jnp.float32), gate_TxF, up_TxF)
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(rows_P, result, start, 0)
+                for rows_P, result in zip(carry, results[: len(carry)], strict=True)
+            )
 
-        return rows.loop_over_blocks(chosen_E[i], add_block, y_PxD)
+        return rows.loop_over_blocks(chosen_E[i], add_block, carry)
 
     with jax.named_scope("experts"):
-        y_PxD = jax.lax.fori_loop(0, jnp.sum(rows.count_E > 0), add_expert, jnp.zeros(x_PxD.shape, jnp.float32))
+        products = (jnp.zeros((x_PxD.shape[0], d_ff), x_PxD.dtype),) * 2 * keep
+        start = (jnp.zeros(x_PxD.shape, jnp.float32), *products)
+        y_PxD, *products = jax.lax.fori_loop(0, jnp.sum(rows.count_E > 0), add_expert, start)
+        products = [checkpoint_name(product_PxF, FED) for product_PxF in products]
     with jax.named_scope("combine"):
-        y_NxD = checkpoint_name(rows.add_up(y_PxD), SUMMED)
-    return y_NxD, (x_NxD, experts, weights_NxK, expert_NxK)
+        return checkpoint_name(rows.add_up(y_PxD), SUMMED), products
 
 
 def _backward(residuals, toward_NxD):
-    x_NxD, experts, weights_NxK, expert_NxK = residuals
+    x_NxD, experts, weights_NxK, expert_NxK, gate_PxF, up_PxF = residuals
     num_experts, dtype = experts["gate"].shape[0], x_NxD.dtype
     with jax.named_scope("dispatch"):
         rows = _Rows.sort(weights_NxK, expert_NxK, num_experts)
@@ -119,8 +138,11 @@ def _backward(residuals, toward_NxD):
 
         def add_block(start, weights_Tx1, gradients):
             d_x_PxD, d_weight_P, *d_kernels = gradients
-            x_TxD, toward_TxD = (jax.lax.dynamic_slice_in_dim(y, start, weights_Tx1.size) for y in (x_PxD, toward_PxD))
-            hidden_TxF, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, x_TxD @ gate_DxF, x_TxD @ up_DxF)
+            x_TxD, toward_TxD, gate_TxF, up_TxF = (
+                jax.lax.dynamic_slice_in_dim(rows_P, start, weights_Tx1.size)
+                for rows_P in (x_PxD, toward_PxD, gate_PxF, up_PxF)
+            )
+            hidden_TxF, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_TxF, up_TxF)
             d_out_TxF = toward_TxD @ down_FxD.T  # toward the hidden units, before the row's weight
             d_weight_T = jnp.sum(hidden_TxF.astype(jnp.float32) * d_out_TxF, axis=-1)
             weights_Tx1 = weights_Tx1.astype(dtype)

@@ -10,6 +10,7 @@ from mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, masked_sum, plain_sum, ran
 from tiny import COMPILE_FAST, assert_trees_close
 
 from flexolmo_jax.model import experts, experts_cpu
+from flexolmo_jax.model.decoder import REMAT_POLICIES
 from flexolmo_jax.model.expert_parallel import stacked_experts
 from flexolmo_jax.model.mixture import chosen_weights
 
@@ -46,11 +47,11 @@ def test_normalised_weights_of_the_top_k_sum_to_one(top_k, dispatch):
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights / heaviest, top_k), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("large", "small"), [(1, 1), (3, 2), (4, 1), (7, 3), (14, 14)])
-def test_blocks_of_any_size_sum_to_the_same(monkeypatch, large, small):
+@pytest.mark.parametrize(("step", "steps"), [(1, 1), (1, 4), (2, 2), (3, 3), (14, 1)])
+def test_blocks_of_any_size_sum_to_the_same(monkeypatch, step, steps):
     """Tokens are spread unevenly, so that experts have several blocks, a part of one, or none."""
-    monkeypatch.setattr(experts_cpu, "LARGE", large)
-    monkeypatch.setattr(experts_cpu, "SMALL", small)
+    monkeypatch.setattr(experts_cpu, "STEP", step)
+    monkeypatch.setattr(experts_cpu, "STEPS", steps)
     x, kernels, weights = random_mixture()
     weights[..., 1] = 0
     weights[..., 3] *= 5
@@ -79,8 +80,8 @@ def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(monkeypatch, top_k, dispatch):
     """Experts have several blocks, or a part of one; one has no rows at all, and a gradient of 0."""
-    monkeypatch.setattr(experts_cpu, "LARGE", 3)
-    monkeypatch.setattr(experts_cpu, "SMALL", 2)
+    monkeypatch.setattr(experts_cpu, "STEP", 1)
+    monkeypatch.setattr(experts_cpu, "STEPS", 3)
     x, kernels, weights = random_mixture()
     weights[..., 1] *= 1e-6
     weights[..., 3] *= 5
@@ -105,6 +106,16 @@ def test_a_weight_of_zero_makes_no_row_and_gets_no_gradient(top_k):
     assert not np.asarray(d_x[0, :3]).any()
     assert not np.asarray(d_weights[0, :3]).any()
     assert np.abs(d_x[0, 3:]).max(axis=-1).all()
+
+
+@pytest.mark.parametrize(("remat", "matmuls"), [("none", 9), ("dots", 9), ("feed_forward", 9), ("kernels", 12)])
+def test_a_loop_computes_its_matmuls_again_where_remat_says_so(monkeypatch, remat, matmuls):
+    """Three of a block's are in the forward pass, and their gradients toward rows and kernels in the backward pass."""
+    monkeypatch.setattr(experts_cpu, "STEPS", 1)
+    loop, policy = functools.partial(sum_of_chosen, top_k=2, dispatch="loop"), REMAT_POLICIES[remat]
+    remembering = jax.checkpoint(loop, policy=policy) if policy else loop
+    jaxpr = jax.make_jaxpr(jax.grad(lambda arguments: jnp.sum(remembering(*arguments))))(to_float32(random_mixture()))
+    assert str(jaxpr).count("dot_general[") == matmuls
 
 
 @pytest.mark.parametrize("dispatch", HERE)
