@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flexolmo_jax.model.layers import FED
 
-# A block's rows are a multiple of `STEP`. An expert's have the most, `STEPS` times that, while they are full, since many
-# rows make fast matmuls and few sums of gradients; the last has as few as hold the rest.
+# A block's rows are a multiple of `STEP`. An expert's have the most, `STEPS` times that, while they are full: many rows
+# make fast matmuls and few sums of gradients. The last has as few as hold the rest.
 STEP, STEPS = 32, 8
 SUMMED = "experts_summed"  # name of the result, for rematerialisation
 LEAVES = ("gate", "up", "down")
