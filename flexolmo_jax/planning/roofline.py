@@ -36,7 +36,7 @@ from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
 from flexolmo_jax.planning.memory import device_bytes
 from flexolmo_jax.planning.program import Program
-from flexolmo_jax.training.head_loss import PIECE
+from flexolmo_jax.training.head_loss import choose_piece
 
 FLOAT32 = 4  # bytes
 
@@ -145,7 +145,7 @@ def hbm_bytes(config: ConfigDict, program: Program) -> float:
     """Bytes that go through a device's memory in a step, as the head of this module says."""
     model, parts = program.model, config.data.accumulate
     width = jnp.dtype(config.compute.dtype).itemsize
-    pieces = -(-config.data.sequence_length // PIECE)
+    pieces = -(-config.data.sequence_length // choose_piece(model.compute.platform))
     again = computed_again(config.compute.remat, model.layout)
     head = "embedding" if model.architecture.tied_embeddings else "head"
     axes, moved = model.logical_axes(), 0.0

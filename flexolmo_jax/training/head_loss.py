@@ -4,12 +4,20 @@ The gradient is taken in the forward pass, while a piece's logits are at hand: n
 logits nor their gradient, [batch, length, vocab], are kept.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-PIECE = 128  # positions of a row whose logits exist at once
+
+def choose_piece(platform: str) -> int:
+    """Positions of a row whose logits exist at once, on the devices of a platform ("cpu", "gpu" or "tpu").
+
+    Each piece reads the head and, where it is trained, reads and writes its gradient: few pieces for accelerators,
+    whose memory binds there; for a CPU such as keep a piece's logits near its caches.
+    """
+    return 128 if platform == "cpu" else 512
 
 
 class HeadLoss(NamedTuple):
@@ -20,13 +28,14 @@ class HeadLoss(NamedTuple):
     z_loss: jax.Array
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def head_loss(
     hidden_BxSxD: jax.Array,
     head_DxV: jax.Array,
     targets_BxS: jax.Array,
     mask_BxS: jax.Array,
     z_weight: float | jax.Array,
+    piece: int,
 ) -> HeadLoss:
     """Cross-entropy, plus z-loss times its weight, of the logits hidden @ head.
 
@@ -40,21 +49,22 @@ def head_loss(
       targets_BxS: int32 token ids.
       mask_BxS: float32, 1 where a token counts.
       z_weight: weight of the z-loss.
+      piece: positions of a row whose logits exist at once, as `choose_piece` says.
     """
 
-    def add(sums, piece):
-        return jax.tree.map(jnp.add, sums, _losses(*piece, head_DxV, z_weight)[0]), None
+    def add(sums, cut):
+        return jax.tree.map(jnp.add, sums, _losses(*cut, head_DxV, z_weight)[0]), None
 
-    return jax.lax.scan(add, _no_loss(), _pieces(hidden_BxSxD, targets_BxS, mask_BxS))[0]
+    return jax.lax.scan(add, _no_loss(), _pieces(piece, hidden_BxSxD, targets_BxS, mask_BxS))[0]
 
 
-def _forward(hidden_BxSxD, head_DxV, targets_BxS, mask_BxS, z_weight):
+def _forward(hidden_BxSxD, head_DxV, targets_BxS, mask_BxS, z_weight, piece):
     """The losses, and the gradients of `loss`; that of a frozen head is dead code, which compiling removes."""
 
-    def add(total, piece):
+    def add(total, cut):
         sums, d_head_DxV = total
-        hidden_BxPxD, targets_BxP, mask_BxP = piece
-        losses, (logits_BxPxV, log_normalizer_BxP) = _losses(*piece, head_DxV, z_weight)
+        hidden_BxPxD, targets_BxP, mask_BxP = cut
+        losses, (logits_BxPxV, log_normalizer_BxP) = _losses(*cut, head_DxV, z_weight)
         # d loss / d logits = mask * ((1 + 2 z_weight log_normalizer) softmax - one-hot target)
         factor_BxP = mask_BxP * (1 + 2 * z_weight * log_normalizer_BxP)
         d_logits_BxPxV = jnp.exp(logits_BxPxV - log_normalizer_BxP[..., None]) * factor_BxP[..., None]
@@ -66,11 +76,11 @@ def _forward(hidden_BxSxD, head_DxV, targets_BxS, mask_BxS, z_weight):
         return (jax.tree.map(jnp.add, sums, losses), d_head_DxV), d_hidden_BxPxD
 
     start = (_no_loss(), jnp.zeros(head_DxV.shape, jnp.float32))
-    (sums, d_head_DxV), d_hidden = jax.lax.scan(add, start, _pieces(hidden_BxSxD, targets_BxS, mask_BxS))
+    (sums, d_head_DxV), d_hidden = jax.lax.scan(add, start, _pieces(piece, hidden_BxSxD, targets_BxS, mask_BxS))
     return sums, (_joined(d_hidden, hidden_BxSxD.shape), d_head_DxV.astype(head_DxV.dtype))
 
 
-def _backward(gradients, d_sums):
+def _backward(piece, gradients, d_sums):
     d_hidden_BxSxD, d_head_DxV = ((gradient * d_sums.loss).astype(gradient.dtype) for gradient in gradients)
     return d_hidden_BxSxD, d_head_DxV, None, None, None
 
@@ -92,14 +102,14 @@ def _no_loss():
     return HeadLoss(*jnp.zeros(len(HeadLoss._fields), jnp.float32))
 
 
-def _pieces(*arrays_BxS):
+def _pieces(piece, *arrays_BxS):
     """[batch, length, ...] -> [pieces, batch, piece, ...]; the last is filled up with zeros, so is its mask."""
 
     def cut(x):
         batch, length = x.shape[:2]
-        piece = min(PIECE, length)
-        x = jnp.pad(x, [(0, 0), (0, -length % piece)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(batch, -1, piece, *x.shape[2:]).swapaxes(0, 1)
+        width = min(piece, length)
+        x = jnp.pad(x, [(0, 0), (0, -length % width)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch, -1, width, *x.shape[2:]).swapaxes(0, 1)
 
     return tuple(map(cut, arrays_BxS))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.model.decoder import Decoder, Output
-from flexolmo_jax.training.head_loss import head_loss
+from flexolmo_jax.training.head_loss import choose_piece, head_loss
 
 
 class LossWeights(NamedTuple):
@@ -60,7 +60,8 @@ def objective(
     out: Output = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"])
     mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
     tokens = jnp.sum(mask_BxS)
-    head = head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, weights.z_loss)
+    piece = choose_piece(model.compute.platform)
+    head = head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, weights.z_loss, piece)
     router = {
         "router_z_loss": router_z_loss(out.router_logits_LxBxSxE, mask_BxS),
         "load_balancing": load_balancing(out.router_weights_LxBxSxE, mask_BxS, model.layout.top_k) * tokens,

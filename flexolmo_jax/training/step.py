@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.training.head_loss import head_loss
+from flexolmo_jax.training.head_loss import choose_piece, head_loss
 from flexolmo_jax.training.objective import LossWeights, objective, routing_shares
 
 Leaves = dict[str, jax.Array]
@@ -107,7 +107,8 @@ def make_loss_step(model: Decoder) -> Callable[..., dict[str, jax.Array]]:
     def loss_step(params: Leaves, batch: Batch, expert_mask: jax.Array | None = None) -> dict[str, jax.Array]:
         out = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"], expert_mask)
         mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
-        head = head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, 0.0)
+        piece = choose_piece(model.compute.platform)
+        head = head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, 0.0, piece)
         return {
             "tokens": jnp.sum(mask_BxS),
             "cross_entropy": head.cross_entropy,

@@ -26,7 +26,8 @@ def case(request):
 
     def loss(params, tokens, segment_ids):
         out = model.apply_flat(params, tokens, segment_ids)
-        nats = head_loss(out.hidden_BxSxD[:, :-1], model.head(params), jnp.maximum(targets, 0), mask, 0.0).loss
+        hidden, head = out.hidden_BxSxD[:, :-1], model.head(params)
+        nats = head_loss(hidden, head, jnp.maximum(targets, 0), mask, z_weight=0.0, piece=WIDTH).loss
         return nats / mask.sum(), out
 
     compute = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=COMPILE_FAST)

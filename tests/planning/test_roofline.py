@@ -1,5 +1,6 @@
 """The bounds of a step against sums written out by hand, and times against amounts over rates."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -30,10 +31,12 @@ SUMS = 2 * 3 * D
 END = 5 * D  # the row of the embedding, read and written; head: its input, the gradient of that, the input again
 
 
-def moved(kind="pair", mesh=None, **values):
+def moved(kind="pair", mesh=None, platform="cpu", **values):
     values = {"compute.dtype": "bfloat16"} | {key.replace("__", "."): value for key, value in values.items()}
     config = planned.config(kind, mesh, values)
-    return hbm_bytes(config, make_program(config, jax.devices()))
+    program = make_program(config, jax.devices())
+    compute = dataclasses.replace(program.model.compute, platform=platform)
+    return hbm_bytes(config, program._replace(model=program.model.clone(compute=compute)))
 
 
 def pair(attention_passes=2, expert_passes=2, again=0, parts=1):
@@ -65,9 +68,11 @@ def test_each_part_reads_weights_and_adds_to_the_gradient():
     assert moved(data__accumulate=2) == pair(parts=2)
 
 
-def test_longer_rows_read_the_head_for_each_piece():
-    """From 64 to 128 tokens only what tokens move doubles; to 256 there is a second piece as well."""
-    short, one_piece, two_pieces = (moved(data__sequence_length=length) for length in (64, 128, 256))
+@pytest.mark.parametrize(("platform", "piece"), [("cpu", 128), ("gpu", 512), ("tpu", 512)])
+def test_longer_rows_read_the_head_for_each_piece(platform, piece):
+    """From half a piece to a whole only what tokens move doubles; to twice that there is a second piece as well."""
+    lengths = (piece // 2, piece, 2 * piece)
+    short, one_piece, two_pieces = (moved(platform=platform, data__sequence_length=length) for length in lengths)
     assert two_pieces - one_piece == 2 * (one_piece - short) + 2 * 2 * D * V
 
 

@@ -6,11 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from flexolmo_jax.training import head_loss as module
 from flexolmo_jax.training.head_loss import head_loss
 
 BATCH, LENGTH, D_MODEL, VOCAB = 2, 7, 6, 50
-Z_WEIGHT = 0.3
+Z_WEIGHT, PIECE = 0.3, 3
 
 
 @pytest.fixture(scope="module")
@@ -31,30 +30,28 @@ def at_once(hidden, head, targets, mask):
 
 
 @pytest.mark.parametrize("piece", [1, 3, 7, 128])
-def test_losses_and_gradients_are_those_of_all_logits_at_once(inputs, monkeypatch, piece):
-    monkeypatch.setattr(module, "PIECE", piece)
-
+def test_losses_and_gradients_are_those_of_all_logits_at_once(inputs, piece):
     def loss(function, scale):
         return lambda hidden, head: scale * function(hidden, head, *inputs[2:])[0]
 
     expected = jax.jit(lambda *args: at_once(*args))(*inputs)
-    actual = jax.jit(lambda *args: head_loss(*args, Z_WEIGHT))(*inputs)
+    actual = jax.jit(lambda *args: head_loss(*args, Z_WEIGHT, piece))(*inputs)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     expected = jax.jit(jax.grad(loss(at_once, 2.0), argnums=(0, 1)))(*inputs[:2])
-    actual = jax.jit(jax.grad(loss(lambda *a: head_loss(*a, Z_WEIGHT), 2.0), argnums=(0, 1)))(*inputs[:2])
+    actual = jax.jit(jax.grad(loss(lambda *a: head_loss(*a, Z_WEIGHT, piece), 2.0), argnums=(0, 1)))(*inputs[:2])
     for got, want in zip(actual, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_even_logits_cost_the_logarithm_of_the_vocabulary(inputs):
     hidden, head, targets, mask = inputs
-    sums = head_loss(hidden, jnp.zeros_like(head), targets, mask, 0.0)
+    sums = head_loss(hidden, jnp.zeros_like(head), targets, mask, 0.0, PIECE)
     assert float(sums.loss) == pytest.approx(float(mask.sum()) * np.log(VOCAB), rel=1e-6)
 
 
 def test_what_padding_holds_changes_nothing(inputs):
     hidden, head, targets, mask = inputs
-    gradient = jax.grad(lambda hidden, targets: head_loss(hidden, head, targets, mask, Z_WEIGHT).loss)
+    gradient = jax.grad(lambda hidden, targets: head_loss(hidden, head, targets, mask, Z_WEIGHT, PIECE).loss)
     other = jnp.where(mask[..., None] > 0, hidden, 9.0), jnp.where(mask > 0, targets, 0)
     np.testing.assert_array_equal(gradient(*other), gradient(hidden, targets))
     assert not np.asarray(gradient(*other))[mask == 0].any()
@@ -62,7 +59,7 @@ def test_what_padding_holds_changes_nothing(inputs):
 
 def test_a_frozen_head_has_no_gradient_computed(inputs):
     """Matmuls in the program: logits and their gradient toward the hidden states; toward the head only if asked for."""
-    loss = lambda hidden, head: head_loss(hidden, head, *inputs[2:], Z_WEIGHT).loss  # noqa: E731
+    loss = lambda hidden, head: head_loss(hidden, head, *inputs[2:], Z_WEIGHT, PIECE).loss  # noqa: E731
 
     def matmuls(argnums):
         return jax.jit(jax.grad(loss, argnums)).lower(*inputs[:2]).as_text().count("stablehlo.dot_general")
@@ -72,18 +69,18 @@ def test_a_frozen_head_has_no_gradient_computed(inputs):
 
 def test_logits_of_all_tokens_never_exist():
     """Bytes of temporary memory, for a trained head: far below one array of all logits."""
-    batch, length, d_model, vocab = 2, 4096, 8, 4096
+    batch, length, d_model, vocab, piece = 2, 4096, 8, 4096, 128
     shapes = [(batch, length, d_model), (d_model, vocab)]
     leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     rows = [jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, jnp.float32)]
-    gradient = jax.jit(jax.grad(lambda *args: head_loss(*args, Z_WEIGHT).loss, argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(lambda *args: head_loss(*args, Z_WEIGHT, piece).loss, argnums=(0, 1)))
     memory = gradient.lower(*leaves, *rows).compile().memory_analysis()
     assert memory.temp_size_in_bytes < batch * length * vocab * 4 / 8
 
 
 def test_bfloat16_gives_float32_losses_and_bfloat16_gradients(inputs):
     hidden, head = (y.astype(jnp.bfloat16) for y in inputs[:2])
-    loss = lambda hidden, head: head_loss(hidden, head, *inputs[2:], Z_WEIGHT).loss  # noqa: E731
+    loss = lambda hidden, head: head_loss(hidden, head, *inputs[2:], Z_WEIGHT, PIECE).loss  # noqa: E731
     value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
     assert value.dtype == jnp.float32
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.bfloat16]
