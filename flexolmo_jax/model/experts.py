@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flexolmo_jax.model import grouped_matmul
 from flexolmo_jax.model.experts_cpu import looped_experts
-from flexolmo_jax.model.layers import feed_forward
+from flexolmo_jax.model.layers import feed_forward, swiglu
 
 # Logical axes of the kernels of one expert.
 KERNEL_AXES = {"gate": ("expert_embed", "mlp"), "up": ("expert_embed", "mlp"), "down": ("mlp", "expert_embed")}
@@ -109,7 +109,7 @@ def _sorted_experts(
 
     with jax.named_scope("experts"):
         gate_RxF, up_RxF = (jnp.where(is_grouped_Rx1, matmul(x_RxD, leaf), 0) for leaf in ("gate", "up"))
-        y_RxD = matmul(jnp.where(is_grouped_Rx1, jax.nn.silu(gate_RxF) * up_RxF, 0), "down")
+        y_RxD = matmul(jnp.where(is_grouped_Rx1, swiglu(gate_RxF, up_RxF), 0), "down")
     with jax.named_scope("combine"):
         y_NxKxD = _take_rows(y_RxD, place_NxK.reshape(-1), order_R[:, None]).reshape(*weights_NxK.shape, -1)
         y_NxKxD = jnp.where(expert_NxK[..., None] < num_experts, y_NxKxD, 0)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flexolmo_jax.model.layers import FED
+from flexolmo_jax.model.layers import FED, swiglu
 
 # A block's rows are a multiple of `STEP`. An expert's have the most, `STEPS` times that, while they are full: many rows
 # make fast matmuls and few sums of gradients. The last has as few as hold the rest.
@@ -107,7 +107,7 @@ def _compute(x_NxD, experts, weights_NxK, expert_NxK, keep):
         def add_block(start, weights_Tx1, carry):
             x_TxD = jax.lax.dynamic_slice_in_dim(x_PxD, start, weights_Tx1.size)
             gate_TxF, up_TxF = x_TxD @ gate_DxF, x_TxD @ up_DxF
-            out_TxD = (jax.nn.silu(gate_TxF) * up_TxF) @ down_FxD
+            out_TxD = swiglu(gate_TxF, up_TxF) @ down_FxD
             results = (weights_Tx1 * out_TxD.astype(jnp.float32), gate_TxF, up_TxF)
             return tuple(
                 jax.lax.dynamic_update_slice_in_dim(rows_P, result, start, 0)
@@ -142,7 +142,7 @@ def _backward(residuals, toward_NxD):
                 jax.lax.dynamic_slice_in_dim(rows_P, start, weights_Tx1.size)
                 for rows_P in (x_PxD, toward_PxD, gate_PxF, up_PxF)
             )
-            hidden_TxF, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_TxF, up_TxF)
+            hidden_TxF, hidden_vjp = jax.vjp(swiglu, gate_TxF, up_TxF)
             d_out_TxF = toward_TxD @ down_FxD.T  # toward the hidden units, before the row's weight
             d_weight_T = jnp.sum(hidden_TxF.astype(jnp.float32) * d_out_TxF, axis=-1)
             weights_Tx1 = weights_Tx1.astype(dtype)

@@ -42,7 +42,12 @@ class RMSNorm(nn.Module):
         return (x_float32 * jax.lax.rsqrt(variance + self.eps) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The hidden units of a feed-forward, silu(gate) * up (arXiv 2002.05202, section 2), of products of one shape."""
+    return jax.nn.silu(gate) * up
+
+
 def feed_forward(x: jax.Array, gate_DxF: jax.Array, up_DxF: jax.Array, down_FxD: jax.Array) -> jax.Array:
-    """SwiGLU: down(silu(gate(x)) * up(x)), over the last dimension of x."""
+    """down(swiglu(gate(x), up(x))), over the last dimension of x."""
     gate, up = (checkpoint_name(x @ kernel, FED) for kernel in (gate_DxF, up_DxF))
-    return checkpoint_name((jax.nn.silu(gate) * up) @ down_FxD, FED)
+    return checkpoint_name(swiglu(gate, up) @ down_FxD, FED)
