@@ -5,9 +5,11 @@ import os
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags, logging
 
+import configs
 from flexolmo_jax.errors import UserError
 
 PROGRAM = "flexolmo"
@@ -63,6 +65,7 @@ def _run(verb: str, arguments: Sequence[str]) -> None:
 
 def _parse(verb: str, module: types.ModuleType, arguments: Sequence[str]) -> list[str]:
     """Parses the flags that a verb's module defines; returns what is not a flag."""
+    arguments = [_located(before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
     try:
         positional = flags.FLAGS([f"{PROGRAM} {verb}", *map(_underscored, arguments)])[1:]
     except flags.Error as error:
@@ -77,6 +80,18 @@ def _parse(verb: str, module: types.ModuleType, arguments: Sequence[str]) -> lis
     if positional and verb != "inspect":
         raise UserError(f"'{positional[0]}' is not a flag; write --name=value (see `{PROGRAM} {verb} --help`)")
     return positional
+
+
+def _located(before: str, argument: str) -> str:
+    """The file of `--config=FILE:ARGUMENT`, or of what follows `--config`, as it is here or else in this package."""
+    value = argument.removeprefix("--config=")
+    file = value.partition(":")[0]
+    if (value == argument and before != "--config") or not file or os.path.exists(file):
+        return argument
+    folder = Path(configs.__file__).parent
+    if Path(file).parent != Path(folder.name) or not (folder.parent / file).is_file():
+        raise UserError(f"--config={value}: no such file; give one of your own, or of this package: configs/expert.py")
+    return argument.removesuffix(value) + str(folder.parent / value)
 
 
 def _underscored(argument: str) -> str:

@@ -191,8 +191,8 @@ ANCHOR = "--config=configs/anchor.py"
 DATA = "--config.data.train={home}/corpus"
 EXPERT = ["--config=configs/expert.py", "--config.expert=news", DATA]
 BAD_RUNS = [
-    (["--config=nosuch.py"], ["nosuch.py", "No such file"]),
-    (["--config=nosuch.py", DATA], ["nosuch.py", "No such file"]),
+    (["--config=nosuch.py"], ["--config=nosuch.py", "no such file", "configs/expert.py"]),
+    (["--config=nosuch.py", DATA], ["--config=nosuch.py", "no such file", "configs/expert.py"]),
     (["--config={home}"], ["Is a directory", "{home}"]),
     (["--config="], ["config", "empty"]),
     (["--config=configs/anchor.py:huge"], ["--config=configs/anchor.py:huge", "tiny, 190m, 1b, 7b"]),
@@ -234,6 +234,19 @@ def test_a_run_that_makes_no_sense_is_refused(home, tmp_path, arguments, words):
     result = flexolmo("train", f"--workdir={tmp_path}/work", *arguments)
     assert_refused(result, "train", *(word.format(home=home) for word in words))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [["--config=configs/expert.py:tiny"], ["--config", "configs/expert.py"]])
+def test_configurations_of_this_package_are_found_from_anywhere(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(flexolmo("train", *given, "--workdir=work"), "train", "an expert starts from an anchor")
+
+
+def test_a_configuration_that_is_here_comes_before_that_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/expert.py").write_text("nope")
+    assert_refused(flexolmo("train", "--config=configs/expert.py", "--workdir=work"), "train", "NameError", "nope")
 
 
 def test_as_a_program_it_ends_with_status_2(home):
