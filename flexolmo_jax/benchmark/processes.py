@@ -14,7 +14,8 @@ from flexolmo_jax.errors import UserError
 
 WORKER = "flexolmo_jax.benchmark.worker"
 # For glibc's allocator, both in huge pages (docs/performance.md): this program as its users are told to run it, whose
-# steps give their temporary memory back; transformers as it is fastest, keeping what its many tensors free.
+# steps give their temporary memory back; transformers as it is fastest, keeping what its many tensors free. What the
+# caller's environment says of the allocator would make one side slower than the other, so it does not count.
 _ALLOCATOR = {
     "flexolmo": {"hugetlb": 1},
     "transformers": {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**33, "arena_max": 1},
@@ -35,7 +36,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={"GLIBC_TUNABLES": tunables, **os.environ},
+            env={**os.environ, "GLIBC_TUNABLES": tunables},
         )
         self._send(json.dumps(dataclasses.asdict(spec)))
 

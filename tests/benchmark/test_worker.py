@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
+import pytest
 
-from flexolmo_jax.benchmark import worker
+from flexolmo_jax.benchmark import processes, worker
+from flexolmo_jax.benchmark.subject import Spec
 
 PEAK = "from flexolmo_jax.benchmark.worker import peak_memory; {}; print(peak_memory())"
 
@@ -48,3 +51,17 @@ def test_the_first_step_after_a_pause_is_not_timed(monkeypatch):
     for _ in range(2):
         assert measured.step() == 2
         measured.limit()
+
+
+@pytest.mark.parametrize("side", ["flexolmo", "transformers"])
+def test_the_callers_allocator_is_not_that_of_a_worker(monkeypatch, side):
+    """One that suits this program and slows transformers is often in the environment: the docs advise it."""
+
+    def environment():
+        with mock.patch("subprocess.Popen") as started:
+            processes.Process(Spec(side, "expert", {}))
+        return started.call_args.kwargs["env"]
+
+    expected = environment()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert environment() == expected
