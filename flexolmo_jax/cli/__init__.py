@@ -1,6 +1,7 @@
 """The command line: a table of verbs, each a module that declares its flags and does its work in `run`."""
 
 import importlib
+import itertools
 import os
 import sys
 import types
@@ -65,7 +66,7 @@ def _run(verb: str, arguments: Sequence[str]) -> None:
 
 def _parse(verb: str, module: types.ModuleType, arguments: Sequence[str]) -> list[str]:
     """Parses the flags that a verb's module defines; returns what is not a flag."""
-    arguments = [_located(before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
+    arguments = list(itertools.starmap(_located, itertools.pairwise(["", *arguments])))
     try:
         positional = flags.FLAGS([f"{PROGRAM} {verb}", *map(_underscored, arguments)])[1:]
     except flags.Error as error:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 def choose_piece(platform: str) -> int:
     """Positions of a row whose logits exist at once, on the devices of a platform ("cpu", "gpu" or "tpu").
 
-    Each piece reads the head and, where it is trained, reads and writes its gradient: few pieces for accelerators,
-    whose memory binds there; for a CPU such as keep a piece's logits near its caches.
+    Each piece reads the head and, where it is trained, reads and writes its gradient: long ones for accelerators, whose
+    memory binds there. On a CPU short ones are faster, as their logits stay near its caches.
     """
     return 128 if platform == "cpu" else 512
 
@@ -52,8 +52,8 @@ def head_loss(
       piece: positions of a row whose logits exist at once, as `choose_piece` says.
     """
 
-    def add(sums, cut):
-        return jax.tree.map(jnp.add, sums, _losses(*cut, head_DxV, z_weight)[0]), None
+    def add(sums, slices):
+        return jax.tree.map(jnp.add, sums, _losses(*slices, head_DxV, z_weight)[0]), None
 
     return jax.lax.scan(add, _no_loss(), _pieces(piece, hidden_BxSxD, targets_BxS, mask_BxS))[0]
 
@@ -61,10 +61,10 @@ def head_loss(
 def _forward(hidden_BxSxD, head_DxV, targets_BxS, mask_BxS, z_weight, piece):
     """The losses, and the gradients of `loss`; that of a frozen head is dead code, which compiling removes."""
 
-    def add(total, cut):
+    def add(total, slices):
         sums, d_head_DxV = total
-        hidden_BxPxD, targets_BxP, mask_BxP = cut
-        losses, (logits_BxPxV, log_normalizer_BxP) = _losses(*cut, head_DxV, z_weight)
+        hidden_BxPxD, targets_BxP, mask_BxP = slices
+        losses, (logits_BxPxV, log_normalizer_BxP) = _losses(*slices, head_DxV, z_weight)
         # d loss / d logits = mask * ((1 + 2 z_weight log_normalizer) softmax - one-hot target)
         factor_BxP = mask_BxP * (1 + 2 * z_weight * log_normalizer_BxP)
         d_logits_BxPxV = jnp.exp(logits_BxPxV - log_normalizer_BxP[..., None]) * factor_BxP[..., None]
