@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.model.decoder import Decoder, Output
-from flexolmo_jax.training.head_loss import choose_piece, head_loss
+from flexolmo_jax.training.head_loss import HeadLoss, choose_piece, head_loss
 
 
 class LossWeights(NamedTuple):
@@ -42,6 +42,15 @@ def routing_shares(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> ja
     return jnp.einsum("LBSE,BS->E", router_weights_LxBxSxE, mask_BxS) / router_weights_LxBxSxE.shape[0]
 
 
+def prediction_loss(
+    model: Decoder, params: dict[str, jax.Array], out: Output, batch: dict[str, jax.Array], z_weight: float
+) -> tuple[HeadLoss, jax.Array]:
+    """(what `head_loss` says of a batch's targets, float32 [batch, length]: 1 for tokens, 0 for padding)."""
+    mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
+    piece = choose_piece(model.compute.platform)
+    return head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, z_weight, piece), mask_BxS
+
+
 def objective(
     model: Decoder, params: dict[str, jax.Array], batch: dict[str, jax.Array], weights: LossWeights
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -58,10 +67,8 @@ def objective(
       weights, each a sum over tokens, and `routing_E`, the routing weight each expert got.
     """
     out: Output = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"])
-    mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
+    head, mask_BxS = prediction_loss(model, params, out, batch, weights.z_loss)
     tokens = jnp.sum(mask_BxS)
-    piece = choose_piece(model.compute.platform)
-    head = head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, weights.z_loss, piece)
     router = {
         "router_z_loss": router_z_loss(out.router_logits_LxBxSxE, mask_BxS),
         "load_balancing": load_balancing(out.router_weights_LxBxSxE, mask_BxS, model.layout.top_k) * tokens,

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.training.head_loss import choose_piece, head_loss
-from flexolmo_jax.training.objective import LossWeights, objective, routing_shares
+from flexolmo_jax.training.objective import LossWeights, objective, prediction_loss, routing_shares
 
 Leaves = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -106,9 +105,7 @@ def make_loss_step(model: Decoder) -> Callable[..., dict[str, jax.Array]]:
 
     def loss_step(params: Leaves, batch: Batch, expert_mask: jax.Array | None = None) -> dict[str, jax.Array]:
         out = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"], expert_mask)
-        mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
-        piece = choose_piece(model.compute.platform)
-        head = head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, 0.0, piece)
+        head, mask_BxS = prediction_loss(model, params, out, batch, z_weight=0.0)
         return {
             "tokens": jnp.sum(mask_BxS),
             "cross_entropy": head.cross_entropy,
