@@ -17,6 +17,11 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 Rules = Sequence[tuple[str, str | Sequence[str] | None]]
 
 
+def platform_of(device: jax.Device) -> str:
+    """What kernels for a device are written for: "cpu", "gpu", "hopper" (GPUs of compute capability 9.0) or "tpu"."""
+    return "hopper" if getattr(device, "compute_capability", "") == "9.0" else device.platform
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh over all devices.
 

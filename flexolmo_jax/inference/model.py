@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories, tree
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
@@ -52,7 +53,7 @@ class Model:
         self.tokenizer = tokenizer
         layout = Layout.of_roster(len(manifest.experts), top_k or manifest.top_k)
         architecture = Architecture.from_dict(manifest.architecture, "the model")
-        compute = Compute(dtype, scan_layers=False, platform=jax.default_backend())
+        compute = Compute(dtype, scan_layers=False, platform=sharding.platform_of(jax.devices()[0]))
         self.decoder = Decoder(architecture, layout, compute)
 
     @property

@@ -15,8 +15,8 @@ KERNELS = {"reference": masked, "blockwise": blockwise, "cudnn": cudnn, "splash"
 
 
 def choose(platform: str) -> str:
-    """The kernel for the devices of a platform ("cpu", "gpu" or "tpu")."""
-    return {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}.get(platform, "reference")
+    """The kernel for the devices of a platform (`sharding.platform_of`)."""
+    return {"cpu": "blockwise", "gpu": "cudnn", "hopper": "cudnn", "tpu": "splash"}.get(platform, "reference")
 
 
 def attend(

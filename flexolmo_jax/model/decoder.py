@@ -48,7 +48,7 @@ class Compute:
       rules: logical axis -> mesh axes; empty for no constraints.
       scan_layers: whether the blocks' leaves are stacked, `blocks/*`, and scanned over, or each block has leaves
         of its own, `blocks_0/*`, `blocks_1/*`, ... (`separate_layers`), which a cache requires.
-      platform: "cpu", "gpu" or "tpu", of the devices that compute; "auto" goes by it.
+      platform: of the devices that compute (`sharding.platform_of`); "auto" goes by it.
       attention: a key of `attention_kernels.KERNELS`, or "auto": how attention without a cache is computed.
       dispatch: a key of `experts.DISPATCH`, or "auto": how stacked experts are given their tokens.
     """

@@ -18,7 +18,7 @@ KEPT = "experts"
 KEEP = jax.checkpoint_policies.save_only_these_names(KEPT)
 FEW_TOKENS = 16
 # What a chosen expert costs, in readings of its kernels: blocks copy them, and waiting for the host takes as long.
-READINGS = {"loop": 1, "blocks": 5}
+READINGS = {"loop": 1, "blocks": 5, "mosaic": 5}
 
 
 def sum_experts(
@@ -48,7 +48,7 @@ def sum_experts(
 
 
 def choose_dispatch(platform: str) -> str:
-    """The way that suits the devices of a platform ("cpu", "gpu", "tpu"): a key of `DISPATCH`."""
+    """The way that suits the devices of a platform (`sharding.platform_of`): a key of `DISPATCH`."""
     return "loop" if platform == "cpu" else grouped_matmul.choose(platform)
 
 
@@ -104,15 +104,17 @@ def _sorted_experts(
         x_RxD = checkpoint_name(x_RxD, KEPT)
 
     def matmul(x, leaf):
-        y = grouped_matmul.grouped_matmul(x, experts[leaf], group_sizes_E, implementation, expected_rows)
-        return checkpoint_name(y, KEPT)
+        return grouped_matmul.grouped_matmul(x, experts[leaf], group_sizes_E, implementation, expected_rows)
 
+    # Not the matmuls' own results are kept: XLA would have a GPU's kernel write each twice, once to where it is kept.
     with jax.named_scope("experts"):
-        gate_RxF, up_RxF = (jnp.where(is_grouped_Rx1, matmul(x_RxD, leaf), 0) for leaf in ("gate", "up"))
+        gate_RxF, up_RxF = (
+            checkpoint_name(jnp.where(is_grouped_Rx1, matmul(x_RxD, leaf), 0), KEPT) for leaf in ("gate", "up")
+        )
         y_RxD = matmul(jnp.where(is_grouped_Rx1, swiglu(gate_RxF, up_RxF), 0), "down")
     with jax.named_scope("combine"):
         y_NxKxD = _take_rows(y_RxD, place_NxK.reshape(-1), order_R[:, None]).reshape(*weights_NxK.shape, -1)
-        y_NxKxD = jnp.where(expert_NxK[..., None] < num_experts, y_NxKxD, 0)
+        y_NxKxD = checkpoint_name(jnp.where(expert_NxK[..., None] < num_experts, y_NxKxD, 0), KEPT)
         return jnp.sum(y_NxKxD.astype(jnp.float32) * weights_NxK[..., None], axis=1)
 
 

@@ -5,13 +5,14 @@ The implementations, and what the compiled program of a step with gradients show
 - `ragged` (`jax.lax.ragged_dot`): for TPUs a kernel, but the gradient of the kernels is dense, so that the FLOPs grow
   with the number of groups. For NVIDIA GPUs, and for CPUs, all of it is dense.
 - `megablox` (Pallas, part of JAX): kernels for TPUs, forward and backward; tiles without rows are not visited.
+- `mosaic` (Pallas, part of JAX): kernels for Hopper GPUs, forward and backward; tiles without rows cost as much as any.
 - `blocks`: block after block of rows, each a plain matmul, on any device. At most a block a group is in vain.
 - `tokamax` (Pallas, a library that is not required): kernels for GPUs, forward and backward, tuned for few shapes.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from flexolmo_jax.errors import UserError
 
 MEGABLOX_TILE = (512, 1024, 1024)  # at most: rows, contracted dimension, columns; fits the 16 MiB of VMEM twice
 BLOCK_ROWS = 64  # a block's are a multiple of these
+MOSAIC_TILE = 128  # rows, and columns
+MOSAIC_STEPS = {"block_m": MOSAIC_TILE, "block_n": MOSAIC_TILE, "block_k": 64, "max_concurrent_steps": 4}
+MOSAIC_VISITS = 1.5  # rows of visited tiles, of those that are expected: with more, blocks take less time
 COPY_ROWS = 800  # an H200 multiplies about so many by a kernel while it copies one, on average over both passes
 
 
@@ -74,6 +78,53 @@ def _tokamax(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Arra
             "--config.compute.dispatch=tokamax: not installed; pip install tokamax, or use blocks"
         ) from None
     return tokamax.ragged_dot(x_RxD, kernels_ExDxF, group_sizes_E)
+
+
+def _mosaic(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, expected_rows: int) -> jax.Array:
+    if mosaic_fits(x_RxD.shape[0], expected_rows, kernels_ExDxF.shape, x_RxD.dtype):
+        return _in_tiles(x_RxD, kernels_ExDxF, group_sizes_E)
+    return _blocks(x_RxD, kernels_ExDxF, group_sizes_E, expected_rows)
+
+
+def mosaic_fits(num_rows: int, expected_rows: int, kernels: Sequence[int], dtype: jnp.dtype) -> bool:
+    """Whether the kernels for Hopper take such rows and kernels [E, D, F], and are faster than blocks.
+
+    They visit every tile of rows, and a tile of several groups once for each.
+    """
+    num_groups, *sizes = kernels
+    visited = num_rows + (num_groups - 1) * MOSAIC_TILE
+    takes = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and not any(size % MOSAIC_TILE for size in sizes)
+    return takes and visited <= MOSAIC_VISITS * expected_rows
+
+
+@jax.custom_vjp
+def _in_tiles(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    return _multiply_tiles(x_RxD, kernels_ExDxF, group_sizes_E)
+
+
+def _multiply_tiles(
+    x_RxD: jax.Array, kernels: jax.Array, group_sizes_E: jax.Array, transposed: bool = False
+) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
+
+    how = {"grid_block_n": 8, "transpose_rhs": transposed, **MOSAIC_STEPS}
+    return ragged_dot(x_RxD, kernels, group_sizes=group_sizes_E, **how)
+
+
+def _in_tiles_forward(x_RxD, kernels_ExDxF, group_sizes_E):
+    return _in_tiles(x_RxD, kernels_ExDxF, group_sizes_E), (x_RxD, kernels_ExDxF, group_sizes_E)
+
+
+def _in_tiles_backward(saved, toward_RxF):
+    from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
+
+    x_RxD, kernels_ExDxF, group_sizes_E = saved
+    toward_RxD = _multiply_tiles(toward_RxF, kernels_ExDxF, group_sizes_E, transposed=True)
+    toward_ExDxF = transposed_ragged_dot(x_RxD, toward_RxF, group_sizes=group_sizes_E, grid_block_n=4, **MOSAIC_STEPS)
+    return toward_RxD, toward_ExDxF, None
+
+
+_in_tiles.defvjp(_in_tiles_forward, _in_tiles_backward)
 
 
 def _blocks(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, expected_rows: int) -> jax.Array:
@@ -172,11 +223,12 @@ def _block_table(group_sizes_E: jax.Array, num_rows: int, size: int) -> tuple[ja
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
     "ragged": _ragged,
     "megablox": _megablox,
+    "mosaic": _mosaic,
     "tokamax": _tokamax,
     "blocks": _blocks,
 }
 
 
 def choose(platform: str) -> str:
-    """The implementation for the devices of a platform ("cpu", "gpu" or "tpu")."""
-    return "megablox" if platform == "tpu" else "blocks"
+    """The implementation for the devices of a platform (`sharding.platform_of`)."""
+    return {"tpu": "megablox", "hopper": "mosaic"}.get(platform, "blocks")

@@ -23,7 +23,7 @@ MASKED_LOGIT = -1e30
 def route(
     x_BxSxD: jax.Array, row_ExD: jax.Array, bias_E: jax.Array, expert_mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Router logits and weights, in float32.
+    """Router logits and weights, in float32, on any device: accelerators multiply in fewer bits unless told.
 
     Args:
       x_BxSxD: the residual stream after attention.
@@ -34,7 +34,8 @@ def route(
     Returns:
       (logits_BxSxE before the mask, weights_BxSxE that sum to 1 over the experts that are on, if any is).
     """
-    logits = jnp.einsum("BSD,ED->BSE", x_BxSxD.astype(jnp.float32), row_ExD.astype(jnp.float32))
+    x_BxSxD, row_ExD = x_BxSxD.astype(jnp.float32), row_ExD.astype(jnp.float32)
+    logits = jnp.einsum("BSD,ED->BSE", x_BxSxD, row_ExD, precision=jax.lax.Precision.HIGHEST)
     bias_E = bias_E.astype(jnp.float32)
     logits = logits - bias_E * jnp.sign(bias_E)  # |b|, with the gradient of 0 at 0 that jnp.abs has not
     if expert_mask is None:

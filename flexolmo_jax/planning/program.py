@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 from jax.sharding import Mesh
@@ -66,7 +67,7 @@ def make_program(config: ConfigDict, devices: Sequence[jax.Device]) -> Program:
     Raises:
       UserError: the configuration makes no sense, or does not fit the devices' number.
     """
-    model, manifest = build_model(config, platform=devices[0].platform)
+    model, manifest = build_model(config, platform=sharding.platform_of(devices[0]))
     trainable = partition.trainable_paths(model.abstract(), config.partition)
     mesh = sharding.make_mesh(config.mesh, devices)
     inputs = Inputs(model, manifest, trainable, [], {})
@@ -83,8 +84,10 @@ def compile_program(program: Program) -> jax.stages.Compiled:
     Raises:
       TooLargeError: it does not fit their memory.
     """
+    # JAX's kernels for Hopper ask `jax.devices()` for their multiprocessors, when they are traced.
+    here = mock.patch.object(jax, "devices", return_value=list(program.mesh.devices.flat))
     try:
-        with jax.set_mesh(program.mesh):
+        with jax.set_mesh(program.mesh), here:
             return compile_step(program.step, program.state, program.frozen, program.batch)
     except jax.errors.JaxRuntimeError as error:
         whole, temporaries = _PROGRAM.search(str(error)), _TEMPORARIES.search(str(error))

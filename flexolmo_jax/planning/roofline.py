@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.flops import computed_again, recomputed_flops, train_step_flops
-from flexolmo_jax.model.grouped_matmul import block_rows
+from flexolmo_jax.model.grouped_matmul import MOSAIC_TILE, block_rows, mosaic_fits
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
 from flexolmo_jax.planning.memory import device_bytes
@@ -117,22 +117,28 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
 
     For each matmul a block reads its kernel, writes it and reads it again. For the kernel's gradient its product is
     written, the sum so far read and written, and both are read to write their sum, in float32. Of m rows of an expert
-    there are m / b + 1 / 2 blocks of b rows on average, but at least one.
+    there are m / b + 1 / 2 blocks of b rows on average, but at least one. Tiles of the kernels for Hopper copy nothing,
+    and all but the first expert begin in the middle of one.
 
     Returns:
       (FLOPs, bytes that go through its memory); zeros where experts are computed in another way.
     """
     model, parts, ways = program.model, config.data.accumulate, program.ways
-    arch, layout = model.architecture, model.layout
-    if layout.kind != "stacked" or layout.top_k == layout.num_experts or model.compute.dispatch != "blocks":
+    arch, layout, dispatch = model.architecture, model.layout, model.compute.dispatch
+    if layout.kind != "stacked" or layout.top_k == layout.num_experts or dispatch not in ("blocks", "mosaic"):
         return 0.0, 0.0
     experts = layout.num_experts // ways("experts")
     rows = program.device_tokens // parts * layout.top_k
-    size = block_rows(rows, experts)
-    kernel = arch.d_model * arch.d_ff // ways("mlp")
+    room = program.device_tokens // parts * ways("experts") * min(layout.top_k, experts)
+    kernels = (experts, arch.d_model, arch.d_ff // ways("mlp"))
+    kernel = math.prod(kernels[1:])
     products = 2 + ("experts" in computed_again(config.compute.remat, layout))
     trained = "blocks/mixture/experts/gate" in program.trainable
     times = parts * arch.num_layers * 3  # gate, up, down
+    if dispatch == "mosaic" and mosaic_fits(room, rows, kernels, config.compute.dtype):
+        visited = room + (experts - 1) * MOSAIC_TILE
+        return float(times * 2 * kernel * products * (visited - rows)), 0.0
+    size = block_rows(rows, experts)
     blocks = experts * max(1.0, rows / experts / size + 1 / 2)
     idle = 2 * kernel * (products + trained) * (blocks * size - rows)
     # Once for each expert its kernel is counted as a weight.

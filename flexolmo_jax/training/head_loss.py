@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def choose_piece(platform: str) -> int:
-    """Positions of a row whose logits exist at once, on the devices of a platform ("cpu", "gpu" or "tpu").
+    """Positions of a row whose logits exist at once, on the devices of a platform (`sharding.platform_of`).
 
     Each piece reads the head and, where it is trained, reads and writes its gradient: long ones for accelerators, whose
     memory binds there. On a CPU short ones are faster, as their logits stay near its caches.

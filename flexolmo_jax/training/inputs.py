@@ -9,6 +9,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
@@ -70,7 +71,7 @@ class Inputs(NamedTuple):
 def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decoder, directories.Model | None]:
     """The decoder a configuration describes, and the manifest of the model it starts from, if any.
 
-    `platform` is that of the devices that will compute, by default of those that are here.
+    `platform` (`sharding.platform_of`) is that of the devices that will compute, by default of those that are here.
 
     Raises:
       UserError: a value makes no sense, alone or with the model it starts from.
@@ -91,7 +92,7 @@ def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decode
         how.remat,
         how.unroll,
         rules=config.sharding_rules,
-        platform=platform or jax.default_backend(),
+        platform=platform or sharding.platform_of(jax.devices()[0]),
         attention=how.attention,
         dispatch=how.dispatch,
     )

@@ -2,19 +2,22 @@
 
 import contextlib
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_interpreter import interpreted
+from pallas_interpreter import hopper_interpreted, interpreted
 from tiny import COMPILE_FAST
 
+from flexolmo_jax import sharding
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import grouped_matmul
 
 ROWS, D, F = 150, 20, 140
-HERE = ("ragged", "blocks", "megablox")  # those that run without an accelerator
+HERE = ("ragged", "blocks", "megablox", "mosaic")  # those that run without an accelerator; the last is blocks then
+ON_HOPPER = sharding.platform_of(jax.devices()[0]) == "hopper"
 GROUP_SIZES = {
     "even": (50, 50, 50),
     "uneven": (7, 0, 143),
@@ -24,16 +27,16 @@ GROUP_SIZES = {
 }
 
 
-def random_arguments(dtype):
+def random_arguments(dtype, rows=ROWS, d=D, f=F):
     rng = np.random.default_rng(0)
-    shapes = ((ROWS, D), (3, D, F), (ROWS, F))
+    shapes = ((rows, d), (3, d, f), (rows, f))
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
 def group_by_group(x, kernels, toward, group_sizes):
     """(result, gradient of x, gradient of kernels), float64; zeros where a row is of no group."""
     x, kernels, toward = (np.float64(a) for a in (x, kernels, toward))
-    y, toward_x, toward_kernels = np.zeros((ROWS, F)), np.zeros((ROWS, D)), np.zeros_like(kernels)
+    y, toward_x, toward_kernels = np.zeros_like(toward), np.zeros_like(x), np.zeros_like(kernels)
     start = 0
     for e, size in enumerate(group_sizes):
         rows = slice(start, start + size)
@@ -83,6 +86,65 @@ def test_bfloat16_stays_bfloat16_and_is_summed_in_float32(implementation):
         assert got.dtype == jnp.bfloat16
         # Half a unit in the last of 8 binary places: only the result is rounded.
         assert np.all(np.abs(np.float64(got) - exact) <= 2**-8 * np.abs(exact) + 1e-3)
+
+
+def plain_ragged_dot(x, kernels, *, group_sizes, transpose_rhs=False, **_):
+    return jax.lax.ragged_dot(x, kernels.swapaxes(1, 2) if transpose_rhs else kernels, group_sizes)
+
+
+def plain_transposed_ragged_dot(x, toward, *, group_sizes, **_):
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
+    is_of = (group[:, None] == jnp.arange(len(group_sizes))).astype(x.dtype)
+    return jnp.einsum("RE,RD,RF->EDF", is_of, x, toward)
+
+
+@contextlib.contextmanager
+def plain_kernels():
+    """In place of those for Hopper: what is left is which of them is given what."""
+    library = "jax.experimental.pallas.ops.gpu"
+    with (
+        mock.patch(f"{library}.ragged_dot_mgpu.ragged_dot", plain_ragged_dot),
+        mock.patch(f"{library}.transposed_ragged_dot_mgpu.transposed_ragged_dot", plain_transposed_ragged_dot),
+    ):
+        yield
+
+
+@pytest.mark.parametrize(
+    "kernels_for_hopper",
+    [
+        plain_kernels,
+        pytest.param(
+            contextlib.nullcontext if ON_HOPPER else hopper_interpreted,
+            marks=pytest.mark.skipif(
+                not ON_HOPPER and jax.__version_info__ < (0, 11), reason="needs a Hopper GPU, or jax 0.11 to interpret"
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(100, 0, 200), (128, 128, 128), (0, 1, 383), (0, 0, 0)])
+def test_kernels_for_hopper_multiply_by_group(sizes, kernels_for_hopper):
+    x, kernels, toward = random_arguments(jnp.bfloat16, 3 * 256, 128, 256)
+    assert grouped_matmul.mosaic_fits(len(x), len(x), kernels.shape, x.dtype)
+    with kernels_for_hopper():
+        actual = computed("mosaic", x, kernels, toward, sizes)
+    for got, expected in zip(actual, group_by_group(x, kernels, toward, sizes), strict=True):
+        of_a_group = slice(sum(sizes) if len(got) == len(x) else None)
+        assert got.dtype == jnp.bfloat16
+        assert np.all(np.abs(np.float64(got) - expected)[of_a_group] <= 2**-8 * np.abs(expected[of_a_group]) + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "expected_rows", "kernels", "dtype", "fits"),
+    [
+        (65_536, 65_536, (4, 2048, 8192), "bfloat16", True),
+        (65_536, 65_536, (4, 2048, 8192), "float32", False),
+        (65_536, 65_536, (4, 2048, 8200), "bfloat16", False),  # not in tiles
+        (65_536, 32_768, (1, 2048, 8192), "bfloat16", False),  # half of them in vain
+        (1024, 1024, (64, 2048, 8192), "bfloat16", False),  # each expert's in a tile of its own
+    ],
+)
+def test_kernels_for_hopper_are_taken_where_they_are_faster(num_rows, expected_rows, kernels, dtype, fits):
+    assert grouped_matmul.mosaic_fits(num_rows, expected_rows, kernels, dtype) == fits
 
 
 @pytest.mark.parametrize("rows", [1, 7, 150, 1024])
@@ -138,8 +200,9 @@ def test_tiles_are_few_and_waste_little(size, most, tile):
     assert grouped_matmul._tile(size, most) == tile
 
 
-def test_only_tpus_have_a_kernel_of_their_own():
-    assert [grouped_matmul.choose(platform) for platform in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "blocks"]
+def test_tpus_and_hopper_have_kernels_of_their_own():
+    chosen = [grouped_matmul.choose(platform) for platform in ("tpu", "hopper", "gpu", "cpu")]
+    assert chosen == ["megablox", "mosaic", "blocks", "blocks"]
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):

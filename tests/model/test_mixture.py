@@ -45,6 +45,17 @@ def test_router_computes_in_float32_whatever_the_dtype_of_its_input():
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_accelerator_is_asked_for_all_bits_of_the_router():
+    """It would take TF32 or bfloat16 for float32; of the gradient's matmuls too."""
+
+    def total(x, rows):
+        return jnp.sum(route(x, rows, jnp.zeros(3), None)[0])
+
+    x, rows = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((3, 8))
+    jaxpr = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(x, rows))
+    assert jaxpr.count("dot_general[") == jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 3
+
+
 def test_biases_of_both_signs_learn_and_a_bias_of_zero_stays():
     x, row, bias = to_float32(random_router())
     slope = jax.grad(lambda bias: jnp.sum(route(x, row, bias, None)[0]))(bias)

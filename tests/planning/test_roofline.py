@@ -10,7 +10,7 @@ import pytest
 
 from flexolmo_jax.model.architecture import ANCHOR, Layout
 from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
-from flexolmo_jax.model.grouped_matmul import block_rows
+from flexolmo_jax.model.grouped_matmul import MOSAIC_TILE, block_rows
 from flexolmo_jax.planning.chips import CHIPS
 from flexolmo_jax.planning.collectives import DCN, ICI, Collective
 from flexolmo_jax.planning.program import make_program
@@ -154,6 +154,28 @@ def test_blocks_copy_kernels_and_the_last_of_each_expert_is_in_part_in_vain(leng
     needed = each * 2 * (passes + trained) * tokens / 2
     assert needed + idle == pytest.approx(computed, rel=near)
     assert idle > 0
+
+
+MOSAIC = {"compute.dispatch": "mosaic", "compute.dtype": "bfloat16", "model.d_model": 128, "model.d_ff": 256}
+
+
+def test_tiles_of_hopper_copy_nothing_and_each_expert_but_the_first_begins_in_one():
+    config = planned.config("stacked", {"data": 8}, MOSAIC | {"data.sequence_length": 2048})
+    passes, matmuls, row = 2, 3, 2 * 128 * 256
+    idle = LAYERS * matmuls * passes * row * 3 * MOSAIC_TILE
+    assert block_work(config, make_program(config, jax.devices())) == (idle, 0)
+
+
+def test_where_half_of_the_tiles_are_for_no_token_blocks_are_planned():
+    """One expert on each of four devices, and room there for all tokens, of which half choose it."""
+    mesh, values = {"expert": 4, "data": 2}, {"data.sequence_length": 2048}
+    tiles, blocks = (
+        planned.config("stacked", mesh, MOSAIC | values | {"compute.dispatch": dispatch})
+        for dispatch in ("mosaic", "blocks")
+    )
+    assert block_work(tiles, make_program(tiles, jax.devices())) == block_work(
+        blocks, make_program(blocks, jax.devices())
+    )
 
 
 def test_only_blocks_work_in_blocks():
