@@ -53,7 +53,7 @@ benchmark() {
 
 [[ $out = /* ]] || out=$PWD/$out
 cd "$root"
-run env JAX_PLATFORMS=cuda "$python" -m pytest tests/model/test_attention_accelerators.py tests/model/test_grouped_matmul.py
+run env JAX_PLATFORMS=cuda,cpu "$python" -m pytest tests/model/test_attention_accelerators.py tests/model/test_grouped_matmul.py
 benchmark expert_tiny --config=configs/expert.py:tiny --step=expert
 benchmark expert_7b --config=configs/expert.py:7b --step=expert --config.data.batch_size=2
 benchmark joint_1b --config=configs/joint.py:1b --step=joint --config.data.batch_size=8 \

@@ -1,6 +1,6 @@
 """Eight emulated devices for every test; a test that wants fewer takes the first ones.
 
-With JAX_PLATFORMS=cuda or tpu tests compute on what is there, with all bits of float32.
+With JAX_PLATFORMS=cuda,cpu or tpu,cpu tests compute on what is there, with all bits of float32.
 """
 
 import os

@@ -44,7 +44,8 @@ def test_the_gpu_is_measured_by_commands_that_make_sense(tmp_path, monkeypatch):
     printed = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     commands = [shlex.split(line) for line in printed.splitlines()]
     assert not list(tmp_path.iterdir())
-    tests = [command[3:] for command in commands if command[:3] == ["python", "-m", "pytest"]]
+    on_gpu = ["env", "JAX_PLATFORMS=cuda,cpu", "python", "-m", "pytest"]
+    tests = [command[len(on_gpu) :] for command in commands if command[: len(on_gpu)] == on_gpu]
     assert all((LAUNCH.parent / path).exists() for paths in tests for path in paths)
 
     models = []

@@ -50,9 +50,9 @@ def keep_likeliest(logits_BxV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array
 
 
 def _draw(logits_BxV: jax.Array, how: Sampling, position_B: jax.Array) -> jax.Array:
-    logits_BxV = logits_BxV / jnp.maximum(how.temperature_B, jnp.finfo(jnp.float32).tiny)[:, None]
-    # Logits may have become infinite; against the largest, set to 0, they are minus infinity at worst.
+    # The largest stays 0, whatever the temperature; the others become minus infinity at worst.
     logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
+    logits_BxV = logits_BxV / jnp.maximum(how.temperature_B, jnp.finfo(jnp.float32).tiny)[:, None]
     narrow = jnp.any((how.top_k_B > 0) | (how.top_p_B < 1))
     logits_BxV = jax.lax.cond(narrow, keep_likeliest, lambda x, *_: x, logits_BxV, how.top_k_B, how.top_p_B)
 
