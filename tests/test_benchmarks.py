@@ -1,6 +1,7 @@
 """The benchmarks, on models of a few thousand parameters."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -31,3 +32,13 @@ def test_merging_is_compared_with_copying_as_many_bytes(tmp_path):
             figures["seconds"] / (figures["copy_seconds"] + figures["read_seconds"])
         )
         assert f"{figures['verb']} of 3" in done.stdout
+
+
+def test_kernels_are_measured_beside_a_plain_matmul():
+    sizes = dict(rows=256, experts=3, d_model=64, d_ff=96, batch=1, length=128, heads=2, head_dim=16, runs=1)
+    arguments = [f"--{name}={size}" for name, size in sizes.items()]
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr
+    for row in ("matmul", "grouped: ragged", "grouped: blocks", "blockwise, documents: 1", "blockwise, documents: 8"):
+        assert row in done.stdout

@@ -59,7 +59,8 @@ def test_the_gpu_is_measured_by_commands_that_make_sense(tmp_path, monkeypatch):
     verbs = [command[3:] for command in commands if command[:3] == ["python", "-m", "flexolmo_jax"]]
     for verb in verbs:
         assert small.flexolmo(*verb).status == 0, verb
-    assert len(tests) + len(verbs) == len(commands)
+    assert commands[len(tests)] == ["python", "benchmarks/kernels.py"]
+    assert len(tests) + 1 + len(verbs) == len(commands)
     sizes = [(model.layout, model.architecture.d_model, model.compute.dtype) for model in models]
     assert sizes == [
         (PAIR, 128, "float32"),
