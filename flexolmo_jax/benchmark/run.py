@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from flexolmo_jax.benchmark.processes import Process
 from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.training.inputs import build_model
+from flexolmo_jax.training.inputs import ANY_PLATFORM, build_model
 from flexolmo_jax.training.partition import PARTITIONS
 
 OURS = "flexolmo"
@@ -71,7 +71,7 @@ def prepared(config: ConfigDict, step: str) -> dict[str, Any]:
     if step == "decode":
         config.data.accumulate = 1  # of training steps alone
     config.partition = PARTITIONS.get(step, PARTITIONS["joint"])
-    build_model(config, platform="cpu")  # to check it; the devices are for the workers
+    build_model(config, ANY_PLATFORM)  # to check it; the devices are for the workers
     return json.loads(config.to_json())
 
 

@@ -104,17 +104,15 @@ def _sorted_experts(
         x_RxD = checkpoint_name(x_RxD, KEPT)
 
     def matmul(x, leaf):
-        return grouped_matmul.grouped_matmul(x, experts[leaf], group_sizes_E, implementation, expected_rows)
+        y = grouped_matmul.grouped_matmul(x, experts[leaf], group_sizes_E, implementation, expected_rows)
+        return checkpoint_name(y, KEPT)
 
-    # Not the matmuls' own results are kept: XLA would have a GPU's kernel write each twice, once to where it is kept.
     with jax.named_scope("experts"):
-        gate_RxF, up_RxF = (
-            checkpoint_name(jnp.where(is_grouped_Rx1, matmul(x_RxD, leaf), 0), KEPT) for leaf in ("gate", "up")
-        )
+        gate_RxF, up_RxF = (jnp.where(is_grouped_Rx1, matmul(x_RxD, leaf), 0) for leaf in ("gate", "up"))
         y_RxD = matmul(jnp.where(is_grouped_Rx1, swiglu(gate_RxF, up_RxF), 0), "down")
     with jax.named_scope("combine"):
         y_NxKxD = _take_rows(y_RxD, place_NxK.reshape(-1), order_R[:, None]).reshape(*weights_NxK.shape, -1)
-        y_NxKxD = checkpoint_name(jnp.where(expert_NxK[..., None] < num_experts, y_NxKxD, 0), KEPT)
+        y_NxKxD = jnp.where(expert_NxK[..., None] < num_experts, y_NxKxD, 0)
         return jnp.sum(y_NxKxD.astype(jnp.float32) * weights_NxK[..., None], axis=1)
 
 

@@ -7,7 +7,6 @@ The implementations, and what the compiled program of a step with gradients show
 - `megablox` (Pallas, part of JAX): kernels for TPUs, forward and backward; tiles without rows are not visited.
 - `mosaic` (Pallas, part of JAX): kernels for Hopper GPUs, forward and backward; tiles without rows cost as much as any.
 - `blocks`: block after block of rows, each a plain matmul, on any device. At most a block a group is in vain.
-- `tokamax` (Pallas, a library that is not required): kernels for GPUs, forward and backward, tuned for few shapes.
 """
 
 import functools
@@ -16,8 +15,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-
-from flexolmo_jax.errors import UserError
 
 MEGABLOX_TILE = (512, 1024, 1024)  # at most: rows, contracted dimension, columns; fits the 16 MiB of VMEM twice
 BLOCK_ROWS = 64  # a block's are a multiple of these
@@ -70,16 +67,6 @@ def _tile(size: int, most: int) -> int:
     return -(-size // -(-size // most) // 128) * 128
 
 
-def _tokamax(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, _: int) -> jax.Array:
-    try:
-        import tokamax
-    except ImportError:
-        raise UserError(
-            "--config.compute.dispatch=tokamax: not installed; pip install tokamax, or use blocks"
-        ) from None
-    return tokamax.ragged_dot(x_RxD, kernels_ExDxF, group_sizes_E)
-
-
 def _mosaic(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array, expected_rows: int) -> jax.Array:
     if mosaic_fits(x_RxD.shape[0], expected_rows, kernels_ExDxF.shape, x_RxD.dtype):
         return _in_tiles(x_RxD, kernels_ExDxF, group_sizes_E)
@@ -108,7 +95,8 @@ def _multiply_tiles(
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
     how = {"grid_block_n": 8, "transpose_rhs": transposed, **MOSAIC_STEPS}
-    return ragged_dot(x_RxD, kernels, group_sizes=group_sizes_E, **how)
+    # Without a barrier XLA has a kernel compute its result twice, once to where the backward pass will find it.
+    return jax.lax.optimization_barrier(ragged_dot(x_RxD, kernels, group_sizes=group_sizes_E, **how))
 
 
 def _in_tiles_forward(x_RxD, kernels_ExDxF, group_sizes_E):
@@ -224,7 +212,6 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.
     "ragged": _ragged,
     "megablox": _megablox,
     "mosaic": _mosaic,
-    "tokamax": _tokamax,
     "blocks": _blocks,
 }
 

@@ -29,6 +29,14 @@ _CHOICES = {
     ("compute", "dispatch"): ("auto", *DISPATCH),
     ("optimizer", "schedule"): ("cosine", "wsd"),
 }
+# Kernels that compile for devices of some platforms alone.
+_PLATFORMS = {
+    "cudnn": ("gpu", "hopper"),
+    "splash": ("tpu",),
+    "megablox": ("tpu",),
+    "mosaic": ("hopper",),
+}
+ANY_PLATFORM = "any"
 _POSITIVE = (
     ("data", "sequence_length"),
     ("data", "batch_size"),
@@ -71,12 +79,15 @@ class Inputs(NamedTuple):
 def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decoder, directories.Model | None]:
     """The decoder a configuration describes, and the manifest of the model it starts from, if any.
 
-    `platform` (`sharding.platform_of`) is that of the devices that will compute, by default of those that are here.
+    `platform` (`sharding.platform_of`) is that of the devices that will compute, by default of those that are here;
+    with `ANY_PLATFORM` the decoder is good for its shapes alone.
 
     Raises:
       UserError: a value makes no sense, alone or with the model it starts from.
     """
     _check_values(config)
+    platform = platform or sharding.platform_of(jax.devices()[0])
+    _check_kernels(config, platform)
     manifest = directories.Model.read(config.start_from, flag="--config.start_from") if config.start_from else None
     if config.expert:
         _check_expert(config, manifest)
@@ -92,7 +103,7 @@ def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decode
         how.remat,
         how.unroll,
         rules=config.sharding_rules,
-        platform=platform or sharding.platform_of(jax.devices()[0]),
+        platform=platform,
         attention=how.attention,
         dispatch=how.dispatch,
     )
@@ -156,6 +167,17 @@ def _training_corpora(config: ConfigDict) -> list[tuple[list[Corpus], float]]:
             )
         groups.append(([Corpus.open(public)], data.public_share))
     return groups
+
+
+def _check_kernels(config: ConfigDict, platform: str) -> None:
+    for key in ("attention", "dispatch"):
+        kernel = config.compute[key]
+        platforms = _PLATFORMS.get(kernel, (platform,))
+        if platform not in (*platforms, ANY_PLATFORM):
+            raise UserError(
+                f"--config.compute.{key}={kernel}: has kernels for {' and '.join(platforms)}, and the devices are "
+                f"{platform}; leave it at auto"
+            )
 
 
 def _check_values(config: ConfigDict) -> None:

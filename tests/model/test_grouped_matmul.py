@@ -1,7 +1,6 @@
 """Grouped matmul and its gradients against one matmul for each group."""
 
 import contextlib
-import sys
 from unittest import mock
 
 import jax
@@ -12,7 +11,6 @@ from pallas_interpreter import hopper_interpreted, interpreted
 from tiny import COMPILE_FAST
 
 from flexolmo_jax import sharding
-from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import grouped_matmul
 
 ROWS, D, F = 150, 20, 140
@@ -203,9 +201,3 @@ def test_tiles_are_few_and_waste_little(size, most, tile):
 def test_tpus_and_hopper_have_kernels_of_their_own():
     chosen = [grouped_matmul.choose(platform) for platform in ("tpu", "hopper", "gpu", "cpu")]
     assert chosen == ["megablox", "mosaic", "blocks", "blocks"]
-
-
-def test_a_library_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokamax", None)
-    with pytest.raises(UserError, match=r"--config.compute.dispatch=tokamax: not installed; .* use blocks"):
-        computed("tokamax", *random_arguments(jnp.float32), GROUP_SIZES["even"])

@@ -38,6 +38,8 @@ EXPERT = {"start_from": "{}/anchor", "expert": "news", "data__public": "{}/corpu
 ANCHOR_REFUSALS = {
     "compute.dtype": ("float16", "must be one of float32, bfloat16"),
     "compute.frozen_dtype": ("int8", "must be one of float32, bfloat16"),
+    "compute.attention": ("splash", "has kernels for tpu, and the devices are cpu"),
+    "compute.dispatch": ("mosaic", "has kernels for hopper, and the devices are cpu"),
     "compute.remat": ("some", "must be one of none, dots, feed_forward, kernels, full"),
     "optimizer.schedule": ("linear", "must be one of cosine, wsd"),
     "data.sequence_length": (0, "must be at least 1"),
