@@ -19,7 +19,7 @@ import jax.numpy as jnp
 MEGABLOX_TILE = (512, 1024, 1024)  # at most: rows, contracted dimension, columns; fits the 16 MiB of VMEM twice
 BLOCK_ROWS = 64  # a block's are a multiple of these
 MOSAIC_TILE = 128  # rows, and columns
-MOSAIC_STEPS = {"block_m": MOSAIC_TILE, "block_n": MOSAIC_TILE, "block_k": 64, "max_concurrent_steps": 4}
+MOSAIC_TILING = {"block_m": MOSAIC_TILE, "block_n": MOSAIC_TILE, "block_k": 64, "max_concurrent_steps": 4}
 MOSAIC_VISITS = 1.5  # rows of visited tiles, of those that are expected: with more, blocks take less time
 COPY_ROWS = 800  # an H200 multiplies about so many by a kernel while it copies one, on average over both passes
 
@@ -94,7 +94,7 @@ def _multiply_tiles(
 ) -> jax.Array:
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
-    how = {"grid_block_n": 8, "transpose_rhs": transposed, **MOSAIC_STEPS}
+    how = {"grid_block_n": 8, "transpose_rhs": transposed, **MOSAIC_TILING}
     # Without a barrier XLA has a kernel compute its result twice, once to where the backward pass will find it.
     return jax.lax.optimization_barrier(ragged_dot(x_RxD, kernels, group_sizes=group_sizes_E, **how))
 
@@ -108,7 +108,7 @@ def _in_tiles_backward(saved, toward_RxF):
 
     x_RxD, kernels_ExDxF, group_sizes_E = saved
     toward_RxD = _multiply_tiles(toward_RxF, kernels_ExDxF, group_sizes_E, transposed=True)
-    toward_ExDxF = transposed_ragged_dot(x_RxD, toward_RxF, group_sizes=group_sizes_E, grid_block_n=4, **MOSAIC_STEPS)
+    toward_ExDxF = transposed_ragged_dot(x_RxD, toward_RxF, group_sizes=group_sizes_E, grid_block_n=4, **MOSAIC_TILING)
     return toward_RxD, toward_ExDxF, None
 
 
