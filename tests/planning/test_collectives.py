@@ -135,6 +135,7 @@ def test_reads_groups_in_all_syntaxes(groups, group):
     [
         (f"({ARRAY}, f32[256,8]{{1,0}}) all-gather-start(%p), {GROUPS}", "all-gather", 8192 * 3 / 4),
         (f"{ARRAY} all-reduce-start(%p), {GROUPS}", "all-reduce", 2 * 2048 * 3 / 4),
+        (f"(({ARRAY}), {ARRAY}) all-reduce-start(%p), {GROUPS}", "all-reduce", 2 * 2048 * 3 / 4),
         (f"(({ARRAY}), bf16[16,8]{{1,0}}, u32[]{{:S(2)}}) reduce-scatter-start(%p), {GROUPS}", "reduce-scatter", 768),
         (f"(s32[4]{{0}}, pred[8]{{0}}, s4[3]{{0}}) all-reduce(%a, %b, %c), {GROUPS}", "all-reduce", 2 * 26 * 3 / 4),
         (f"f32[900] ragged-all-to-all(%p, %q, %r), channel_id=1, {LISTED}", "ragged-all-to-all", 2048 * 3 / 4),
