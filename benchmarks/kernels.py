@@ -5,7 +5,7 @@
 The grouped matmul of `--rows` rows, divided unevenly among `--experts` experts, by each implementation that is made for
 the device, beside one plain matmul of all rows; and causal attention of `--batch` rows of `--length` tokens, of one
 document and of eight. bfloat16. Times are means of `--runs` calls after one; FLOPs are those that are needed: of
-attention what is visible to a single document.
+attention what is visible to a single document. `mosaic` is `blocks` where its tiles do not fit.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Runs Pallas kernels, which only accelerators compile, by an interpreter."""
+"""Runs Pallas kernels, which only accelerators compile, by an interpreter, or by plain functions in their place."""
 
 import contextlib
 from unittest import mock
 
 import jax
-from jax._src.pallas.mosaic_gpu.interpret import params
+import jax.numpy as jnp
 from jax.experimental import pallas
 
 
@@ -20,7 +20,31 @@ def interpreted():
 
 @contextlib.contextmanager
 def hopper_interpreted():
-    """Within it Pallas kernels for Hopper GPUs that are traced are interpreted, as if there were one."""
+    """Within it Pallas kernels for Hopper GPUs that are traced are interpreted, as if there were one; from jax 0.11."""
+    from jax.experimental.pallas.mosaic_gpu import force_gpu_interpret_mode
+
     gpu = mock.Mock(core_count=2)
-    with params.force_gpu_interpret_mode(), mock.patch.object(jax, "devices", return_value=[gpu]):
+    with force_gpu_interpret_mode(), mock.patch.object(jax, "devices", return_value=[gpu]):
         yield
+
+
+@contextlib.contextmanager
+def hopper_stand_ins():
+    """Within it plain functions compute what JAX's grouped matmuls for Hopper GPUs do: anything in rows of no group."""
+    library = "jax.experimental.pallas.ops.gpu"
+    with (
+        mock.patch(f"{library}.ragged_dot_mgpu.ragged_dot", _ragged_dot),
+        mock.patch(f"{library}.transposed_ragged_dot_mgpu.transposed_ragged_dot", _transposed_ragged_dot),
+    ):
+        yield
+
+
+def _ragged_dot(x, kernels, *, group_sizes, transpose_rhs=False, **_):
+    y = jax.lax.ragged_dot(x, kernels.swapaxes(1, 2) if transpose_rhs else kernels, group_sizes)
+    return jnp.where((jnp.arange(len(x)) < group_sizes.sum())[:, None], y, jnp.nan)
+
+
+def _transposed_ragged_dot(x, toward, *, group_sizes, **_):
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
+    is_of = (group[:, None] == jnp.arange(len(group_sizes))).astype(x.dtype)
+    return jnp.einsum("RE,RD,RF->EDF", is_of, x, toward)

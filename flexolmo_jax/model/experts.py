@@ -17,7 +17,8 @@ KERNEL_AXES = {"gate": ("expert_embed", "mlp"), "up": ("expert_embed", "mlp"), "
 KEPT = "experts"
 KEEP = jax.checkpoint_policies.save_only_these_names(KEPT)
 FEW_TOKENS = 16
-# What a chosen expert costs, in readings of its kernels: blocks copy them, and waiting for the host takes as long.
+# What a chosen expert costs, in readings of its kernels: blocks copy them, and waiting for the host takes as long;
+# `mosaic` leaves few rows to blocks.
 READINGS = {"loop": 1, "blocks": 5, "mosaic": 5}
 
 

@@ -1,11 +1,12 @@
 """Grouped matmul: the rows of x come in groups, and each group is multiplied by a kernel of its own.
 
-The implementations, and what the compiled program of a step with gradients showed of them (jax 0.10.2):
+The implementations, and what the compiled program of a step with gradients showed of them:
 
 - `ragged` (`jax.lax.ragged_dot`): for TPUs a kernel, but the gradient of the kernels is dense, so that the FLOPs grow
   with the number of groups. For NVIDIA GPUs, and for CPUs, all of it is dense.
 - `megablox` (Pallas, part of JAX): kernels for TPUs, forward and backward; tiles without rows are not visited.
-- `mosaic` (Pallas, part of JAX): kernels for Hopper GPUs, forward and backward; tiles without rows cost as much as any.
+- `mosaic` (Pallas, part of JAX): kernels for Hopper GPUs, forward and backward; tiles without rows cost as much as any,
+  but for the kernels' gradient.
 - `blocks`: block after block of rows, each a plain matmul, on any device. At most a block a group is in vain.
 """
 
@@ -36,8 +37,9 @@ def grouped_matmul(
     Args:
       x_RxD: rows, those of group 0 first, then those of group 1, and so on.
       kernels_ExDxF: one kernel a group, in the dtype of x.
-      group_sizes_E: int32, rows of each group, at most R together. Rows beyond are of no group: what stands there,
-        in the result and in the gradient of x, is undefined.
+      group_sizes_E: int32, rows of each group, at most R together. Rows beyond are of no group: what stands there
+        in x, and in the gradient of the result, must be finite; in the result, and in the gradient of x, it is
+        undefined.
       implementation: a key of `IMPLEMENTATIONS`.
       expected_rows: how many rows are of a group, about; by default all. It changes no result.
 
@@ -76,11 +78,11 @@ def _mosaic(x_RxD: jax.Array, kernels_ExDxF: jax.Array, group_sizes_E: jax.Array
 def mosaic_fits(num_rows: int, expected_rows: int, kernels: Sequence[int], dtype: jnp.dtype) -> bool:
     """Whether the kernels for Hopper take such rows and kernels [E, D, F], and are faster than blocks.
 
-    They visit every tile of rows, and a tile of several groups once for each.
+    But for the kernels' gradient they visit every tile of rows, and a tile of several groups once for each.
     """
     num_groups, *sizes = kernels
     visited = num_rows + (num_groups - 1) * MOSAIC_TILE
-    takes = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and not any(size % MOSAIC_TILE for size in sizes)
+    takes = jnp.dtype(dtype) == jnp.bfloat16 and not any(size % MOSAIC_TILE for size in sizes)
     return takes and visited <= MOSAIC_VISITS * expected_rows
 
 

@@ -16,7 +16,7 @@ that all else is fused with these. So a device moves in a step of A parts, T tok
     logits        T       in float32, written and read; their gradient written and read twice
 
 where P is 3 for what `computed_again` says, and else 2: forward and backward. `block_work` says what is added where
-stacked experts are computed in blocks of rows, as on GPUs.
+stacked experts are computed in blocks or tiles of rows, as on GPUs.
 
 Sources of rates and of what collectives send: `chips` and `collectives`.
 """
@@ -47,7 +47,7 @@ class Roofline(NamedTuple):
     Attributes:
       flops: FLOPs that the step needs, on this device.
       recomputed_flops: those computed again for the backward pass.
-      idle_flops: those of blocks of experts' rows that no token needs.
+      idle_flops: those of blocks, or tiles, of experts' rows that no token needs.
       hbm_bytes: bytes that go through its memory.
       sent_bytes: bytes that it sends to other devices; None where the program does not compile.
       compute_seconds: all of these FLOPs at the chip's bfloat16 rate.
@@ -113,7 +113,7 @@ def network_seconds(one: Collective, program: Program, chip: Chip, torus: Sequen
 
 
 def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
-    """What a device does in a step for blocks of stacked experts' rows (`grouped_matmul`) beyond what the rows need.
+    """What a device does in a step for blocks, or tiles, of stacked experts' rows (`grouped_matmul`) beyond their need.
 
     For each matmul a block reads its kernel, writes it and reads it again. For the kernel's gradient its product is
     written, the sum so far read and written, and both are read to write their sum, in float32. Of m rows of an expert

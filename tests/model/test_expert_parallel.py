@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mixtures import masked_sum
+from pallas_interpreter import hopper_stand_ins
 from tiny import COMPILE_FAST, assert_trees_close
 
 from configs.base import SHARDING_RULES
 from flexolmo_jax import sharding
+from flexolmo_jax.model import grouped_matmul
 from flexolmo_jax.model.expert_parallel import stacked_experts
 from flexolmo_jax.model.experts import KERNEL_AXES
 from flexolmo_jax.model.mixture import chosen_weights
@@ -103,14 +105,16 @@ def test_devices_share_experts_and_tokens_without_changing_any(case, sizes):
         assert gradient.sharding.is_equivalent_to(arguments[0][leaf].sharding, gradient.ndim), leaf
 
 
-@pytest.mark.parametrize("dispatch", ["loop", "ragged", "all"])
-def test_every_dispatch_can_be_shared(dispatch):
+@pytest.mark.parametrize("dispatch", ["loop", "ragged", "all", "mosaic"])
+def test_every_dispatch_can_be_shared(monkeypatch, dispatch):
+    monkeypatch.setattr(grouped_matmul, "mosaic_fits", lambda *_: True)
     arguments = random_arguments("even")
     expected = compiled(one_after_another if dispatch != "all" else spread("all"), arguments)(*arguments)
     mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         arguments = shards(mesh, *arguments)
-        actual = compiled(spread(dispatch), arguments)(*arguments)
+        with hopper_stand_ins():
+            actual = compiled(spread(dispatch), arguments)(*arguments)
     assert_trees_close(actual, jax.device_get(expected), 1e-5)
 
 
