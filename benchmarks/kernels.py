@@ -2,10 +2,10 @@
 
     python benchmarks/kernels.py --rows 65536 --experts 4 --d_model 2048 --d_ff 8192
 
-The grouped matmul of `--rows` rows, divided unevenly among `--experts` experts, by each implementation that is made for
-the device, beside one plain matmul of all rows; and causal attention of `--batch` rows of `--length` tokens, of one
-document and of eight. bfloat16. Times are means of `--runs` calls after one; FLOPs are those that are needed: of
-attention what is visible to a single document. `mosaic` is `blocks` where its tiles do not fit.
+The grouped matmul of `--rows` rows, divided unevenly among `--experts` experts, in the ways that all devices have and the
+one that is chosen for this device, beside one plain matmul of all rows; and causal attention of `--batch` rows of
+`--length` tokens, of one document and of eight. bfloat16. Times are means of `--runs` calls after one; FLOPs are those
+that are needed: of attention what is visible to a single document. `mosaic` is `blocks` where its tiles do not fit.
 """
 
 import argparse
@@ -20,12 +20,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from flexolmo_jax import sharding
-from flexolmo_jax.model.attention_kernels import KERNELS
-from flexolmo_jax.model.grouped_matmul import grouped_matmul
+from flexolmo_jax.model import attention_kernels, grouped_matmul
 
-GROUPED = {"cpu": ("ragged", "blocks"), "gpu": ("ragged", "blocks"), "tpu": ("ragged", "blocks", "megablox")}
-GROUPED["hopper"] = (*GROUPED["gpu"], "mosaic")
-ATTENTION = {"cpu": ("blockwise",), "gpu": ("cudnn",), "hopper": ("cudnn",), "tpu": ("splash",)}
+ANYWHERE = ("ragged", "blocks")  # grouped matmuls for all devices
 DOCUMENTS = (1, 8)
 
 
@@ -62,10 +59,10 @@ def _grouped(options: argparse.Namespace, platform: str) -> Iterator[tuple]:
     sizes_E = jnp.asarray(rng.multinomial(options.rows, rng.dirichlet([20] * options.experts)), jnp.int32)
     flops = 2 * options.rows * options.d_model * options.d_ff
     yield "matmul", flops, jnp.matmul, (x_RxD, kernels_ExDxF[0], toward_RxF)
-    for name in GROUPED[platform]:
+    for name in dict.fromkeys((*ANYWHERE, grouped_matmul.choose(platform))):
 
         def multiply(x_RxD, kernels_ExDxF, name=name):
-            return grouped_matmul(x_RxD, kernels_ExDxF, sizes_E, name)
+            return grouped_matmul.grouped_matmul(x_RxD, kernels_ExDxF, sizes_E, name)
 
         yield f"grouped: {name}", flops, multiply, (x_RxD, kernels_ExDxF, toward_RxF)
 
@@ -75,12 +72,12 @@ def _attention(options: argparse.Namespace, platform: str) -> Iterator[tuple]:
     shape = (options.batch, options.length, options.heads, options.head_dim)
     arguments = _random(shape, shape, shape, shape)
     flops = 2 * options.batch * options.heads * options.length**2 * options.head_dim
-    for name in ATTENTION[platform]:
-        for documents in DOCUMENTS:
-            segment_ids_S = 1 + jnp.arange(options.length) * documents // options.length
-            segment_ids_BxS = jnp.broadcast_to(segment_ids_S, shape[:2])
-            attend = functools.partial(KERNELS[name], segment_ids_BxS=segment_ids_BxS)
-            yield f"{name}, documents: {documents}", flops, attend, arguments
+    name = attention_kernels.choose(platform)
+    for documents in DOCUMENTS:
+        segment_ids_S = 1 + jnp.arange(options.length) * documents // options.length
+        segment_ids_BxS = jnp.broadcast_to(segment_ids_S, shape[:2])
+        attend = functools.partial(attention_kernels.KERNELS[name], segment_ids_BxS=segment_ids_BxS)
+        yield f"{name}, documents: {documents}", flops, attend, arguments
 
 
 def _random(*shapes: tuple[int, ...]) -> list[jax.Array]:
