@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py --rows 65536 --experts 4 --d_model 2048 --d_ff 8192
 
-The grouped matmul of `--rows` rows, divided unevenly among `--experts` experts, in the ways that all devices have and the
-one that is chosen for this device, beside one plain matmul of all rows; and causal attention of `--batch` rows of
+The grouped matmul of `--rows` rows, divided unevenly among `--experts` experts, in the ways that all devices have and
+the one that is chosen for this device, beside one plain matmul of all rows; and causal attention of `--batch` rows of
 `--length` tokens, of one document and of eight. bfloat16. Times are means of `--runs` calls after one; FLOPs are those
 that are needed: of attention what is visible to a single document. `mosaic` is `blocks` where its tiles do not fit.
 """
