@@ -13,13 +13,9 @@ from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.errors import UserError
 
 WORKER = "flexolmo_jax.benchmark.worker"
-# For glibc's allocator, both in huge pages (docs/performance.md): this program as its users are told to run it, whose
-# steps give their temporary memory back; transformers as it is fastest, keeping what its many tensors free. What the
-# caller's environment says of the allocator would make one side slower than the other, so it does not count.
-_ALLOCATOR = {
-    "flexolmo": {"hugetlb": 1},
-    "transformers": {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**33, "arena_max": 1},
-}
+# Both sides alike, and as this program's users are told to run it (docs/performance.md): memory in huge pages. What the
+# caller's environment says instead holds for both, too.
+_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Process:
@@ -29,14 +25,13 @@ class Process:
         """Starts it; it takes some seconds to import what it needs."""
         self._label = f"--step={spec.step}, {spec.side}"
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  what libraries print; its last line tells of a failure
-        tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in _ALLOCATOR[spec.side].items())
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, "GLIBC_TUNABLES": tunables},
+            env={**_ENVIRONMENT, **os.environ},
         )
         self._send(json.dumps(dataclasses.asdict(spec)))
 
