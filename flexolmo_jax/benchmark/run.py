@@ -46,7 +46,8 @@ def benchmark(
 
     Returns:
       For each step {"step", "sides": {side: figures}, "left_out": {side: why}}. Figures are a worker's answers, a list
-      where it was asked in each run ("seconds", "token_seconds", "limit"), and what `_summary` makes of them.
+      where it was asked in each run ("seconds", "token_seconds", "limit"), "seconds_of_ours" of the runs taken in turns
+      with it, and what `_summary` makes of them.
 
     Raises:
       UserError: the configuration does not fit a step, or a step does not fit the machine.
@@ -97,12 +98,16 @@ def _specs(step: str, config: dict[str, Any], versus: bool) -> dict[str, Spec]:
 
 
 def _measure(specs: Mapping[str, Spec], runs: int, say: Callable[[str], None]) -> Figures:
-    """All figures of a step."""
+    """All figures of a step.
+
+    On the host ours takes turns with one of the others after another, so that two at most hold memory; a device is held
+    by one at a time.
+    """
     step = specs[OURS].step
     sides: dict[str, Figures] = {}
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        together: dict[str, Process] = {}
+        beside: dict[str, Process] = {}
         for name, spec in specs.items():
             say(f"{step}: {name} compiles")
             process = Process(spec)
@@ -111,19 +116,20 @@ def _measure(specs: Mapping[str, Spec], runs: int, say: Callable[[str], None]) -
                 # Memory right then, before what is measured of the machine takes some.
                 built = process.ask("build", None if name == OURS else PATIENCE) | process.ask("memory")
                 if name != OURS:
-                    _check_pace(built, process, [sides[other] for other in together if other != OURS])
+                    _check_pace(built, process, [figures for other, figures in sides.items() if other != OURS])
             except UserError as error:
                 if name == OURS:
                     raise
                 process.close()
                 left_out[name] = str(error)
                 continue
-            sides[name], together[name] = built, process
-            if built["platform"] != "cpu":  # one process at a time holds a device
-                _rounds(step, together, sides, runs, say)
-                together.clear()
+            sides[name] = built
+            _rounds(step, {**beside, name: process}, sides, runs, say)
+            built["seconds_of_ours"] = sides[OURS]["seconds"][-runs:]
+            if name == OURS and built["platform"] == "cpu":
+                beside[name] = process
+            else:
                 process.close()
-        _rounds(step, together, sides, runs, say)
     return {"step": step, "sides": {name: _summary(figures) for name, figures in sides.items()}, "left_out": left_out}
 
 
@@ -159,12 +165,13 @@ def _summary(figures: Figures) -> Figures:
     """Figures with what follows from their medians.
 
     "step_seconds" is a training step's time, or that of decoding a token for each row; "tokens_per_second" counts
-    those of a batch, or those that a whole generation writes; "share_of_limit" compares the step's FLOP/s or, of
-    decoding, its bytes/s with the machine's.
+    those of a batch, or those that a whole generation writes; "ratio" is ours to it of tokens/s, in the runs that were
+    taken in turns; "share_of_limit" compares the step's FLOP/s or, of decoding, its bytes/s with the machine's.
     """
     seconds = statistics.median(figures["seconds"])
     step = statistics.median(figures.get("token_seconds", figures["seconds"]))
-    summary = {"tokens_per_second": figures["tokens"] / seconds}
+    ratio = seconds / statistics.median(figures["seconds_of_ours"])
+    summary = {"tokens_per_second": figures["tokens"] / seconds, "ratio": ratio}
     if "limit" in figures:
         rate = figures.get("bytes", figures["flops"]) / step
         summary["step_seconds"] = step

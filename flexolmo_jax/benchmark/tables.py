@@ -41,13 +41,17 @@ def versus_table(result: Figures) -> Table:
     """
     sides, memory = dict(result["sides"]), _memory([result])
     ours = sides.pop(OURS)
-    rates = {"tokens/s": lambda side: side["tokens_per_second"]}
-    rates |= {title: lambda side, key=key: side[key] / GIB for title, key in memory.items()}
-    table = plain_table(result["step"], [column for title in rates for column in (title, "ours / it")])
-    table.add_row(OURS, *(cell for rate in rates.values() for cell in (f"{rate(ours):,.2f}", "")))
-    for name, side in sorted(sides.items(), key=lambda item: -item[1]["tokens_per_second"]):
-        ratios = ((f"{rate(side):,.2f}", f"{rate(ours) / rate(side):.2f}") for rate in rates.values())
-        table.add_row(Text(f"transformers, {name}"), *itertools.chain(*ratios))
+    table = plain_table(result["step"], [column for title in ("tokens/s", *memory) for column in (title, "ours / it")])
+
+    def add(label: Text | str, side: Figures, is_ours: bool = False) -> None:
+        values = [(side["tokens_per_second"], side["ratio"])]
+        values += [(side[key] / GIB, ours[key] / side[key]) for key in memory.values()]
+        cells = ((f"{value:,.2f}", "" if is_ours else f"{ratio:.2f}") for value, ratio in values)
+        table.add_row(label, *itertools.chain(*cells))
+
+    add(OURS, ours, is_ours=True)
+    for name, side in sorted(sides.items(), key=lambda item: item[1]["ratio"]):
+        add(Text(f"transformers, {name}"), side)
     return table
 
 

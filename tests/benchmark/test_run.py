@@ -60,15 +60,32 @@ def measure(accumulate=1):
     return result
 
 
-def test_on_the_host_sides_take_turns(asked):
+def test_on_the_host_ours_takes_turns_with_one_after_the_other(asked):
     log, _ = asked
     result = measure()
-    turn = [("flexolmo", "limit"), ("flexolmo", "step"), ("eager", "step"), ("grouped_mm", "step")]
-    first = log.index(turn[0])
-    assert log[first : first + 8] == turn * 2
-    assert result["sides"]["flexolmo"]["seconds"] == [1.0, 1.0]
+    ours = [("flexolmo", "limit"), ("flexolmo", "step")]
+    for name in ("eager", "grouped_mm"):
+        first = log.index((name, "memory")) + 1
+        assert log[first : first + 7] == [*ours, (name, "step")] * 2 + [(name, "close")]
+    assert result["sides"]["flexolmo"]["seconds"] == [1.0] * 6
     assert result["sides"]["flexolmo"]["share_of_limit"] == 0.8
     assert {name for name, request in log if request == "close"} == set(SECONDS)
+
+
+def test_a_ratio_is_of_the_runs_in_turns(asked, monkeypatch):
+    """The machine slows down while one side is measured: that is no gain of the others'."""
+    log, process = asked
+    ask = process.ask
+
+    def slowing(self, request, patience=None):
+        answer = ask(self, request, patience)
+        slow = request == "step" and ("grouped_mm", "start") in log and ("grouped_mm", "close") not in log
+        return 3 * answer if slow else answer
+
+    monkeypatch.setattr(process, "ask", slowing)
+    sides = measure()["sides"]
+    assert sides["grouped_mm"]["seconds_of_ours"] == [3.0, 3.0]
+    assert [sides[name]["ratio"] for name in ("flexolmo", "eager", "grouped_mm")] == pytest.approx([1, 2, 1.6])
 
 
 def test_what_is_ten_times_as_slow_is_left_out_at_once(asked):
@@ -76,7 +93,7 @@ def test_what_is_ten_times_as_slow_is_left_out_at_once(asked):
     result = measure()
     assert result["sides"].keys() == {"flexolmo", "eager", "grouped_mm"}
     assert result["left_out"] == {"batched_mm": "more than 10 times as slow as another"}
-    assert log.index(("batched_mm", "close")) < log.index(("flexolmo", "limit"))
+    assert log[-2:] == [("batched_mm", "close"), ("flexolmo", "close")]
 
 
 def test_where_ours_takes_rows_in_parts_others_take_them_at_once_and_in_parts(asked, monkeypatch):
