@@ -92,7 +92,7 @@ def _losses(hidden_BxPxD, targets_BxP, mask_BxP, head_DxV, z_weight):
     """(the losses of a piece, (exponentials of its logits less the largest, their sum, the log partition function)).
 
     The gradient takes the exponentials too, so that they are computed for themselves: XLA's library of reductions for
-    CPUs would take five times as long for them.
+    CPUs would take four times as long for them.
     """
     logits_BxPxV = jnp.einsum("BPD,DV->BPV", hidden_BxPxD, head_DxV, preferred_element_type=jnp.float32)
     largest_BxP = jnp.max(logits_BxPxV, axis=-1)
