@@ -87,11 +87,17 @@ def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
     assert sides.keys() == {"flexolmo", "eager", "batched_mm"}
     assert "no_such" in result["left_out"]["no_such"]
     assert "transformers, no_such is left out: " in out
-    ours, best = sides.pop("flexolmo"), max(sides.values(), key=lambda side: side["tokens_per_second"])
+    ours = sides.pop("flexolmo")
+    ratios = {
+        name: statistics.median(side["seconds"]) / statistics.median(side["seconds_of_ours"])
+        for name, side in sides.items()
+    }
+    assert all(len(side["seconds"]) == len(side["seconds_of_ours"]) == 2 for side in sides.values())
+    best = sides[min(ratios, key=ratios.get)]
     rows = [cells(line) for line in out.splitlines() if line.startswith("| transformers, ")]
     assert rows[0][1:5] == [
         f"{best['tokens_per_second']:,.2f}",
-        f"{ours['tokens_per_second'] / best['tokens_per_second']:.2f}",
+        f"{min(ratios.values()):.2f}",
         f"{best['peak_bytes'] / 2**30:.2f}",
         f"{ours['peak_bytes'] / best['peak_bytes']:.2f}",
     ]
