@@ -46,8 +46,8 @@ def benchmark(
 
     Returns:
       For each step {"step", "sides": {side: figures}, "left_out": {side: why}}. Figures are a worker's answers, a list
-      where it was asked in each run ("seconds", "token_seconds", "limit"), "seconds_of_ours" of the runs taken in turns
-      with it, and what `_summary` makes of them.
+      where it was asked in each run ("seconds", "token_seconds", "limit"), of others than ours "seconds_of_ours" in the
+      runs taken in turns with it, and what `_summary` makes of them.
 
     Raises:
       UserError: the configuration does not fit a step, or a step does not fit the machine.
@@ -125,7 +125,8 @@ def _measure(specs: Mapping[str, Spec], runs: int, say: Callable[[str], None]) -
                 continue
             sides[name] = built
             _rounds(step, {**beside, name: process}, sides, runs, say)
-            built["seconds_of_ours"] = sides[OURS]["seconds"][-runs:]
+            if name != OURS:
+                built["seconds_of_ours"] = sides[OURS]["seconds"][-runs:]
             if name == OURS and built["platform"] == "cpu":
                 beside[name] = process
             else:
@@ -170,7 +171,7 @@ def _summary(figures: Figures) -> Figures:
     """
     seconds = statistics.median(figures["seconds"])
     step = statistics.median(figures.get("token_seconds", figures["seconds"]))
-    ratio = seconds / statistics.median(figures["seconds_of_ours"])
+    ratio = seconds / statistics.median(figures.get("seconds_of_ours", figures["seconds"]))
     summary = {"tokens_per_second": figures["tokens"] / seconds, "ratio": ratio}
     if "limit" in figures:
         rate = figures.get("bytes", figures["flops"]) / step

@@ -35,23 +35,20 @@ def steps_table(results: Sequence[Figures]) -> Table:
 
 
 def versus_table(result: Figures) -> Table:
-    """A row for each side of a step, the fastest first after ours, with our ratios to it.
+    """A row for each side of a step, after ours those first that ours is least ahead of, with our ratios to it.
 
     Of tokens/s a ratio above 1 speaks for this program; of memory, one below 1.
     """
     sides, memory = dict(result["sides"]), _memory([result])
     ours = sides.pop(OURS)
-    table = plain_table(result["step"], [column for title in ("tokens/s", *memory) for column in (title, "ours / it")])
-
-    def add(label: Text | str, side: Figures, is_ours: bool = False) -> None:
-        values = [(side["tokens_per_second"], side["ratio"])]
-        values += [(side[key] / GIB, ours[key] / side[key]) for key in memory.values()]
-        cells = ((f"{value:,.2f}", "" if is_ours else f"{ratio:.2f}") for value, ratio in values)
-        table.add_row(label, *itertools.chain(*cells))
-
-    add(OURS, ours, is_ours=True)
+    columns = {"tokens/s": (lambda side: side["tokens_per_second"], lambda side: side["ratio"])}
+    for title, key in memory.items():
+        columns[title] = (lambda side, key=key: side[key] / GIB, lambda side, key=key: ours[key] / side[key])
+    table = plain_table(result["step"], [column for title in columns for column in (title, "ours / it")])
+    table.add_row(OURS, *(cell for value, _ in columns.values() for cell in (f"{value(ours):,.2f}", "")))
     for name, side in sorted(sides.items(), key=lambda item: item[1]["ratio"]):
-        add(Text(f"transformers, {name}"), side)
+        cells = ((f"{value(side):,.2f}", f"{ratio(side):.2f}") for value, ratio in columns.values())
+        table.add_row(Text(f"transformers, {name}"), *itertools.chain(*cells))
     return table
 
 
