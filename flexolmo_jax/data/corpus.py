@@ -1,6 +1,7 @@
 """A corpus: documents as token ids in a directory.
 
-- `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files.
+- `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files; and, where records were left out
+  because they were bad, their number and the first hundred of them.
 - `tokenizer.json`: the tokenizer that made it.
 - `tokens-00000.npy` and on (see `token_files`): the documents one after another, each closed by EOS, none
   across two files.
@@ -15,13 +16,14 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from rich.progress import SpinnerColumn, TimeElapsedColumn
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
+from flexolmo_jax.data.bad_records import BadRecords, StoppedError
 from flexolmo_jax.data.token_files import TokenFileWriter, find_document_ends, map_token_file
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
@@ -30,8 +32,8 @@ from flexolmo_jax.progress import progress_bar
 FORMAT_VERSION = 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _TOKENS_PER_FILE = 1 << 28
-_BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 1 << 20  # `tokenizers` needs about 100 bytes for each token in flight
+_BATCH_PIECES = 1024
+_BATCH_BYTES = 1 << 20  # of text; `tokenizers` needs about 100 for each
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,31 +141,34 @@ def write_corpus(
     tokenizer: Tokenizer,
     *,
     tokens_per_file: int = _TOKENS_PER_FILE,
+    bad_records: BadRecords | None = None,
     progress: bool = False,
 ) -> Corpus:
     """Tokenizes documents into a new corpus directory, which is complete or absent.
 
-    Memory holds a batch of documents, whatever their number. Documents without a token are skipped.
+    Memory holds a document and a batch of pieces, whatever the number of documents and their lengths. Documents
+    without a token are skipped.
 
     Args:
       out: the directory to make.
       documents: the texts.
       tokenizer: encodes them; a copy goes into the corpus.
       tokens_per_file: a new file starts once the current one holds as many.
+      bad_records: what the reader of `documents` left out, for the corpus's description.
       progress: show a progress bar on standard error.
 
     Raises:
-      UserError: `out` exists, or there is no document.
+      UserError: `out` exists, there is no document, or the reader stopped.
     """
     columns = (SpinnerColumn(), "{task.description} {task.completed} documents", TimeElapsedColumn())
     with progress_bar(*columns, shown=progress) as bar:
+        pieces = _pieces(bar.track(documents, description="Tokenized"), tokenizer)
         encoded = (
-            (np.append(ids, tokenizer.eos_id), len(text.encode()))
-            for texts in _batches(bar.track(documents, description="Tokenized"))
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True)
-            if ids.size
+            (ids, piece)
+            for batch in _batches(pieces)
+            for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True)
         )
-        return _write(out, encoded, tokenizer, tokens_per_file)
+        return _write(out, _close_documents(encoded, tokenizer.eos_id), tokenizer, tokens_per_file, bad_records)
 
 
 def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) -> Corpus:
@@ -174,27 +179,85 @@ def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) 
     """
     tokenizer = source.tokenizer()
     documents = (source[index] for index in indices)
-    counted = ((ids, len(tokenizer.decode(ids[:-1]).encode())) for ids in documents)
+    counted = ((ids, tokenizer.count_bytes(ids[:-1]), True) for ids in documents)
     return _write(out, counted, tokenizer, _TOKENS_PER_FILE)
 
 
+class _Piece(NamedTuple):
+    """A part of a document: its text, the number of its UTF-8 bytes, and whether the document ends with it."""
+
+    text: str
+    bytes: int
+    ends: bool
+
+
+def _pieces(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[_Piece]:
+    for text in documents:
+        for start, end in itertools.pairwise([0, *tokenizer.piece_ends(text)]):
+            piece = text[start:end]
+            yield _Piece(piece, len(piece.encode()), end == len(text))
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Gathers pieces to be encoded together; where the reader stops, what it read before comes first."""
+    batch, size = [], 0
+    try:
+        for piece in pieces:
+            if batch and (len(batch) == _BATCH_PIECES or size + piece.bytes > _BATCH_BYTES):
+                yield batch
+                batch, size = [], 0
+            batch.append(piece)
+            size += piece.bytes
+    except StoppedError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def _close_documents(
+    pieces: Iterable[tuple[np.ndarray, _Piece]], eos_id: int
+) -> Iterator[tuple[np.ndarray, int, bool]]:
+    """Puts EOS after each document with a token; yields ids, bytes of text, and whether the document ends."""
+    length = size = 0
+    for ids, piece in pieces:
+        length, size = length + ids.size, size + piece.bytes
+        if piece.ends and length:
+            yield np.append(ids, eos_id), size, True
+        elif ids.size:
+            yield ids, 0, False
+        if piece.ends:
+            length = size = 0
+
+
 def _write(
-    out: epath.PathLike, documents: Iterable[tuple[np.ndarray, int]], tokenizer: Tokenizer, tokens_per_file: int
+    out: epath.PathLike,
+    pieces: Iterable[tuple[np.ndarray, int, bool]],
+    tokenizer: Tokenizer,
+    tokens_per_file: int,
+    bad_records: BadRecords | None = None,
 ) -> Corpus:
-    """Writes documents, given as (ids with their EOS, bytes of text), into a new corpus directory."""
+    """Writes a new corpus directory of (ids, bytes of text, whether a document ends with them)."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     totals = {"documents": 0, "tokens": 0, "bytes": 0}
     with (
         atomic_directory(out) as directory,
         contextlib.closing(TokenFileWriter(directory, _DTYPES[dtype], tokens_per_file)) as files,
     ):
-        for ids, size in documents:
-            files.append(ids)
-            totals["documents"] += 1
-            totals["tokens"] += ids.size
-            totals["bytes"] += size
+        try:
+            for ids, size, ends in pieces:
+                files.append(ids, ends=ends)
+                totals["documents"] += ends
+                totals["tokens"] += ids.size
+                totals["bytes"] += size
+        except StoppedError as error:
+            raise StoppedError(
+                f"{error} (stopped after {totals['documents']:,} documents, {totals['tokens']:,} tokens; "
+                "no corpus is made; --on_error=skip leaves such records out)"
+            ) from error
         if not totals["documents"]:
-            raise UserError("--input: holds no text; name files with at least one document that is not empty")
+            raise UserError(_nothing(bad_records))
         description = {
             "format_version": FORMAT_VERSION,
             "tokenizer_digest": tokenizer.digest,
@@ -202,22 +265,17 @@ def _write(
             "dtype": dtype,
             **totals,
             "files": files.close(),
+            **({"bad_records": bad_records.description()} if bad_records and bad_records.count else {}),
         }
         tokenizer.save(directory / "tokenizer.json")
         (directory / "corpus.json").write_bytes(json.dumps(description, indent=2).encode())
     return Corpus.open(out)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _nothing(bad_records: BadRecords | None) -> str:
+    if bad_records and bad_records.count:
+        return f"--input: holds no usable text; bad records: {bad_records.count:,}, {bad_records.first()}"
+    return "--input: holds no text; name files with at least one document that is not empty"
 
 
 def _read_description(file: epath.Path) -> dict[str, Any]:

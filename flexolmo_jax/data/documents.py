@@ -1,79 +1,88 @@
 """Documents of text, read from files."""
 
-import contextlib
 import glob
-import gzip
 import itertools
-import json
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
+from flexolmo_jax.data.bad_records import BadRecordError, BadRecords
+from flexolmo_jax.data.compression import open_unpacked, split_suffix
+from flexolmo_jax.data.formats import FORMATS, Format, format_of
 from flexolmo_jax.errors import UserError
 
+AUTO = "auto"
 
-def read_documents(globs: Iterable[str]) -> Iterator[str]:
+
+def read_documents(
+    patterns: Iterable[str],
+    *,
+    text_key: str = "text",
+    format: str = AUTO,
+    bad_records: BadRecords | None = None,
+    check: Callable[[str], object] | None = None,
+) -> Iterator[str]:
     """Yields the documents of every file that the patterns match, each file once, in sorted order.
 
-    Each line of a `.jsonl` or `.jsonl.gz` file is a document: a JSON object with the key "text" (blank
-    lines are skipped). Any other file is one document, whole, its line ends untouched.
+    A file may be compressed (gzip, bzip2, xz, zstd), told by its first bytes. Its format is told by its suffix, or
+    by the one before that of the compression, in any case:
+
+    - `.jsonl`, `.ndjson`, `.jsonlines`: each line is a document, an object with a string under `text_key`; blank
+      lines are skipped.
+    - `.json`: the same, or an array of such objects or of strings, or one object.
+    - `.parquet`, `.pq`: each row is a document, in the column `text_key`.
+    - any other: the file is one document, whole, its line ends untouched. One that holds JSON is refused.
+
+    A byte order mark of UTF-8 is dropped. Memory holds one document, and what unpacks it.
 
     Args:
-      globs: file names or patterns (`*`, `?`, `[...]`), local or `gs://`; `**`, any directories, is local only.
+      patterns: names of files or patterns (`*`, `?`, `[...]`), local or `gs://`; `**`, any directories, is local
+        only. What exists under a name is that file, whatever the name looks like.
+      text_key: where records keep their text; "a.b" is also the key "b" of the object under "a".
+      format: a name in `FORMATS` for all files, or "auto".
+      bad_records: what becomes of records without usable text; by default the first one stops.
+      check: called with each text; may raise `BadRecordError`.
 
     Raises:
-      UserError: a pattern matches no file; a file is not UTF-8; a line is not such an object.
+      StoppedError: a record has no usable text, and bad records are not skipped.
+      UserError: a pattern matches no file, or a library is missing.
     """
-    files = dict.fromkeys(itertools.chain.from_iterable(map(_matches, globs)))
-    for file in files:
-        if file.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _read_lines(file)
-        else:
-            yield _utf8(file.read_bytes(), f"{file}")
+    bad_records = bad_records or BadRecords()
+    for file in dict.fromkeys(itertools.chain.from_iterable(map(_matches, patterns))):
+        chosen = format_of(split_suffix(file.name)[0]) if format == AUTO else FORMATS[format]
+        try:
+            yield from _read(file, chosen, text_key, bad_records, check)
+        except BadRecordError as error:
+            bad_records.add(f"{file}", error)
+
+
+def _read(
+    file: epath.Path, format: Format, text_key: str, bad_records: BadRecords, check: Callable[[str], object] | None
+) -> Iterator[str]:
+    with open_unpacked(file) as stream:
+        for place, record in format.records(stream, text_key):
+            try:
+                text = format.text(record, text_key)
+                del record  # it may be huge
+                if check:
+                    check(text)
+            except BadRecordError as error:
+                bad_records.add(f"{file}{place}", error)
+                continue
+            yield text
 
 
 def _matches(pattern: str) -> list[epath.Path]:
+    path = epath.Path(pattern)
+    if path.is_dir():
+        raise UserError(f"--input={pattern}: is a directory; name files in it: '{pattern.rstrip('/')}/*'")
+    if path.exists():
+        return [path]
     if "://" in pattern:
-        path = epath.Path(pattern)
         found = sorted(path.parent.glob(path.name))
     else:
         found = map(epath.Path, sorted(glob.glob(pattern, recursive=True)))  # epath knows no `**`
     files = [path for path in found if not path.is_dir()]
     if not files:
-        raise UserError(f"--input={pattern}: matches no file; name text or .jsonl files (DIR/* for all in DIR)")
+        raise UserError(f"--input={pattern}: matches no file; name files of text, or DIR/* for all in DIR")
     return files
-
-
-def _read_lines(file: epath.Path) -> Iterator[str]:
-    with file.open("rb") as raw:
-        unzipped = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else contextlib.nullcontext(raw)
-        try:
-            with unzipped as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_of(line, f"{file}:{number}")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{file}: is not a whole gzip file ({error}); fetch or compress it again") from error
-
-
-def _text_of(line: bytes, place: str) -> str:
-    try:
-        record = json.loads(_utf8(line, place))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{place}: is not JSON ({error}); write {{"text": "..."}} on each line') from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{place}: is not an object with a string under "text"; write {{"text": "..."}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
-        raise UserError(f"{place}: escapes half of a surrogate pair; escape both halves") from error
-    return text
-
-
-def _utf8(data: bytes, place: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: is not UTF-8 (byte {error.start}); convert it to UTF-8") from error

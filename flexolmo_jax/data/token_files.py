@@ -25,17 +25,17 @@ class TokenFileWriter:
         self._files: list[dict[str, Any]] = []
         self._stream = None
 
-    def append(self, document: np.ndarray) -> None:
-        """Writes one document, ids [length] with its EOS."""
+    def append(self, ids: np.ndarray, *, ends: bool = True) -> None:
+        """Writes ids [length] of a document, which ends with them (and with its EOS) if `ends`."""
         if self._stream is None:
             name = f"tokens-{len(self._files):05}.npy"
             self._files.append({"name": name, "tokens": 0})
             self._stream, self._sha256 = (self._directory / name).open("wb"), hashlib.sha256()
-        data = document.astype(self._dtype).tobytes()
+        data = ids.astype(self._dtype).tobytes()
         self._stream.write(data)
         self._sha256.update(data)
-        self._files[-1]["tokens"] += len(document)
-        if self._files[-1]["tokens"] >= self._tokens_per_file:
+        self._files[-1]["tokens"] += len(ids)
+        if ends and self._files[-1]["tokens"] >= self._tokens_per_file:
             self.close()
 
     def close(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers
 
+from flexolmo_jax.data.splitting import PIECE_CHARACTERS, Splitter
 from flexolmo_jax.errors import UserError
 
 BYTES = "bytes"
@@ -55,9 +56,43 @@ class Tokenizer:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    def piece_ends(self, text: str) -> list[int]:
+        """Returns where the pieces of `text` end that, encoded each alone, give the ids of the whole.
+
+        Raises:
+          BadRecordError: a piece is too large to be encoded, since this tokenizer cannot be split there.
+        """
+        if len(text) <= PIECE_CHARACTERS:
+            return [len(text)] if text else []
+        return self._splitter.piece_ends(text)
+
+    @functools.cached_property
+    def _splitter(self) -> Splitter:
+        return Splitter(self.backend)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids` [length]; special tokens give none, and broken UTF-8 gives U+FFFD."""
         return self.backend.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Returns the number of UTF-8 bytes of the text that was encoded to `ids` [length].
+
+        A byte-level tokenizer need not decode them, which takes some 100 bytes of memory for each.
+        """
+        if isinstance(self.backend.decoder, decoders.ByteLevel):
+            return int(self._bytes_of_tokens[ids].sum())
+        return len(self.decode(ids).encode())
+
+    @functools.cached_property
+    def _bytes_of_tokens(self) -> np.ndarray:
+        """The number of bytes that each id decodes to in a byte-level tokenizer, int64 [vocab_size]."""
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        special = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, id in self.backend.get_vocab(with_added_tokens=True).items():
+            if id not in special:
+                lengths[id] = len(token) if alphabet.issuperset(token) else len(token.encode())
+        return lengths
 
     def save(self, path: epath.PathLike) -> None:
         """Writes a `tokenizer.json` that `load_tokenizer` and `transformers` read."""

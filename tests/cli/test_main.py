@@ -16,7 +16,7 @@ from flexolmo_jax import cli
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 FLAGS = {
-    "tokenize": ["input", "tokenizer", "eos_token", "out"],
+    "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
     "train": ["config", "workdir"],
     "merge": ["anchor", "contribution", "out", "top_k"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],

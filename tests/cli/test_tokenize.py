@@ -41,6 +41,31 @@ def test_takes_another_tokenizer(texts, tmp_path):
     assert record["tokenizer_digest"] == byte_tokenizer().digest
 
 
+def test_takes_text_under_another_key_and_leaves_out_bad_records(texts, tmp_path):
+    (texts / "e.NDJSON").write_text('{"content": "good"}\n{"content": null}\n{"content": \n{"content": "better"}\n')
+    arguments = [
+        f"--input={texts}/e.NDJSON",
+        f"--input={texts}/b.txt",
+        f"--out={tmp_path}/corpus",
+        "--text_key=content",
+    ]
+    result = flexolmo("tokenize", *arguments, "--on-error=skip")
+    assert (result.status, result.err) == (0, "")
+    counts, left_out = result.out.splitlines()
+    assert counts == f"{tmp_path}/corpus: 3 documents, 19 tokens, 16 bytes of text"
+    assert left_out.startswith(f"{tmp_path}/corpus: bad records left out: 2 (in corpus.json), the first: {texts}/e")
+    record = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
+    assert record["format_version"] == 1
+    assert record["bad_records"]["count"] == 2
+    assert [bad["place"] for bad in record["bad_records"]["records"]] == [f"{texts}/e.NDJSON:2", f"{texts}/e.NDJSON:3"]
+
+
+def test_takes_the_format_that_is_said(texts, tmp_path):
+    (texts / "lines.bak").write_text('{"text": "good"}\n')
+    arguments = [f"--input={texts}/lines.bak", f"--out={tmp_path}/corpus", "--format=jsonl"]
+    assert " 1 documents, 5 tokens" in flexolmo("tokenize", *arguments).out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -49,7 +74,16 @@ def test_takes_another_tokenizer(texts, tmp_path):
         (["--input={texts}/a.txt", "--tokenizer={texts}/a.txt"], ["--tokenizer=", "is not a tokenizer.json"]),
         (["--input={texts}/a.txt", "--eos_token=<end>"], ["--eos_token=<end>", "not in the vocabulary"]),
         (["--input={texts}/bad.jsonl"], ["bad.jsonl:2", "is not JSON"]),
+        (["--input={texts}/bad.jsonl"], ["stopped after 1 documents, 5 tokens", "--on_error=skip"]),
         (["--input={texts}/latin.txt"], ["latin.txt", "is not UTF-8"]),
+        (
+            ["--input={texts}/latin.txt", "--on_error=skip"],
+            ["--input: holds no usable text; bad records: 1", "latin.txt: is not UTF-8"],
+        ),
+        (["--input={texts}/c.jsonl", "--text_key=body"], ["c.jsonl:1", 'nothing under "body" (it has "text")']),
+        (["--input={texts}/c.jsonl", "--text_key="], ["--text_key", "is empty"]),
+        (["--input={texts}/a.txt", "--format=xml"], ["--format", "xml", "auto|text|jsonl|json|parquet"]),
+        (["--input={texts}"], ["--input=", "is a directory", "texts/*'"]),
         (["--input={texts}/empty.txt"], ["--input", "holds no text"]),
         (["--input={texts}/a.txt", "--out={texts}"], ["--out=", "exists already"]),
     ],

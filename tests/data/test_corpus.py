@@ -11,7 +11,8 @@ from tokenizers import models, pre_tokenizers
 
 from flexolmo_jax.data import corpus as corpus_module
 from flexolmo_jax.data import token_files
-from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.bad_records import BadRecords
+from flexolmo_jax.data.corpus import Corpus, copy_documents, write_corpus
 from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError
 
@@ -66,16 +67,16 @@ def test_random_access(corpus, monkeypatch, scan_tokens):
         corpus[-1]
 
 
-@pytest.mark.parametrize("characters", [1, 30])
-def test_batches_do_not_change_the_result(corpus, tmp_path, monkeypatch, characters):
-    monkeypatch.setattr(corpus_module, "_BATCH_CHARACTERS", characters)
+@pytest.mark.parametrize("size", [1, 30])
+def test_batches_do_not_change_the_result(corpus, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(corpus_module, "_BATCH_BYTES", size)
     write_corpus(tmp_path / "other", iter(TEXTS), byte_tokenizer(), tokens_per_file=30)
     for file in corpus.path.iterdir():
         assert (tmp_path / "other" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_documents_are_encoded_as_they_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(corpus_module, "_BATCH_PIECES", 2)
     drawn, seen = [], []
     encode_batch = Tokenizer.encode_batch
 
@@ -85,7 +86,56 @@ def test_documents_are_encoded_as_they_come(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "encode_batch", watch)
     write_corpus(tmp_path / "corpus", (drawn.append(i) or f"text {i}" for i in range(5)), byte_tokenizer())
-    assert seen == [(2, 2), (4, 2), (5, 1)]
+    assert seen == [(3, 2), (5, 2), (5, 1)]
+
+
+def test_a_long_document_is_encoded_in_pieces_and_stays_one(tmp_path, monkeypatch):
+    seen = []
+    encode_batch = Tokenizer.encode_batch
+
+    def watch(tokenizer, texts):
+        seen.append(sum(len(text.encode()) for text in texts))
+        return encode_batch(tokenizer, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", watch)
+    long = "naïve 🧑 " * 300_000
+    corpus = write_corpus(tmp_path / "corpus", ["a", long, "b"], byte_tokenizer(), tokens_per_file=1000)
+    assert [document.tobytes() for document in corpus] == [
+        np.append(np.frombuffer(text.encode(), np.uint8), np.uint16(EOS)).tobytes() for text in ("a", long, "b")
+    ]
+    assert corpus.bytes == len(long.encode()) + 2
+    assert [file["tokens"] for file in corpus.files] == [2 + len(long.encode()) + 1, 2]
+    assert max(seen) <= 1 << 20
+
+
+def test_what_was_left_out_is_described(tmp_path):
+    left_out = BadRecords(skip=True)
+    for number in range(150):
+        left_out.add(f"a.jsonl:{number}", "is bad")
+    corpus = write_corpus(tmp_path / "corpus", ["a"], byte_tokenizer(), bad_records=left_out)
+    record = json.loads((corpus.path / "corpus.json").read_text())["bad_records"]
+    assert record["count"] == 150
+    assert record["records"] == [{"place": f"a.jsonl:{number}", "reason": "is bad"} for number in range(100)]
+    assert len(Corpus.open(corpus.path)) == 1
+
+
+def test_a_reader_that_stops_leaves_nothing_and_tells_how_far_it_got(tmp_path):
+    def texts():
+        yield from ("one", "two", "three")
+        BadRecords().add("a.jsonl:4", "is bad")
+
+    with pytest.raises(
+        UserError, match=r"^a.jsonl:4: is bad \(stopped after 3 documents, 14 tokens; no corpus is made; "
+    ):
+        write_corpus(tmp_path / "corpus", texts(), byte_tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def test_copies_count_the_bytes_of_their_text(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", None)  # whose memory is some 100 bytes for each token
+    copy = copy_documents(corpus, [1, 2, 3], tmp_path / "copy")
+    assert [document.tolist() for document in copy] == DOCUMENTS[1:4]
+    assert copy.bytes == len("<|endoftext|>naïve 🧑".encode()) + 50
 
 
 def test_large_vocabulary_takes_uint32_and_keeps_its_eos(tmp_path):

@@ -1,0 +1,151 @@
+"""JSON read value by value from a stream, and told from text."""
+
+import codecs
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from flexolmo_jax.data.bad_records import BadRecordError
+
+BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_READ_CHARACTERS = 1 << 20
+_LONGEST_TOKEN = 16  # "-Infinity", "\ud83d\ude00": a cut one is reported where it begins
+
+
+def read_values(chunks: Iterable[bytes]) -> Iterator[Any]:
+    """Yields the items of an array, or values that stand one after another.
+
+    Memory holds the largest value and a chunk. (The C parser of ijson would do the same, but turns half of a
+    surrogate pair into "?" without a word.) Bytes that are no UTF-8 come out as lone surrogates.
+
+    Raises:
+      BadRecordError: it is no JSON from somewhere on.
+    """
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    scanner = _Scanner(map(decode, chunks))
+    in_array = scanner.skip("[")
+    for number in itertools.count():
+        if scanner.skip("]") if in_array else scanner.at_end():
+            break
+        if in_array and number and not scanner.skip(","):
+            scanner.fail("no comma after an item")
+        yield scanner.value()
+    if not scanner.at_end():
+        scanner.fail("something follows the array")
+
+
+def looks_like_json(head: bytes, *, whole: bool) -> bool:
+    """Tells JSON from text that merely begins with a bracket.
+
+    It is JSON if all that is seen of it is objects and arrays, or if half of its lines are objects.
+
+    Args:
+      head: how a file begins.
+      whole: whether that is all of it.
+    """
+    return _is_json(head, whole) or are_json_lines(head)
+
+
+def is_array(head: bytes) -> bool:
+    """Whether a JSON file that begins like this is an array."""
+    return head.lstrip().startswith(b"[")
+
+
+def are_json_lines(head: bytes) -> bool:
+    """Whether at least half of the lines are JSON objects that are not empty."""
+    lines = [line for line in head.splitlines() if line.strip()]
+    objects = sum(map(_is_object, lines))
+    return objects > 0 and 2 * objects >= len(lines)
+
+
+def _is_json(head: bytes, whole: bool) -> bool:
+    scanner = _Scanner(iter([head.decode(errors="replace")]))
+    found = False
+    try:
+        while not scanner.at_end():
+            if not isinstance(scanner.value(), dict | list):
+                return False
+            found = True
+    except BadRecordError:
+        return scanner.cut and not whole
+    return found
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value)
+
+
+class _Scanner:
+    """Reads JSON values from chunks of characters.
+
+    Attributes:
+      cut: whether it failed because there was no more to read.
+    """
+
+    def __init__(self, chunks: Iterator[str]):
+        self._chunks, self._buffer, self._place, self._before = chunks, "", 0, 0
+        self._decoder = json.JSONDecoder()
+        self.cut = False
+
+    def skip(self, token: str) -> bool:
+        """Passes white space, and `token` if that is next; returns whether it was."""
+        found = not self.at_end() and self._buffer.startswith(token, self._place)
+        self._place += found
+        return found
+
+    def at_end(self) -> bool:
+        """Passes white space; returns whether nothing follows."""
+        while True:
+            self._place = _SPACE.match(self._buffer, self._place).end()
+            if self._place < len(self._buffer):
+                return False
+            if not self._read(1):
+                return True
+
+    def value(self) -> Any:
+        """Returns the next value.
+
+        Raises:
+          BadRecordError: there is none.
+        """
+        self.at_end()
+        size = _READ_CHARACTERS
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._place)
+                if end < len(self._buffer) or not self._read(size):  # a number may go on in the next chunk
+                    self._place = min(end, len(self._buffer))  # the end, where there was no next chunk
+                    return value
+            except (ValueError, RecursionError) as error:
+                place = getattr(error, "pos", 0)
+                reason = getattr(error, "msg", str(error))
+                self.cut = place > len(self._buffer) - _LONGEST_TOKEN or reason.startswith("Unterminated string")
+                if not (self.cut and self._read(size)):
+                    self.fail(reason)
+            size *= 2  # so that a huge value is not begun again with every chunk
+
+    def fail(self, reason: str) -> NoReturn:
+        """Raises `BadRecordError` at the current place."""
+        raise BadRecordError(f"is not JSON from character {self._before + self._place} on ({reason}); mend it there")
+
+    def _read(self, size: int) -> bool:
+        """Reads that many characters more, or a chunk; returns False where there is nothing more."""
+        self._before += self._place
+        self._buffer, self._place = self._buffer[self._place :], 0
+        parts = [self._buffer]
+        try:
+            for chunk in self._chunks:
+                parts.append(chunk)
+                size -= len(chunk)
+                if size <= 0:
+                    break
+        finally:  # keep what came before damage
+            self._buffer = "".join(parts)
+        return len(parts) > 1
