@@ -1,4 +1,7 @@
-"""The one family of errors that the command line turns into one line."""
+"""The one family of errors that the command line turns into one line, and what other libraries raise instead."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -7,3 +10,23 @@ class UserError(Exception):
     Raise it for anything a user can mend (a flag, a file, a configuration key). The command line prints
     it on standard error, without a traceback, and exits with status 2.
     """
+
+
+@contextlib.contextmanager
+def rust_errors(what: str, remedy: str) -> Iterator[None]:
+    """Makes a `UserError` of what a library written in Rust raises in the block: "WHAT (its words); REMEDY".
+
+    `tokenizers` raises `Exception` itself, nothing narrower; where its code panics, pyo3 raises a `PanicException`,
+    which is no `Exception` and cannot be imported.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({first_line(error)}); {remedy}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

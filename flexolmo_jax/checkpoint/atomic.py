@@ -1,6 +1,7 @@
 """Directories that are complete or absent."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from etils import epath
@@ -23,15 +24,21 @@ def atomic_directory(path: epath.PathLike, *, flag: str = "--out") -> Iterator[e
       UserError: `path` exists already.
     """
     path = epath.Path(path)
-    if path.exists():
-        raise UserError(f"{flag}={path}: exists already; name a new directory, or remove this one first")
     temporary = path.parent / f".{path.name}.incomplete"
-    if temporary.exists():
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        temporary.rename(path)
-    finally:
+        if path.exists():
+            raise UserError(f"{flag}={path}: exists already; name a new directory, or remove this one first")
         if temporary.exists():
             temporary.rmtree()
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        # A write names no file, and what goes wrong in the temporary directory is of no interest to who named `path`.
+        if error.filename is None or os.fspath(temporary) in str(error.filename):
+            error.filename = f"{flag}={path}"
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # what failed first is what counts; the next attempt removes the rest
+            if temporary.exists():
+                temporary.rmtree()

@@ -1,11 +1,14 @@
 """Measures a model: its held-out loss on corpora, a row for each; or its figures on tasks of lm-evaluation-harness.
 
 flexolmo evaluate --model=runs/merged --data=corpora/news/heldout --data=corpora/code/heldout --without=news
+flexolmo evaluate --model=runs/merged --data=corpora/news/heldout --baseline
 flexolmo evaluate --model=runs/merged --tasks=hellaswag,lambada_openai
 
 Tasks give the opt-out matrix: a row for the full model, and one without each contributed expert. With --without there
 is a single row, the model without those. Standard errors stand in parentheses.
 """
+
+import math
 
 from absl import flags
 
@@ -15,6 +18,7 @@ _TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, separat
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks of your own.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Documents of each task at most, for a trial.", lower_bound=1)
 _WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
+_BASELINE = flags.DEFINE_bool("baseline", False, "Show the anchor's bits per byte of each corpus beside the model's.")
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens in a row of a corpus.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens that the model may see in a task; by default, a row of its training.", lower_bound=1
@@ -23,6 +27,8 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed at once.", lo
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 flags.mark_flags_as_required(["model"])
+SMALL_BATCH = 2**15  # tokens that fit without a question
+MEMORY_REMEDY = "give a lower --length or --batch_size, or --dtype=bfloat16"
 
 
 def run() -> None:
@@ -35,6 +41,8 @@ def run() -> None:
 
     if not _DATA.value and not _TASKS.value:
         raise UserError("--data: none given; give the flag once for each corpus directory, or name --tasks")
+    if _BASELINE.value and not _DATA.value:
+        raise UserError("--baseline: compares losses on corpora; give --data")
     evaluate_tasks = _harness() if _TASKS.value else None
     corpora = open_corpora(_DATA.value)
     model = load(_MODEL.value, _DTYPE.value)
@@ -55,6 +63,8 @@ def run() -> None:
         shown.append(opt_out_table(figures["tasks"]))
     for table in shown:
         show(table)
+    if _BASELINE.value:
+        print(_about_baseline(model))
     if _JSON.value:
         write_json(_JSON.value, figures)
 
@@ -62,11 +72,35 @@ def run() -> None:
 def _losses(model, corpora):
     """{corpus: the columns of the table}."""
     from flexolmo_jax.evaluation.loss import evaluate_shown
+    from flexolmo_jax.memory import check_fits
 
-    losses = evaluate_shown(
-        model, corpora, title="evaluate", without=_WITHOUT.value, length=_LENGTH.value, batch_size=_BATCH_SIZE.value
-    )
-    return {label: loss.as_dict() for label, loss in losses.items()}
+    # Rows longer than any corpus, and more rows than it has, would be padding.
+    tokens = max(corpus.tokens for corpus in corpora.values())
+    length = min(_LENGTH.value, tokens)
+    batch_size = min(_BATCH_SIZE.value, math.ceil(tokens / length))
+    if batch_size * length > SMALL_BATCH:
+        what = f"--length={_LENGTH.value}: a batch of {batch_size} x {length:,} tokens"
+        check_fits(model.loss_bytes(batch_size, length), what, MEMORY_REMEDY)
+    sizes = {"length": length, "batch_size": batch_size}
+    losses = evaluate_shown(model, corpora, title="evaluate", without=_WITHOUT.value, **sizes)
+    rows = {label: loss.as_dict() for label, loss in losses.items()}
+    contributed = model.roster[1:]
+    if _BASELINE.value and contributed:
+        for label, loss in evaluate_shown(model, corpora, title="anchor", without=contributed, **sizes).items():
+            rows[label]["anchor"] = loss.as_dict()
+    return rows
+
+
+def _about_baseline(model):
+    """A sentence on what the baseline is."""
+    from flexolmo_jax.checkpoint.directories import ROUTER_LEAVES
+
+    if len(model.roster) == 1:
+        return f"{_MODEL.value}: is an anchor, its own baseline."
+    trained = [] if model.manifest.tuned is None else model.manifest.tuned["leaves"]
+    if not set(trained) <= set(ROUTER_LEAVES):
+        return "anchor: the model without any contributed expert, after what was trained since the merge."
+    return "anchor: the model without any contributed expert, which is the anchor it was merged from."
 
 
 def _harness():

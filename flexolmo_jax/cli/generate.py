@@ -23,6 +23,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, upper_bou
 _LAYERS = flags.DEFINE_bool("layers", False, "Print each expert's share in every layer.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 flags.mark_flags_as_required(["model"])
+MEMORY_REMEDY = "give fewer prompts, a lower --max_new_tokens, or --dtype=bfloat16"
 
 
 def run() -> None:

@@ -28,6 +28,7 @@ _MAX_LENGTH = flags.DEFINE_integer(
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 _VERBOSE = flags.DEFINE_boolean("verbose", False, "Log a line for each request.")
 flags.mark_flags_as_required(["model"])
+MEMORY_REMEDY = "give a lower --slots or --max_length, or --dtype=bfloat16"
 
 
 def run() -> None:

@@ -14,6 +14,10 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, as FILE or FILE:ARGUMENT.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, and the product.")
 flags.mark_flags_as_required(["config", "workdir"])
+MEMORY_REMEDY = (
+    "lower --config.data.batch_size or --config.data.sequence_length, raise --config.data.accumulate, "
+    "or set --config.compute.remat=full"
+)
 
 
 def run() -> None:

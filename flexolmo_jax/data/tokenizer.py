@@ -12,7 +12,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers
 
 from flexolmo_jax.data.splitting import PIECE_CHARACTERS, Splitter
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, rust_errors
 
 BYTES = "bytes"
 _KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
@@ -53,7 +53,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encodes many texts at once, in parallel; an int32 array [length] for each, as `encode` gives."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with rust_errors("the tokenizer cannot encode a text", "mend its tokenizer.json, or choose another"):
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def piece_ends(self, text: str) -> list[int]:
@@ -148,10 +149,11 @@ def _read(path: epath.Path, label: str) -> tokenizers.Tokenizer:
     if not path.exists():
         raise UserError(f'{label}: no such file; name a tokenizer.json, or "{BYTES}"')
     try:
-        return tokenizers.Tokenizer.from_str(path.read_bytes().decode())
-    except Exception as error:  # `tokenizers` raises nothing narrower
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{label}: is not a tokenizer.json of Hugging Face ({reason})") from error
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{label}: is not a tokenizer.json of Hugging Face ({error.reason}); name another") from error
+    with rust_errors(f"{label}: is not a tokenizer.json of Hugging Face", "name another, or fetch it again"):
+        return tokenizers.Tokenizer.from_str(text)
 
 
 def _find_eos(backend: tokenizers.Tokenizer, label: str, eos_token: str | None, eos_label: str) -> int:

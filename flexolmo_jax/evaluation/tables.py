@@ -36,13 +36,20 @@ def loss_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     """A row per data set.
 
     Args:
-      rows: `{data set: {"documents", "tokens", "bytes", "nats_per_token", "bits_per_byte", "perplexity"}}`.
+      rows: `{data set: {"documents", "tokens", "bytes", "nats_per_token", "bits_per_byte", "perplexity"}}`; with
+        "anchor", a row of the same of the anchor, its bits per byte and the difference from them stand beside.
     """
     counts, rates = ("documents", "tokens", "bytes"), ("nats_per_token", "bits_per_byte", "perplexity")
-    table = plain_table("data", [key.replace("_", " ") for key in (*counts, *rates)])
+    compared = any("anchor" in row for row in rows.values())
+    columns = ["anchor, bits per byte", "difference"] if compared else []
+    table = plain_table("data", [*(key.replace("_", " ") for key in (*counts, *rates)), *columns])
     for name, row in rows.items():
         cells = [f"{row[key]:,}" if key in row else MISSING for key in counts]
-        table.add_row(Text(name), *cells, *(format_bits(row.get(key, math.nan)) for key in rates))
+        cells += [format_bits(row.get(key, math.nan)) for key in rates]
+        if compared:
+            anchor = row["anchor"]["bits_per_byte"]
+            cells += [format_bits(anchor), format_bits(row["bits_per_byte"] - anchor, "+")]
+        table.add_row(Text(name), *cells)
     return table
 
 

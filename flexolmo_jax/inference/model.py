@@ -1,6 +1,7 @@
 """A model in memory, for notebooks and other programs: `flexolmo_jax.load`."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +12,12 @@ from etils import epath
 
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories, tree
+from flexolmo_jax.data.pipeline import ARRAYS
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.request import Continuation, Request
+from flexolmo_jax.memory import check_fits
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder, separate_layers
 from flexolmo_jax.training.step import make_loss_step
@@ -95,6 +98,12 @@ class Model:
     def loss_step(self, batch: Mapping[str, np.ndarray], mask_E: np.ndarray) -> dict[str, jax.Array]:
         """Sums of a batch of `data.pipeline`: tokens, cross_entropy (nats), routing_E."""
         return _loss(self.decoder, self.params, dict(batch), mask_E)
+
+    def loss_bytes(self, batch_size: int, length: int) -> int:
+        """Bytes that `loss_step` takes beside the parameters, for batches of that shape; compiles it to know."""
+        batch = dict.fromkeys(ARRAYS, jax.ShapeDtypeStruct((batch_size, length), np.int32))
+        analysis = _loss.lower(self.decoder, self.params, batch, self.expert_mask(())).compile().memory_analysis()
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
     def score(self, token_ids: Any, without: Sequence[str] = ()) -> Scores:
         """How likely each token is after those before it, for integer token ids [batch, length].
@@ -207,6 +216,9 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
                 f"--model={path}: leaf {name} is missing or misshapen; copy the directory again from its source"
             )
     leaves = {name: stored[name] for name in expected}
+    size = sum(math.prod(leaf.shape) for leaf in expected.values()) * jnp.dtype(dtype).itemsize
+    remedy = "load a smaller model" if dtype == "bfloat16" else "load it as bfloat16 (--dtype), or a smaller model"
+    check_fits(size, f"--model={path}: as {dtype} it", remedy)
     for name, leaf in separate_layers(leaves, model.decoder.architecture.num_layers).items():
         model.params[name] = tree.read_leaf(leaf, device, jnp.dtype(dtype), f"--model={path}: leaf {name}")
     return model

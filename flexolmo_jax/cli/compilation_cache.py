@@ -1,0 +1,102 @@
+"""Where JAX keeps the programs it has compiled, so that the next process does not compile them again."""
+
+import hashlib
+import os
+import platform
+import re
+import stat
+import sys
+import warnings
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import filelock
+import platformdirs
+
+MAX_BYTES = 2**30  # of a machine's programs; JAX removes those that were not used for longest
+_LOCK_SECONDS = 2  # JAX would wait longer, for each program
+# They say how long compiling takes, or read what was compiled.
+WITHOUT = ("benchmark", "plan")
+_SETTINGS = {
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(MAX_BYTES),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def keep_compiled(directory: str | None, environment: MutableMapping[str, str] = os.environ) -> str | None:
+    """Has JAX keep what it compiles; to be called before JAX is imported.
+
+    A directory that cannot be used is not used: a cache never fails a run.
+
+    Args:
+      directory: where; None for one of the user's, with what the environment says of JAX's cache before it; "" for
+        none at all.
+      environment: is told JAX's settings.
+
+    Returns:
+      None, or why the directory that was asked for is not used.
+    """
+    if directory == "":
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        return None
+    if directory is None and "JAX_COMPILATION_CACHE_DIR" in environment:
+        return None
+    try:
+        path = directory if directory and "://" in directory else str(_opened(directory))
+    except (OSError, RuntimeError) as error:  # of which filelock.Timeout is one; no home is a RuntimeError
+        return None if directory is None else str(error)
+    environment["JAX_COMPILATION_CACHE_DIR"] = path
+    for name, value in _SETTINGS.items():
+        environment.setdefault(name, value)
+    _forget_what_cannot_be_read(path)
+    return None
+
+
+def _opened(directory: str | None) -> Path:
+    """This machine's part of a cache, writable and whole."""
+    root = Path(directory).absolute() if directory else platformdirs.user_cache_path("flexolmo-jax") / "compiled"
+    path = root / machine()
+    path.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written")
+    if directory is None and path.stat().st_uid != os.geteuid():  # what is loaded from there is run
+        raise PermissionError(f"{path} belongs to another user")
+    with filelock.FileLock(path / ".lockfile", timeout=_LOCK_SECONDS):  # JAX's own lock
+        # JAX writes a program and then when it was used; a process that ended in between left part of a program.
+        for file in path.glob("*-cache"):
+            if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
+                file.unlink()
+    return path
+
+
+def machine() -> str:
+    """A name for the processor, since programs compiled for one may not run on another that shares the directory."""
+    facts = [platform.machine(), platform.processor(), str(os.cpu_count())]
+    if sys.platform == "linux":
+        facts.append(str(len(os.sched_getaffinity(0))))
+        facts += sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*$", _cpuinfo(), re.MULTILINE)))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _forget_what_cannot_be_read(path: str) -> None:
+    """Removes a damaged program from the cache when JAX warns of it, so that it is written again."""
+
+    show = warnings.showwarning
+
+    def on_warning(message, *arguments) -> None:
+        found = re.search(r"reading persistent compilation cache entry for '(\w+)'", str(message))
+        if not found:
+            show(message, *arguments)
+        for file in Path(path).glob(f"{found[1]}-*") if found else ():
+            file.unlink(missing_ok=True)
+
+    warnings.filterwarnings("always", "Error reading persistent compilation cache entry")
+    warnings.showwarning = on_warning

@@ -1,0 +1,132 @@
+"""What a failed command says: one line, whatever went wrong."""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from flexolmo_jax.errors import UserError, first_line
+
+USER, PROGRAM = 2, 1  # exit statuses: a user can mend it; nobody foresaw it
+_ROOT = Path(__file__).parents[2]
+_ROOM = "make room there, or name a place with more"
+# What the operating system refuses, as {errno: (problem, remedy)}. What is not here is not foreseen.
+_SYSTEM = {
+    errno.ENOSPC: ("no space left on the device", _ROOM),
+    errno.EDQUOT: ("your disk quota is used up", _ROOM),
+    errno.EFBIG: ("a file grows beyond what is allowed", "raise the limit (ulimit -f), or name another file system"),
+    errno.EROFS: ("the file system is read-only", "name a place that can be written"),
+    errno.EACCES: ("permission denied", "change its permissions, or name another place"),
+    errno.EPERM: ("the operation is not permitted", "change its owner or attributes, or name another place"),
+    errno.ENOENT: ("no such file or directory", "check the path"),
+    errno.ENOTDIR: ("a part of this path is a file, where a directory is needed", "check the path"),
+    errno.EISDIR: ("is a directory, where a file is needed", "name a file"),
+    errno.EEXIST: ("exists already", "name another, or remove it first"),
+    errno.ENOTEMPTY: ("the directory is not empty", "another program may write there; run the command again"),
+    errno.ENAMETOOLONG: ("the name is too long", "give a shorter one"),
+    errno.ELOOP: ("links lead in a circle", "name the directory itself"),
+    errno.ENXIO: ("is no regular file", "name a file or a directory"),
+    errno.ENODEV: ("is no regular file", "name a file or a directory"),
+    errno.ESPIPE: ("is a pipe or a device, where a file is needed", "save it as a file first"),
+    errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("the system has too many open files", "close other programs"),
+    errno.EAGAIN: ("no more threads or processes may be started", "raise the limit (ulimit -u), or close others"),
+    errno.EIO: ("the device fails to read or write", "check the disk, and copy what is there to another"),
+    errno.ESTALE: ("the network file system lost this file", "run the command again"),
+    errno.ETIMEDOUT: ("the file system does not answer", "run the command again when it does"),
+    errno.ENOTCONN: ("the file system is no longer mounted", "mount it again"),
+    errno.EBUSY: ("another program uses it", "run the command again when it has ended"),
+}
+# What is said of the place that a command writes to, where the system's error names no file.
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+# tensorstore, and so Orbax, reports what the operating system refuses in the text of a ValueError.
+_TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'")
+_TENSORSTORE_FILE = re.compile(r'"((?:/|file://)[^"]*)"')
+_MEMORY = "use shorter or fewer sequences, a smaller model, or a machine with more memory"
+
+
+class Failure(NamedTuple):
+    """How a command ends: what it says, in one line, and its exit status."""
+
+    line: str
+    status: int
+
+
+def describe(error: BaseException, place: str = "", memory: str = "") -> Failure:
+    """What a command says of an error.
+
+    Args:
+      error: what was raised.
+      place: the flag and the path that the command writes to, for errors of writing that name no file.
+      memory: what to do where memory does not suffice.
+    """
+    line = _foreseen(error, place or "standard output", memory or _MEMORY)
+    if line is not None:
+        return Failure(" ".join(line.split()), USER)
+    said = f"{type(error).__name__}: {first_line(error)[:300]}".removesuffix(f": {type(error).__name__}")
+    advice = "this is a fault of the program; please report it, with what --traceback shows"
+    return Failure(" ".join(f"{said} ({_origin(error)}); {advice}".split()), PROGRAM)
+
+
+def _foreseen(error: BaseException, place: str, memory: str) -> str | None:
+    """The line of an error that a user can mend; None for all others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if _is_out_of_memory(error):
+        return f"out of memory ({_amount(error)}); {memory}"
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        return _system_line(error.errno, error.filename2 or error.filename, place)
+    if isinstance(error, ValueError) and (code := _TENSORSTORE.search(str(error))) and int(code[1]) in _SYSTEM:
+        files = _TENSORSTORE_FILE.findall(str(error))
+        return _system_line(int(code[1]), files[0].removeprefix("file://") if files else None, place)
+    if type(error) is RuntimeError and str(error) == "can't start new thread":
+        return _system_line(errno.EAGAIN, None, place)
+    if type(error) is RuntimeError and str(error).startswith("Unable to initialize backend"):
+        return f"JAX_PLATFORMS: {first_line(error)}; name platforms that are here, or leave it unset"
+    if isinstance(error, ImportError) and re.search(r"gcsfs|s3fs|fsspec|tensorflow", str(error)):
+        return f"a path in a bucket: {first_line(error)}; install that package, or mount the bucket"
+    return None
+
+
+def _system_line(number: int, file: str | bytes | int | None, place: str) -> str:
+    """One line of what the operating system refused; `file` is what it names, if anything."""
+    problem, remedy = _SYSTEM[number]
+    file = "" if isinstance(file, int) or not file else os.fsdecode(file)
+    directory = place.partition("=")[2]
+    if number in _WRITING and (
+        not file or (directory and Path(file).absolute().is_relative_to(Path(directory).absolute()))
+    ):
+        file = place
+    return f"{file}: {problem}; {remedy}" if file else f"{problem}; {remedy}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(error, jax.errors.JaxRuntimeError):
+        return str(error).startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def _amount(error: BaseException) -> str:
+    """How much was asked for, where the error says so."""
+    found = re.search(r"(\d[\d.,]*) ?(?:bytes|[KMGT]i?B)\b", str(error))
+    return f"{found[0]} could not be had" if found else "less is there than it takes"
+
+
+def _origin(error: BaseException) -> str:
+    """FILE:LINE of the innermost frame in this project, or else of the innermost."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if _is_ours(frame.filename)]
+    if not frames:
+        return "no place known"
+    frame = (ours or frames)[-1]
+    file = Path(frame.filename)
+    return f"{file.relative_to(_ROOT) if ours else file.name}:{frame.lineno}"
+
+
+def _is_ours(file: str) -> bool:
+    path = Path(file)
+    return path.is_relative_to(_ROOT / "flexolmo_jax") or path.is_relative_to(_ROOT / "configs")

@@ -1,0 +1,63 @@
+"""What a process of the command line sets up before its command runs: who writes to standard error, and signals."""
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+
+from absl import logging as absl_logging
+
+from flexolmo_jax.cli import failures
+
+# Loggers of libraries whose messages a user can act on: what a server says of requests, and of devices left unused.
+_SHOWN = {"flexolmo_jax": logging.WARNING, "uvicorn": logging.ERROR, "jax._src.xla_bridge": logging.WARNING}
+
+
+def hang_up_libraries(label: str) -> None:
+    """Keeps to the lines that this program writes: what libraries print or log on standard error is dropped.
+
+    File descriptor 2, to which code of C++ and Rust writes, leads nowhere from then on; `sys.stderr` does not. Where
+    such code ends the process, the interpreter still says where.
+
+    Args:
+      label: begins each line of a log.
+    """
+    own = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.stderr = sys.__stderr__ = own
+    faulthandler.enable(own, all_threads=False)
+    warnings.simplefilter("ignore")
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    handler = logging.StreamHandler(own)
+    handler.setFormatter(_OneLine(f"{label}: %(message)s"))
+    logging.root.handlers = [handler]
+    logging.root.setLevel(logging.CRITICAL)
+    for name, level in _SHOWN.items():
+        logging.getLogger(name).setLevel(level)
+    sys.unraisablehook = lambda _: None  # what coroutines and destructors of a library raise while Python ends
+    threading.excepthook = lambda args: _say(own, label, args.exc_value)
+
+
+def end_on_sigterm() -> None:
+    """Lets SIGTERM end the process as an error would, so that nothing half-written is left; status 143."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def _say(stream, label: str, error: BaseException | None) -> None:
+    if error is not None:
+        stream.write(f"{label}: {failures.describe(error).line}\n")
+
+
+class _OneLine(logging.Formatter):
+    """Formats a record, with the error that came with it, as one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        error = record.exc_info[1] if record.exc_info else None
+        record = logging.makeLogRecord({**record.__dict__, "exc_info": None, "exc_text": None, "stack_info": None})
+        line = " ".join(super().format(record).split())
+        return line if error is None else f"{line}: {failures.describe(error).line}"
