@@ -17,6 +17,8 @@ WORKER = "flexolmo_jax.benchmark.worker"
 # caller's environment says instead holds for both, too.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
+_COMPILING = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # how long that takes is measured
+
 
 class Process:
     """A worker (see `worker`), to be closed in the end."""
@@ -31,7 +33,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**_ENVIRONMENT, **os.environ},
+            env={**_ENVIRONMENT, **os.environ, **_COMPILING},
         )
         self._send(json.dumps(dataclasses.asdict(spec)))
 

@@ -24,8 +24,10 @@ DENSE = (("", False), ("", True))
 PATIENCE = 600  # seconds in which transformers must have taken a first step
 HOPELESS = 10  # times the fastest: what is so slow in its first step is measured no further
 PAUSE = 0.5  # seconds between measurements, in which the threads of the one before come to rest
+COMPILE, MEASURE = "compile", "measure"  # kinds of parts, which take their own time
 
 Figures = dict[str, Any]
+Say = Callable[[str, int, int, float | None], None]
 
 
 def benchmark(
@@ -33,7 +35,7 @@ def benchmark(
     steps: Sequence[str],
     runs: int,
     versus: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda *_: None,
 ) -> list[Figures]:
     """Measures steps on this machine.
 
@@ -42,7 +44,8 @@ def benchmark(
       steps: some of `STEPS`.
       runs: how often each is measured.
       versus: whether to measure transformers too.
-      say: called with what is being done.
+      say: called with what is being done, how many parts are done, how many there are, and the seconds that the others
+        may take (None where that cannot be told yet). To compile a side is a part, and each of its runs.
 
     Returns:
       For each step {"step", "sides": {side: figures}, "left_out": {side: why}}. Figures are a worker's answers, a list
@@ -53,7 +56,38 @@ def benchmark(
       UserError: the configuration does not fit a step, or a step does not fit the machine.
     """
     configs = {step: prepared(config, step) for step in steps}  # refuses before time is spent
-    return [_measure(_specs(step, configs[step], versus), runs, say) for step in configs]
+    specs = {step: _specs(step, configs[step], versus) for step in configs}
+    count = sum(map(len, specs.values()))
+    agenda = _Agenda(say, count, count - len(specs), runs)
+    return [_measure(sides, runs, agenda) for sides in specs.values()]
+
+
+class _Agenda:
+    """The parts of a benchmark, of each kind: those that are left, and what those took that are done."""
+
+    def __init__(self, say: Say, sides: int, others: int, runs: int):
+        """Of `sides` in all, `others` are not ours; they are measured in turns with ours."""
+        self._say = say
+        self._left = {COMPILE: sides, MEASURE: (sides + others) * runs}
+        self._took: dict[str, list[float]] = {COMPILE: [], MEASURE: []}
+        self._begun: tuple[str, float] | None = None
+
+    def begin(self, kind: str, what: str) -> None:
+        """Ends the part before, and says what is begun."""
+        now = time.monotonic()
+        if self._begun:
+            self._took[self._begun[0]].append(now - self._begun[1])
+            self._left[self._begun[0]] -= 1
+        self._begun = kind, now
+        done, left = sum(map(len, self._took.values())), sum(self._left.values())
+        # What has not been done once cannot be told.
+        known = all(self._took[kind] for kind, count in self._left.items() if count)
+        seconds = sum(count * statistics.mean(self._took[kind] or [0]) for kind, count in self._left.items())
+        self._say(what, done, done + left, seconds if known else None)
+
+    def drop(self, measurements: int) -> None:
+        """Takes off what will not be measured."""
+        self._left[MEASURE] -= measurements
 
 
 def prepared(config: ConfigDict, step: str) -> dict[str, Any]:
@@ -97,7 +131,7 @@ def _specs(step: str, config: dict[str, Any], versus: bool) -> dict[str, Spec]:
     return specs
 
 
-def _measure(specs: Mapping[str, Spec], runs: int, say: Callable[[str], None]) -> Figures:
+def _measure(specs: Mapping[str, Spec], runs: int, agenda: _Agenda) -> Figures:
     """All figures of a step.
 
     On the host ours takes turns with one of the others after another, so that two at most hold memory; a device is held
@@ -109,7 +143,7 @@ def _measure(specs: Mapping[str, Spec], runs: int, say: Callable[[str], None]) -
     with contextlib.ExitStack() as stack:
         beside: dict[str, Process] = {}
         for name, spec in specs.items():
-            say(f"{step}: {name} compiles")
+            agenda.begin(COMPILE, f"{step}: {name} compiles")
             process = Process(spec)
             stack.callback(process.close)
             try:
@@ -122,9 +156,12 @@ def _measure(specs: Mapping[str, Spec], runs: int, say: Callable[[str], None]) -
                     raise
                 process.close()
                 left_out[name] = str(error)
+                agenda.drop(2 * runs)
                 continue
             sides[name] = built
-            _rounds(step, {**beside, name: process}, sides, runs, say)
+            if name != OURS and not beside:
+                agenda.drop(runs)
+            _rounds(step, {**beside, name: process}, sides, runs, agenda)
             if name != OURS:
                 built["seconds_of_ours"] = sides[OURS]["seconds"][-runs:]
             if name == OURS and built["platform"] == "cpu":
@@ -147,11 +184,11 @@ def _rounds(
     processes: Mapping[str, Process],
     sides: Mapping[str, Figures],
     runs: int,
-    say: Callable[[str], None],
+    agenda: _Agenda,
 ) -> None:
     """Asks processes in turns, and adds what they say to the figures of their sides."""
     for run, (name, process) in itertools.product(range(runs), processes.items()):
-        say(f"{step}: {name}, run {run + 1} of {runs}")
+        agenda.begin(MEASURE, f"{step}: {name}, run {run + 1} of {runs}")
         measured = {"step": "seconds"}
         if name == OURS:
             measured = {"limit": "limit", **measured}

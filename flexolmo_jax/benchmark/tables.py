@@ -34,6 +34,24 @@ def steps_table(results: Sequence[Figures]) -> Table:
     return table
 
 
+def limit_notes(results: Sequence[Figures]) -> list[str]:
+    """A sentence for each kind of limit that a step went beyond, which explains how it could."""
+    beyond = {}
+    for result in results:
+        figures = result["sides"][OURS]
+        if figures["share_of_limit"] > 1:
+            beyond.setdefault("bytes" in figures, []).append(result["step"])
+    reasons = {
+        True: "the limit is what all cores read of an array far larger than any cache, and weights of a small model "
+        "are read from caches, which are faster",
+        False: "the limit is a large matmul measured in turns with the step, and the machine was less busy, or at a "
+        "higher clock, while the step ran",
+    }
+    return [
+        f"{', '.join(steps)}: a share above 100% is no error; {reasons[reads]}" + "." for reads, steps in beyond.items()
+    ]
+
+
 def versus_table(result: Figures) -> Table:
     """A row for each side of a step, after ours those first that ours is least ahead of, with our ratios to it.
 

@@ -54,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb, rest = (given[first:] or ["help"])[0], given[:first] + given[first + 1 :]
     label, traceback_shown = f"{PROGRAM} {verb}", _TRACEBACK in rest
     try:
-        if arguments is None:
-            process.end_on_sigterm()
-            if not traceback_shown:
-                process.hang_up_libraries(label)
+        if arguments is None and not traceback_shown:
+            process.hang_up_libraries(label)
         _run(verb, rest, alone=arguments is None)
         _flush()
     except KeyboardInterrupt:
@@ -88,6 +86,8 @@ def _run(verb: str, arguments: Sequence[str], alone: bool) -> None:
     positional = _parse(verb, module, arguments)
     if alone:
         _keep_compiled(verb)
+        if "out" in flags.FLAGS:
+            process.end_on_sigterm()
     module.run(*positional)
 
 

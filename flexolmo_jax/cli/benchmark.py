@@ -34,25 +34,21 @@ def run() -> None:
 
     from flexolmo_jax.benchmark.machine import description
     from flexolmo_jax.benchmark.run import benchmark
-    from flexolmo_jax.benchmark.tables import steps_table, versus_table
+    from flexolmo_jax.benchmark.tables import limit_notes, steps_table, versus_table
     from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.evaluation.tables import show
-    from flexolmo_jax.progress import progress_bar
+    from flexolmo_jax.progress import Stages
 
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if _VERSUS.value and missing:
         raise UserError(f"--versus=transformers: needs {missing[0]}; pip install 'flexolmo-jax[interop]'")
-    with progress_bar("{task.description}") as bar:
-        task = bar.add_task("", total=None)
-        results = benchmark(
-            _CONFIG.value,
-            list(dict.fromkeys(_STEPS.value)),
-            _RUNS.value,
-            bool(_VERSUS.value),
-            say=lambda what: bar.update(task, description=what),
-        )
+    with Stages("flexolmo benchmark") as stages:
+        steps = list(dict.fromkeys(_STEPS.value))
+        results = benchmark(_CONFIG.value, steps, _RUNS.value, bool(_VERSUS.value), stages.say)
     show(steps_table(results))
+    for note in limit_notes(results):
+        print(note)
     for result in results:
         if len(result["sides"]) > 1:
             print()

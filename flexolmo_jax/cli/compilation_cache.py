@@ -88,7 +88,6 @@ def _cpuinfo() -> str:
 
 def _forget_what_cannot_be_read(path: str) -> None:
     """Removes a damaged program from the cache when JAX warns of it, so that it is written again."""
-
     show = warnings.showwarning
 
     def on_warning(message, *arguments) -> None:

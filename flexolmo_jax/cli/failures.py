@@ -84,8 +84,10 @@ def _foreseen(error: BaseException, place: str, memory: str) -> str | None:
         return _system_line(int(code[1]), files[0].removeprefix("file://") if files else None, place)
     if type(error) is RuntimeError and str(error) == "can't start new thread":
         return _system_line(errno.EAGAIN, None, place)
-    if type(error) is RuntimeError and str(error).startswith("Unable to initialize backend"):
-        return f"JAX_PLATFORMS: {first_line(error)}; name platforms that are here, or leave it unset"
+    if isinstance(error, RuntimeError | AssertionError) and _innermost(error).endswith("jax/_src/xla_bridge.py"):
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        said = str(error) and f" ({first_line(error)})"
+        return f"JAX_PLATFORMS={asked}: JAX finds no such devices here{said}; name others, or leave it unset"
     if isinstance(error, ImportError) and re.search(r"gcsfs|s3fs|fsspec|tensorflow", str(error)):
         return f"a path in a bucket: {first_line(error)}; install that package, or mount the bucket"
     return None
@@ -125,6 +127,12 @@ def _origin(error: BaseException) -> str:
     frame = (ours or frames)[-1]
     file = Path(frame.filename)
     return f"{file.relative_to(_ROOT) if ours else file.name}:{frame.lineno}"
+
+
+def _innermost(error: BaseException) -> str:
+    """The file of the innermost frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename if frames else ""
 
 
 def _is_ours(file: str) -> bool:

@@ -44,7 +44,10 @@ def hang_up_libraries(label: str) -> None:
 
 
 def end_on_sigterm() -> None:
-    """Lets SIGTERM end the process as an error would, so that nothing half-written is left; status 143."""
+    """Lets SIGTERM end the process as an error would, so that nothing half-written is left; status 143.
+
+    It ends once Python runs again, so this is for commands that write directories, and spend no long time elsewhere.
+    """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
