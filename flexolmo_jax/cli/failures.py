@@ -114,7 +114,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _amount(error: BaseException) -> str:
     """How much was asked for, where the error says so."""
-    found = re.search(r"(\d[\d.,]*) ?(?:bytes|[KMGT]i?B)\b", str(error))
+    found = re.search(r"(\d[\d.,]*) ?(?:bytes|[KMGTPE]i?B)\b", str(error))
     return f"{found[0]} could not be had" if found else "less is there than it takes"
 
 

@@ -1,5 +1,6 @@
 """Sides are measured in turns; what fails, or is far slower than the others, is left out; every process ends."""
 
+import itertools
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 from configs import benchmark as config_file
 from flexolmo_jax.benchmark import run
-from flexolmo_jax.benchmark.tables import steps_table, versus_table
+from flexolmo_jax.benchmark.tables import limit_notes, steps_table, versus_table
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.tables import show
 
@@ -94,6 +95,37 @@ def test_what_is_ten_times_as_slow_is_left_out_at_once(asked):
     assert result["sides"].keys() == {"flexolmo", "eager", "grouped_mm"}
     assert result["left_out"] == {"batched_mm": "more than 10 times as slow as another"}
     assert log[-2:] == [("batched_mm", "close"), ("flexolmo", "close")]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_progress_counts_every_part_and_tells_the_time_left_once_it_can(asked, monkeypatch, platform):
+    _, process = asked
+    process.platform, process.fails = platform, ("eager",)
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(run.time, "monotonic", lambda: float(next(clock)))
+    said = []
+    run.benchmark(config_file.get_config(), ["anchor", "expert"], 2, False, say=lambda *what: said.append(what))
+    assert [(done, total) for _, done, total, _ in said] == [(i, 6) for i in range(6)]
+    # Ten seconds a part; before the first measurement is done its time is not known.
+    assert [left for *_, left in said] == [None, None, 40.0, 30.0, 20.0, 10.0]
+    said.clear()
+    run.benchmark(config_file.get_config(), ["expert"], 2, True, say=lambda *what: said.append(what))
+    _, done, total, left = said[-1]
+    assert left == 10.0 * (total - done)
+    # What fails or is too slow is not counted; at the last part begun, that one alone is left.
+    assert said[0][2] > total
+
+
+def test_a_share_above_the_limit_is_explained(asked):
+    result = measure()
+    assert limit_notes([result]) == []
+    result["sides"]["flexolmo"]["share_of_limit"] = 1.2
+    decode = {"step": "decode", "sides": {"flexolmo": {"share_of_limit": 1.5, "bytes": 1}}}
+    matmul, reading = limit_notes([result, decode])
+    assert matmul.startswith("expert: a share above 100% is no error; ")
+    assert "matmul" in matmul
+    assert reading.startswith("decode: ")
+    assert "caches" in reading
 
 
 def test_where_ours_takes_rows_in_parts_others_take_them_at_once_and_in_parts(asked, monkeypatch):

@@ -1,5 +1,8 @@
 """Directories that are complete or absent."""
 
+import errno
+from unittest import mock
+
 import pytest
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
@@ -29,6 +32,31 @@ def test_leaves_nothing_when_the_block_raises(tmp_path, error):
     with pytest.raises(error):
         half()
     assert names(tmp_path) == []
+
+
+def test_an_error_of_writing_names_what_was_asked_for(tmp_path):
+    def full(file):
+        with atomic_directory(tmp_path / "out") as directory:
+            raise OSError(errno.ENOSPC, "No space left on device", *file(directory))
+
+    for file in (lambda directory: [], lambda directory: [str(directory / "part")]):
+        with pytest.raises(OSError, match="No space left") as caught:
+            full(file)
+        assert caught.value.filename == f"--out={tmp_path}/out"
+    with pytest.raises(OSError, match="No space left") as caught:
+        full(lambda directory: ["/elsewhere"])
+    assert caught.value.filename == "/elsewhere"
+    assert names(tmp_path) == []
+
+
+def test_what_failed_first_is_told_where_nothing_can_be_removed(tmp_path, monkeypatch):
+    def half():
+        with atomic_directory(tmp_path / "out") as directory:
+            monkeypatch.setattr(type(directory), "rmtree", mock.Mock(side_effect=OSError(errno.EROFS, "read-only")))
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        half()
 
 
 def test_removes_what_a_killed_attempt_left(tmp_path):

@@ -37,7 +37,9 @@ def at_the_root(monkeypatch):
 
 def measured(file, *arguments):
     result = flexolmo("benchmark", CONFIG, *OVERRIDES, "--runs=2", f"--json={file}", *arguments)
-    assert (result.status, result.err) == (0, "")
+    assert result.status == 0, result
+    assert result.err  # a log is told how far it is
+    assert all(line.startswith("flexolmo benchmark: ") for line in result.err.splitlines())
     return result.out, json.loads(file.read_text())
 
 

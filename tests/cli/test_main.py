@@ -22,7 +22,7 @@ FLAGS = {
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
     "evaluate": [
         *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),
-        *("dtype", "json"),
+        *("dtype", "json", "baseline"),
     ],
     "generate": [
         *("model", "prompt", "without", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed"),
@@ -70,9 +70,42 @@ def test_help_of_a_verb_names_its_flags_and_a_command(verb):
     assert (result.status, result.err) == (0, "")
     assert f"flexolmo {verb} " in result.out
     described = re.findall(r"^ +--(?:\[no\])?(\w+): \S", result.out, re.MULTILINE)
-    assert sorted(described) == sorted(FLAGS[verb])
+    assert sorted(described) == sorted([*FLAGS[verb], "traceback", "compilation_cache"])
     # Flags need no order, and help no valid flags.
     assert flexolmo(verb, "--nonsense", "--help") == result
+
+
+@pytest.mark.parametrize("flag", ["--traceback", "--compilation_cache=", "--compilation-cache=x"])
+def test_flags_of_all_verbs_may_stand_before_the_verb(flag):
+    before, after = flexolmo(flag, "inspect", "nosuch"), flexolmo("inspect", flag, "nosuch")
+    assert before.status == after.status == 2
+    assert before.err.splitlines()[-1] == after.err.splitlines()[-1]
+    assert before.err.splitlines()[-1].startswith("flexolmo inspect: nosuch")
+
+
+def test_traceback_shows_where_an_error_comes_from():
+    result = flexolmo("inspect", "nosuch", "--traceback")
+    first, *_, last = result.err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert "inspect.py" in result.err
+    assert last == flexolmo("inspect", "nosuch").err.strip()
+
+
+def test_what_nobody_foresaw_ends_with_status_1_and_its_place(monkeypatch):
+    monkeypatch.setattr("flexolmo_jax.merging.inspect.describe", mock.Mock(side_effect=KeyError("odd")))
+    result = flexolmo("inspect", "x")
+    assert (result.status, result.out, result.err.count("\n")) == (1, "", 1)
+    assert re.search(r"^flexolmo inspect: KeyError: 'odd' \(flexolmo_jax/cli/inspect.py:\d+\); ", result.err)
+    assert "report" in result.err
+    assert "--traceback" in result.err
+
+
+def test_where_memory_does_not_suffice_the_verb_says_what_to_lower(monkeypatch):
+    monkeypatch.setattr("flexolmo_jax.inference.model.load", mock.Mock(side_effect=MemoryError))
+    for verb, flags in {"generate": "--max_new_tokens", "serve": "--slots"}.items():
+        monkeypatch.setattr("flexolmo_jax.serving.server.load", mock.Mock(side_effect=MemoryError))
+        arguments = ["--prompt=a"] if verb == "generate" else ["--port=0"]
+        assert_refused(flexolmo(verb, "--model=x", *arguments), verb, "out of memory", flags)
 
 
 def test_an_interrupted_verb_says_so_in_one_line(monkeypatch):
@@ -170,6 +203,7 @@ CONFIG_FILES = {
     "module": ("import no_such_module", ["module.py", "no_such_module"]),
     "raises": ("def get_config(): 1 / 0", ["raises.py", "division by zero"]),
     "empty": ("", ["empty.py", "get_config"]),
+    "exits": ("raise SystemExit('enough')", ["exits.py", "SystemExit", "enough"]),
     "key": (
         "from configs import base\ndef get_config():\n    config = base.get_config()\n    config.nokey = 1",
         ["key.py", "nokey", "configs/base.py"],

@@ -118,3 +118,51 @@ def test_the_verb_refuses_bad_values(home, arguments, words):
     given = [argument.format(home=home) for argument in arguments]
     flags = small.with_defaults(given, f"--model={home}/merged", f"--data={home}/first")
     assert_refused(flexolmo("evaluate", *flags), "evaluate", *words)
+
+
+def test_the_baseline_is_the_anchors_own_loss(home, tmp_path):
+    def rows(model, *flags):
+        file = tmp_path / "figures.json"
+        data = [f"--data={home}/first", f"--data={home}/second", f"--length={LENGTH}"]
+        result = flexolmo("evaluate", f"--model={home}/{model}", *data, f"--json={file}", *flags)
+        assert (result.status, result.err) == (0, "")
+        return json.loads(file.read_text())["data"], result.out
+
+    anchor, _ = rows("anchor")
+    merged, _ = rows("merged")
+    for without in ([], ["--without=a"]):
+        found, out = rows("merged", "--baseline", *without)
+        for name in anchor:
+            theirs = found[name].pop("anchor")
+            assert theirs["nats_per_token"] == pytest.approx(anchor[name]["nats_per_token"], rel=1e-6)
+            difference = found[name]["bits_per_byte"] - theirs["bits_per_byte"]
+            assert f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}") in out
+        assert (found == merged) == (not without)
+        assert "the anchor it was merged from" in out
+    found, out = rows("anchor", "--baseline")
+    assert found == anchor
+    assert f"{home}/anchor: is an anchor" in out
+
+
+def test_a_baseline_without_corpora_is_refused(home):
+    result = flexolmo("evaluate", f"--model={home}/merged", "--tasks=hellaswag", "--baseline")
+    assert_refused(result, "evaluate", "--baseline", "give --data")
+
+
+def test_a_batch_beyond_memory_is_refused_before_it_is_computed(home, monkeypatch):
+    corpus = small.corpus(home / "long", ["x" * 40_000]) if not (home / "long").exists() else home / "long"
+    monkeypatch.setattr("flexolmo_jax.memory.available_bytes", lambda _: 2**30)
+    monkeypatch.setattr("flexolmo_jax.inference.model.Model.loss_step", None)
+    given = [f"--model={home}/anchor", f"--data={corpus}", "--length=10000000"]
+    words = ["--length=10000000", "1 x 40,001 tokens", "GiB of memory, and 1.0 are free", "--batch_size"]
+    assert_refused(flexolmo("evaluate", *given), "evaluate", *words)
+
+
+def test_rows_longer_than_any_corpus_are_as_long_as_the_longest(home, tmp_path):
+    losses = []
+    for length in (Corpus.open(home / "first").tokens, 10**12):
+        file = tmp_path / f"{length}.json"
+        flags = [f"--model={home}/anchor", f"--data={home}/first", f"--length={length}", f"--json={file}"]
+        assert flexolmo("evaluate", *flags).status == 0
+        losses.append(json.loads(file.read_text())["data"]["first"]["nats_per_token"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

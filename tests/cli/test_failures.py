@@ -1,0 +1,127 @@
+"""What a failed command says: one line for what a user can mend, and for what nobody foresaw."""
+
+import errno
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from flexolmo_jax.cli.failures import describe
+from flexolmo_jax.errors import UserError
+
+
+def raised(error):
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space left on the device; make room"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.ENAMETOOLONG, "too long"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENOTDIR, "a part of this path is a file"),
+        (errno.EISDIR, "is a directory"),
+        (errno.EIO, "fails to read or write"),
+        (errno.ESTALE, "run the command again"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_file_problem_and_remedy(number, words):
+    line, status = describe(raised(OSError(number, "as the system says", "some/file")))
+    assert status == 2
+    assert line.startswith("some/file: ")
+    assert words in line
+    assert "; " in line
+
+
+def test_of_a_write_that_names_no_file_the_place_that_was_asked_for_is_named():
+    error = OSError(errno.ENOSPC, "No space left on device")
+    assert describe(error, "--out=model").line.startswith("--out=model: no space left")
+    assert describe(error).line.startswith("standard output: no space left")
+    within = OSError(errno.ENOSPC, "No space left on device", "work/checkpoints/2/part")
+    assert describe(within, "--workdir=work").line.startswith("--workdir=work: no space left")
+    assert describe(within, "--workdir=other").line.startswith("work/checkpoints/2/part: no space left")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("no number"), OSError(errno.EDOM, "odd"), ValueError("a\nb"), KeyError("x"), RuntimeError("x")],
+)
+def test_all_else_is_a_fault_of_the_program(error):
+    line, status = describe(raised(error))
+    assert status == 1
+    assert line.startswith(type(error).__name__)
+    assert "test_failures.py:" in line  # no frame of the package: the innermost
+    assert "--traceback" in line
+    assert "\n" not in line
+
+
+def test_memory_that_does_not_suffice_is_one_line_with_the_remedy():
+    with pytest.raises(MemoryError) as caught:
+        np.empty(2**50, np.uint8)
+    line, status = describe(caught.value, memory="lower --slots")
+    assert (line, status) == ("out of memory (1.00 PiB could not be had); lower --slots", 2)
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 444052642280 bytes.")
+    assert describe(error, memory="lower --slots").line.startswith("out of memory (444052642280 bytes could not")
+    assert describe(jax.errors.JaxRuntimeError("INTERNAL: odd")).status == 1
+
+
+TENSORSTORE = """
+import sys, tensorstore as ts, numpy as np
+from flexolmo_jax.cli.failures import describe
+spec = {"driver": "zarr3", "kvstore": f"file://{sys.argv[1]}/w/array/"}
+spec["metadata"] = {"shape": [2**20], "data_type": "int8"}
+try:
+    ts.open(spec, create=True).result().write(np.ones(2**20, np.int8)).result()
+except ValueError as error:
+    print(describe(error, f"--workdir={sys.argv[1]}/w").line)
+"""
+
+
+def in_a_small_disk(directory, size, command):
+    """Runs a command of bash with a file system of `size` mounted at `directory`; skips where none may be."""
+    directory.mkdir()
+    mount = f"mount -t tmpfs -o size={size} tmpfs {directory}"
+    for trial in ("true", mount):
+        unshare = shutil.which("unshare")
+        if not unshare or subprocess.run([unshare, "-rm", "bash", "-c", trial], capture_output=True).returncode:
+            pytest.skip("file systems cannot be mounted here")
+    done = subprocess.run([unshare, "-rm", "bash", "-c", f"{mount} && {command}"], capture_output=True, text=True)
+    return done.stdout, done.stderr
+
+
+def test_tensorstore_on_a_full_disk(tmp_path):
+    (tmp_path / "script.py").write_text(TENSORSTORE)
+    disk = tmp_path / "disk"
+    out, err = in_a_small_disk(disk, "64k", f"{sys.executable} {tmp_path}/script.py {disk}")
+    assert (out, err) == (
+        f"--workdir={disk}/w: no space left on the device; make room there, or name a place with more\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize("size", ["4k", "16k", "32k"])
+def test_a_merge_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, size):
+    small.anchor(tmp_path / "anchor")
+    small.contribution(tmp_path / "news", tmp_path / "anchor", seed=1)
+    disk = tmp_path / "disk"
+    given = f"--anchor={tmp_path}/anchor --contribution={tmp_path}/news --out={disk}/model"
+    command = f"{sys.executable} -m flexolmo_jax merge {given}; echo $?; ls -A {disk}"
+    out, err = in_a_small_disk(disk, size, command)
+    assert out == "2\n"
+    assert err.startswith(f"flexolmo merge: --out={disk}/model: no space left on the device; ")
+    assert err.count("\n") == 1
+
+
+def test_a_user_error_is_its_own_line():
+    assert describe(UserError("--a=b: wrong;\n write c")) == ("--a=b: wrong; write c", 2)
