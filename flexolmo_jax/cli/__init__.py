@@ -146,6 +146,8 @@ def _parse(verb: str, module: types.ModuleType, arguments: Sequence[str]) -> lis
     arguments = list(itertools.starmap(_located, itertools.pairwise(["", *arguments])))
     try:
         positional = flags.FLAGS([f"{PROGRAM} {verb}", *arguments])[1:]
+        if "config" in flags.FLAGS:
+            _ = flags.FLAGS.config.keys  # a file that could not be read is only told of when it is used
     except flags.Error as error:
         missing = r"flag (--\w+)=None: Flag \S+ must have a value other than None\."
         reason = re.sub(missing, r"\1: not given.", _reason(error))
