@@ -77,7 +77,8 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()  # AdamW, on trainable leaves alone
     config.optimizer.learning_rate = 9e-4  # peak
-    config.optimizer.warmup_steps = 0  # steps of the linear rise from 0 to the peak
+    # Steps of the linear rise from 0 to the peak; in a run that is not longer than that, half of its steps.
+    config.optimizer.warmup_steps = 0
     config.optimizer.schedule = "cosine"  # "cosine", or "wsd": constant, then linear decay
     config.optimizer.decay_fraction = 0.2  # of all steps, the share that decays ("wsd")
     config.optimizer.final_fraction = 0.1  # of the peak, where the schedule ends

@@ -5,14 +5,26 @@ r"""Trains what a configuration describes. The same command, run again, goes on 
         --config.expert=news --config.data.train=corpora/news
 
 Every key of a configuration stands in configs/base.py with its unit, and can be set with --config.KEY=VALUE.
-The product is WORKDIR/contribution for an expert, and WORKDIR/model otherwise. On SIGTERM a checkpoint is saved.
+A short trial needs --config.steps alone: the warm-up takes at most half of a run that ends before it does.
+The output is WORKDIR/contribution for an expert, and WORKDIR/model otherwise. On SIGTERM a checkpoint is saved, and
+the exit status is 143; it is 2 for bad input, and for a loss that is not finite. docs/runs.md says more.
 """
+
+import sys
 
 from absl import flags
 from ml_collections import config_flags
 
+SIGTERM_STATUS = 143  # 128 + SIGTERM, as shells and schedulers have it
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, as FILE or FILE:ARGUMENT.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, and the product.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, and the output.")
+_VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Compare every token file with its digest before anything else: reads the corpora once, at about 1 GB/s a core. "
+    "Without it, those trained on are compared before the output is written.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 MEMORY_REMEDY = (
     "lower --config.data.batch_size or --config.data.sequence_length, raise --config.data.accumulate, "
@@ -21,11 +33,13 @@ MEMORY_REMEDY = (
 
 
 def run() -> None:
-    """Trains, and says where the product is."""
+    """Trains, and says where the output is."""
     from flexolmo_jax.training.loop import train
 
-    product = train(_CONFIG.value, _WORKDIR.value)
-    if product is None:
-        print(f"stopped by SIGTERM; run the same command again to go on from the checkpoint in {_WORKDIR.value}")
-    else:
-        print(product)
+    output = train(_CONFIG.value, _WORKDIR.value, verify=_VERIFY.value)
+    if output is None:
+        sys.stderr.write(
+            f"flexolmo train: stopped by SIGTERM; run the same command again to go on in {_WORKDIR.value}\n"
+        )
+        sys.exit(SIGTERM_STATUS)
+    print(output)

@@ -11,11 +11,11 @@ import bisect
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,12 @@ from etils import epath
 from rich.progress import SpinnerColumn, TimeElapsedColumn
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
+from flexolmo_jax.checkpoint.tree import combined_digest
 from flexolmo_jax.data.bad_records import BadRecords, StoppedError
-from flexolmo_jax.data.token_files import TokenFileWriter, find_document_ends, map_token_file
+from flexolmo_jax.data.token_files import TokenFileWriter, file_digest, find_above, find_document_ends, map_token_file
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.progress import progress_bar
+from flexolmo_jax.progress import byte_progress, progress_bar
 
 FORMAT_VERSION = 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -41,7 +42,8 @@ class Corpus:
     """A corpus directory, memory-mapped: a random-access sequence of documents.
 
     `corpus[i]` is document i, EOS included: a read-only array of `dtype` [length]. The first access finds
-    where documents end by one pass over the tokens, and keeps 8 bytes for each document.
+    where documents end by one pass over the tokens, and keeps 8 bytes for each document. Ids are those of the file:
+    who uses them compares them with `vocab_size`, and calls `refuse_ids` for the file and the place.
 
     Attributes:
       path: the directory.
@@ -90,6 +92,17 @@ class Corpus:
         place = index - self._first_documents[file]
         return self._arrays[file][ends[place - 1] if place else 0 : ends[place]]
 
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """That of the tokenizer that made the corpus: its ids are all below."""
+        return self.tokenizer().vocab_size
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of its content as `corpus.json` names it, wherever the corpus lies."""
+        files = {str(i): file["sha256"] for i, file in enumerate(self.files)}
+        return combined_digest({"dtype": self.dtype.name, "eos_id": str(self.eos_id), **files})
+
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer that made this corpus, with the EOS it was made with.
 
@@ -107,12 +120,21 @@ class Corpus:
         Raises:
           UserError: a file's content is not what `corpus.json` says.
         """
-        for file in self.files:
-            path = self.path / file["name"]
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != file["sha256"]:
-                raise UserError(f"{path}: differs from the digest in corpus.json; copy the corpus again")
+        verify_corpora([self])
+
+    def refuse_ids(self) -> None:
+        """Looks for the first id that is outside the vocabulary, by one pass over the tokens.
+
+        Raises:
+          UserError: there is one; names its file and how many tokens of the file stand before it.
+        """
+        for file, array in zip(self.files, self._arrays, strict=True):
+            at = find_above(array, self.vocab_size - 1)
+            if at is not None:
+                raise UserError(
+                    f"{self.path / file['name']}: damaged: the id {array[at]} at offset {at} (in tokens) is outside "
+                    f"the vocabulary of {self.vocab_size}; copy the corpus again"
+                )
 
     @functools.cached_property
     def _arrays(self) -> list[np.ndarray]:
@@ -133,6 +155,23 @@ class Corpus:
     @functools.cached_property
     def _first_documents(self) -> list[int]:
         return [0, *itertools.accumulate(map(len, self._document_ends))][:-1]
+
+
+def verify_corpora(corpora: Sequence[Corpus]) -> None:
+    """Reads the token files of all corpora and compares their SHA-256, a few at a time, with a progress bar.
+
+    Raises:
+      UserError: a file's content is not what `corpus.json` says.
+    """
+    files = {corpus.path / file["name"]: file["sha256"] for corpus in corpora for file in corpus.files}
+    with (
+        byte_progress("token files", sum(file.stat().length for file in files)) as advance,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        for file, found in zip(files, pool.map(functools.partial(file_digest, advance=advance), files), strict=True):
+            if found != files[file]:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(f"{file}: differs from the digest in corpus.json; copy the corpus again")
 
 
 def write_corpus(
@@ -175,11 +214,11 @@ def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) 
     """Copies documents of one corpus, token by token, into a new one.
 
     Raises:
-      UserError: `out` exists, or there are no indices.
+      UserError: `out` exists, there are no indices, or an id is outside the vocabulary.
     """
     tokenizer = source.tokenizer()
     documents = (source[index] for index in indices)
-    counted = ((ids, tokenizer.count_bytes(ids[:-1]), True) for ids in documents)
+    counted = ((ids, tokenizer.count_bytes(ids[:-1]), True) for ids in _in_vocabulary(source, documents))
     return _write(out, counted, tokenizer, _TOKENS_PER_FILE)
 
 
@@ -276,6 +315,13 @@ def _nothing(bad_records: BadRecords | None) -> str:
     if bad_records and bad_records.count:
         return f"--input: holds no usable text; bad records: {bad_records.count:,}, {bad_records.first()}"
     return "--input: holds no text; name files with at least one document that is not empty"
+
+
+def _in_vocabulary(source: Corpus, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    for ids in documents:
+        if ids.max() >= source.vocab_size:
+            source.refuse_ids()
+        yield ids
 
 
 def _read_description(file: epath.Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ A batch is a dict of int32 arrays [batch, length]:
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -49,7 +49,8 @@ def training_batches(
       seed: of the documents' order, a non-negative integer.
 
     Raises:
-      UserError: there is no corpus, a weight is not positive, or two corpora have different tokenizers.
+      UserError: there is no corpus, a weight is not positive, or two corpora have different tokenizers. While batches
+        are made: an id of one is outside the vocabulary.
     """
     _check(corpora)
     rows = [
@@ -57,17 +58,21 @@ def training_batches(
         for index, (group, _) in enumerate(corpora)
     ]
     mixed = grain.IterDataset.mix(rows, [weight for _, weight in corpora])
-    return iter(mixed.batch(batch_size, drop_remainder=True).map(_split_pair))
+    split = _batch_maker([corpus for group, _ in corpora for corpus in group])
+    return iter(mixed.batch(batch_size, drop_remainder=True).map(split))
 
 
 def evaluation_batches(corpus: Corpus, length: int, batch_size: int) -> grain.DatasetIterator[Batch]:
     """Returns batches that hold every token of a corpus as a target exactly once, in order.
 
     The last batch is filled up with padding (segment id 0), so all have the shape [batch_size, length].
+
+    Raises:
+      UserError: while batches are made: an id of one is outside the vocabulary.
     """
     rows = _rows(grain.MapDataset.source(corpus), corpus.eos_id, length)
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return iter(rows.batch(batch_size, batch_fn=pad).map(_split_pair))
+    return iter(rows.batch(batch_size, batch_fn=pad).map(_batch_maker([corpus])))
 
 
 def _check(corpora: Sequence[tuple[Sequence[Corpus], float]]) -> None:
@@ -105,13 +110,25 @@ def _pair(document: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
     return {_PAIR: pair_Lx2}
 
 
-def _split_pair(batch: dict[str, np.ndarray]) -> Batch:
-    return {
-        "tokens": np.ascontiguousarray(batch[_PAIR][..., 0]),
-        "targets": np.ascontiguousarray(batch[_PAIR][..., 1]),
-        "segment_ids": batch[f"{_PAIR}_segment_ids"],
-        "positions": batch[f"{_PAIR}_positions"],
-    }
+def _batch_maker(corpora: Sequence[Corpus]) -> Callable[[dict[str, np.ndarray]], Batch]:
+    """Returns what makes a batch of packed pairs; it refuses ids outside the corpora's one vocabulary."""
+    vocab_size = corpora[0].vocab_size
+
+    def split(batch: dict[str, np.ndarray]) -> Batch:
+        # The whole batch at once, as a look at each document would take a tenth of the time of making a batch of short
+        # ones. An id above 2**31 is a negative int32, and a large uint32.
+        if batch[_PAIR].view(np.uint32).max() >= vocab_size:
+            for corpus in corpora:
+                corpus.refuse_ids()
+            raise UserError(f"{corpora[0].path}: its files changed while they were read; copy the corpus again")
+        return {
+            "tokens": np.ascontiguousarray(batch[_PAIR][..., 0]),
+            "targets": np.ascontiguousarray(batch[_PAIR][..., 1]),
+            "segment_ids": batch[f"{_PAIR}_segment_ids"],
+            "positions": batch[f"{_PAIR}_positions"],
+        }
+
+    return split
 
 
 class _JsonState(grain.IterDataset):

@@ -1,6 +1,7 @@
 """Token files: flat little-endian ids without a header, as OLMo writes its `.npy` files."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ from etils import epath
 
 from flexolmo_jax.errors import UserError
 
-_SCAN_TOKENS = 1 << 24  # looked at together in the search for EOS
+_SCAN_TOKENS = 1 << 24  # looked at together in a search
+_READ_BYTES = 1 << 22  # digested together
 
 
 class TokenFileWriter:
@@ -58,13 +60,24 @@ def map_token_file(file: epath.Path, tokens: int, dtype: np.dtype) -> np.ndarray
     size = file.stat().length
     if tokens and size == tokens * dtype.itemsize:
         return np.asarray(np.memmap(file, dtype, "r"))
+    wanted = f"{tokens} tokens of {dtype.name}, little-endian"
     try:
-        array = np.asarray(np.load(file, mmap_mode="r"))
-    except (ValueError, EOFError):
-        array = None  # it has no header
-    if array is None or array.shape != (tokens,) or array.dtype != dtype:
-        raise UserError(f"{file}: has {size} bytes, not {tokens} tokens of {dtype.name}; copy the corpus again")
+        array = np.asarray(np.lib.format.open_memmap(file, mode="r"))
+    except (ValueError, EOFError):  # it has no header, or less than the header says
+        raise UserError(f"{file}: has {size} bytes, not {wanted}; copy the corpus again") from None
+    if array.shape != (tokens,) or array.dtype != dtype:
+        raise UserError(f"{file}: holds {array.dtype.str} {list(array.shape)}, not {wanted}; copy the corpus again")
     return array
+
+
+def file_digest(file: epath.Path, advance: Callable[[int], None] = lambda size: None) -> str:
+    """SHA-256 of a file, in hex; `advance` is called with numbers of bytes, as they are read."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while data := stream.read(_READ_BYTES):
+            digest.update(data)
+            advance(len(data))
+    return digest.hexdigest()
 
 
 def find_document_ends(tokens: np.ndarray, eos_id: int) -> np.ndarray:
@@ -73,3 +86,12 @@ def find_document_ends(tokens: np.ndarray, eos_id: int) -> np.ndarray:
     chunks = [np.flatnonzero(tokens[start : start + _SCAN_TOKENS] == eos_id) + start + 1 for start in starts]
     ends = np.concatenate(chunks)
     return ends if ends.size and ends[-1] == len(tokens) else np.append(ends, len(tokens))
+
+
+def find_above(tokens: np.ndarray, most: int) -> int | None:
+    """Returns the offset of the first id above `most`, or None."""
+    for start in range(0, len(tokens), _SCAN_TOKENS):
+        found = np.flatnonzero(tokens[start : start + _SCAN_TOKENS] > most)
+        if found.size:
+            return start + int(found[0])
+    return None

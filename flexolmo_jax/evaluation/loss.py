@@ -13,6 +13,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.progress import progress_bar
 
+MOST_NATS = 700.0  # per token: the perplexity of more is no number
+
 
 class Loss(NamedTuple):
     """What one model makes of one corpus.
@@ -69,13 +71,16 @@ def evaluate(
       advance: called after each batch.
 
     Raises:
-      UserError: a corpus was made with another tokenizer, or a name is not on the roster.
+      UserError: a corpus was made with another tokenizer or is damaged, a name is not on the roster, or a loss is
+        not finite.
     """
     mask_E = model.expert_mask(without)
     losses = {}
     for label, corpus in corpora.items():
         if corpus.tokenizer_digest != model.manifest.tokenizer_digest:
             raise UserError(f"{corpus.path}: its tokenizer is not the model's; tokenize the text with that one")
+        if corpus.vocab_size > model.manifest.architecture["vocab_size"]:
+            raise UserError(f"{corpus.path}: its tokenizer has more tokens than the model; import the model again")
         sums = []
         for batch in evaluation_batches(corpus, length, batch_size):
             sums.append(model.loss_step(batch, mask_E))
@@ -83,6 +88,11 @@ def evaluate(
         sums = jax.device_get(sums)
         tokens = sum(float(s["tokens"]) for s in sums)
         nats = sum(float(s["cross_entropy"]) for s in sums)
+        if not nats / tokens < MOST_NATS:
+            raise UserError(
+                f"{corpus.path}: the loss is {nats / tokens} nats per token, no finite figure; the model diverged in "
+                "training, or its weights are damaged: look at both with `flexolmo inspect`"
+            )
         share_E = np.sum([s["routing_E"] for s in sums], axis=0) / tokens
         routing = {name: float(share) for name, share in zip(model.roster, share_E, strict=True)}
         losses[label] = Loss(corpus.documents, int(tokens), corpus.bytes, nats, routing)

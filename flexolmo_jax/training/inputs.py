@@ -1,5 +1,6 @@
 """What a run reads: configuration, start, and corpora, checked before any time is spent on it."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
@@ -69,6 +71,11 @@ class Inputs(NamedTuple):
     held_out: dict[str, Corpus]
 
     @property
+    def training_corpora(self) -> list[Corpus]:
+        """Of all groups."""
+        return [corpus for group, _ in self.corpora for corpus in group]
+
+    @property
     def roster(self) -> list[str]:
         """Names in the order of the router's logits."""
         if self.model.layout is PAIR:
@@ -88,9 +95,11 @@ def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decode
     _check_values(config)
     platform = platform or sharding.platform_of(jax.devices()[0])
     _check_kernels(config, platform)
-    manifest = directories.Model.read(config.start_from, flag="--config.start_from") if config.start_from else None
+    manifest = _read_start(config.start_from) if config.start_from else None
     if config.expert:
         _check_expert(config, manifest)
+    elif manifest and _names_expert(config):
+        raise UserError(f"--config.expert: empty; name the expert that is trained ({directories.NAME_RULE})")
     if manifest is None:
         architecture = Architecture.from_dict(config.model.to_dict(), "--config.model")
         layout = _fresh_layout(config)
@@ -118,7 +127,10 @@ def read_inputs(config: ConfigDict) -> Inputs:
     trainable = trainable_paths(model.abstract(), config.partition)
     others = sorted(path for path in trainable if config.expert and not path.startswith(EXPERT))
     if others:
-        raise UserError(f"--config.partition: trains {others[0]}, and an expert ships {EXPERT}* alone; freeze the rest")
+        raise UserError(
+            f"--config.partition: trains {others[0]}, and an expert ships {EXPERT}* alone; freeze the rest, as "
+            f"configs/expert.py does, or leave out --config.expert={config.expert}"
+        )
     corpora = _training_corpora(config)
     held_out = open_corpora(split_paths(config.evaluation.data))
     everything = [corpus for group, _ in corpora for corpus in group] + list(held_out.values())
@@ -150,6 +162,11 @@ def split_paths(value: str) -> list[str]:
     return [path.strip() for path in value.split(",") if path.strip()]
 
 
+def public_path(public: str, start_from: str) -> str:
+    """The corpus of public data: as configured, or the sample that came with the start."""
+    return public or os.path.join(start_from, PUBLIC)
+
+
 def _training_corpora(config: ConfigDict) -> list[tuple[list[Corpus], float]]:
     data = config.data
     own = split_paths(data.train)
@@ -159,7 +176,7 @@ def _training_corpora(config: ConfigDict) -> list[tuple[list[Corpus], float]]:
         raise UserError(f"--config.data.public_share={data.public_share}: must be at least 0 and below 1")
     groups = [([Corpus.open(path) for path in own], 1 - data.public_share)]
     if data.public_share:
-        public = data.public or os.path.join(config.start_from, PUBLIC)
+        public = public_path(data.public, config.start_from)
         if not epath.Path(public).exists():
             raise UserError(
                 f"--config.data.public_share={data.public_share}: {config.start_from or 'the start'} came without "
@@ -200,6 +217,9 @@ def _check_values(config: ConfigDict) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"--config.optimizer.no_decay: '{pattern}' is not a regular expression ({error})") from None
+    for key, value in flatten_dict(config.to_dict(), sep=".").items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--config.{key}={value}: must be a finite number")
     if config.steps < 1:
         raise UserError(f"--config.steps={config.steps}: must be at least 1")
     if config.data.batch_size % config.data.accumulate:
@@ -209,10 +229,22 @@ def _check_values(config: ConfigDict) -> None:
         )
 
 
+def _read_start(start_from: str) -> directories.Model:
+    """The manifest of the model directory to start from; a run's workdir is not one, but may hold it."""
+    inside = epath.Path(start_from) / "model"
+    if directories.kind_of(start_from) is None and directories.kind_of(inside) == "model":
+        raise UserError(f"--config.start_from={start_from}: is the workdir of a run; give its model, {inside}")
+    return directories.Model.read(start_from, flag="--config.start_from")
+
+
+def _names_expert(config: ConfigDict) -> bool:
+    """Whether the partition is one of the pair, with an expert in training."""
+    return any(EXPERT in pattern for pattern, _ in config.partition)
+
+
 def _fresh_layout(config: ConfigDict) -> Layout:
     """The layout of fresh weights: a mixture, the pair whose expert the partition names, or an anchor."""
-    names_expert = any(EXPERT in pattern for pattern, _ in config.partition)
-    if config.mixture.num_experts == 1 and names_expert:
+    if config.mixture.num_experts == 1 and _names_expert(config):
         return PAIR
     return Layout.of_roster(config.mixture.num_experts, config.mixture.top_k)
 

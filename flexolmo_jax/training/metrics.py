@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.progress import progress_bar
 
 METRICS_FILE = "metrics.jsonl"
@@ -54,11 +55,16 @@ class Reporter:
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Waits for the last step taken, and reports it."""
+        """Waits for the last step taken, and reports it.
+
+        Raises:
+          UserError: a figure of that step is not finite.
+        """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
         metrics = jax.device_get(metrics)
+        self._check_finite(step, metrics)
         self._tokens += float(metrics["tokens"])
         if step % self._every and step not in (1, self._steps):
             return
@@ -77,8 +83,18 @@ class Reporter:
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Reports held-out losses, {label: nats per token}; the time they took is not the training's."""
         self.flush()
+        self._check_finite(step, {f"the held-out loss of {label}": nats for label, nats in losses.items()})
         self._write(step, {f"evaluation/{label}": nats for label, nats in losses.items()})
         self._tokens, self._since = 0.0, time.perf_counter()
+
+    def _check_finite(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Stops a run that has diverged; the loss and the gradient's norm are named before what follows from them."""
+        for name in sorted(figures, key=lambda name: (name != "loss", name != "gradient_norm")):
+            if not np.isfinite(figures[name]).all():
+                raise UserError(
+                    f"step {step}: {name} is not finite ({figures[name]}); stopped, and the checkpoints of earlier "
+                    "steps are kept: check the data, or lower --config.optimizer.learning_rate, in a new workdir"
+                )
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl, and a TensorBoard point for each scalar."""

@@ -11,28 +11,38 @@ from ml_collections import ConfigDict
 from flexolmo_jax.errors import UserError
 
 
+def warmup_steps(config: ConfigDict, steps: int) -> int:
+    """Steps of the linear rise: as configured, or half of a run that ends before that (a short trial).
+
+    Raises:
+      UserError: it is negative.
+    """
+    if config.warmup_steps < 0:
+        raise UserError(f"--config.optimizer.warmup_steps={config.warmup_steps}: must be at least 0")
+    return config.warmup_steps if config.warmup_steps < steps else steps // 2
+
+
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then `cosine`, or `wsd` (constant, then a linear decay).
 
     Args:
       config: the `optimizer` section of the configuration.
       steps: length of the run, warm-up included.
+
+    Raises:
+      UserError: the warm-up is negative.
     """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
-    if not 0 <= config.warmup_steps < steps:
-        raise UserError(
-            f"--config.optimizer.warmup_steps={config.warmup_steps}: must be at least 0 and below "
-            f"--config.steps={steps}"
-        )
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    after = steps - config.warmup_steps
+    rise = warmup_steps(config, steps)
+    warmup = optax.linear_schedule(0.0, peak, rise)
+    after = steps - rise
     if config.schedule == "cosine":
         return optax.join_schedules(
-            [warmup, optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction)], [config.warmup_steps]
+            [warmup, optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction)], [rise]
         )
     decay = min(after, max(1, round(steps * config.decay_fraction)))
     stages = [warmup, optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)]
-    return optax.join_schedules(stages, [config.warmup_steps, steps - decay])
+    return optax.join_schedules(stages, [rise, steps - decay])
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

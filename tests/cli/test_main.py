@@ -17,12 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
-    "train": ["config", "workdir"],
+    "train": ["config", "workdir", "verify"],
     "merge": ["anchor", "contribution", "out", "top_k"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
     "evaluate": [
         *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),
-        *("dtype", "json", "baseline"),
+        *("dtype", "verify", "json", "baseline"),
     ],
     "generate": [
         *("model", "prompt", "without", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed"),
@@ -49,6 +49,7 @@ def home(tmp_path_factory):
     small.corpus(home / "corpus")
     small.anchor(home / "anchor")
     small.contribution(home / "news", home / "anchor", seed=1)
+    small.anchor(home / "run" / "model")
     return home
 
 
@@ -258,6 +259,22 @@ BAD_RUNS = [
     ([ANCHOR, DATA, "--config.mixture.top_k=0"], ["--config.mixture.top_k=0", "at least 1"]),
     ([*EXPERT, "--config.expert=anchor"], ["--config.expert=anchor", "lower-case"]),
     ([*EXPERT, "--config.expert=A/b"], ["--config.expert=A/b", "lower-case"]),
+    (
+        ["--config=configs/expert.py", DATA, "--config.start_from={home}/anchor"],
+        ["--config.expert: empty", "name the expert", "lower-case"],
+    ),
+    (
+        ["--config=configs/expert.py", DATA, "--config.start_from={home}/anchor", "--config.expert="],
+        ["--config.expert: empty", "name the expert"],
+    ),
+    ([*EXPERT, "--config.expert=my news"], ["--config.expert=my news", "lower-case"]),
+    (
+        [ANCHOR, DATA, "--config.start_from={home}/anchor", "--config.expert=news"],
+        ["--config.partition", "configs/expert.py", "--config.expert=news"],
+    ),
+    ([*EXPERT, "--config.start_from={home}/run"], ["is the workdir of a run", "{home}/run/model"]),
+    ([ANCHOR, DATA, "--config.optimizer.learning_rate=nan"], ["learning_rate=nan", "finite"]),
+    ([ANCHOR, DATA, "--config.loss.z_loss=inf"], ["--config.loss.z_loss=inf", "finite"]),
     ([*EXPERT, "--config.start_from={home}/anchor"], ["--config.data.public_share", "--config.data.public=DIR"]),
 ]
 

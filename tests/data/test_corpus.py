@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import models, pre_tokenizers
 from flexolmo_jax.data import corpus as corpus_module
 from flexolmo_jax.data import token_files
 from flexolmo_jax.data.bad_records import BadRecords
-from flexolmo_jax.data.corpus import Corpus, copy_documents, write_corpus
+from flexolmo_jax.data.corpus import Corpus, copy_documents, verify_corpora, write_corpus
 from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError
 
@@ -185,6 +186,11 @@ def test_an_existing_directory_is_kept(corpus):
     assert [document.tolist() for document in corpus] == DOCUMENTS
 
 
+def cut_off_with_its_header(corpus):
+    np.save(corpus.path / "tokens-00002.npy", np.zeros(7, "<u2"))
+    os.truncate(corpus.path / "tokens-00002.npy", 140)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -199,7 +205,12 @@ def test_an_existing_directory_is_kept(corpus):
         (lambda c: (c.path / "tokens-00001.npy").unlink(), r"tokens-00001\.npy: missing"),
         (lambda c: (c.path / "tokens-00002.npy").write_bytes(b"1234"), r"tokens-00002\.npy: has 4 bytes"),
         (lambda c: (c.path / "tokens-00002.npy").write_bytes(b""), r"tokens-00002\.npy: has 0 bytes"),
-        (lambda c: np.save(c.path / "tokens-00002.npy", np.zeros(7, "<u4")), r"tokens-00002\.npy: has 156 bytes"),
+        (lambda c: (c.path / "tokens-00002.npy").write_bytes(b"PK\3\4" * 9), r"tokens-00002\.npy: has 36 bytes"),
+        (lambda c: np.save(c.path / "tokens-00002.npy", np.zeros(7, "<u4")), r"tokens-00002\.npy: holds <u4 \[7\]"),
+        (lambda c: np.save(c.path / "tokens-00002.npy", np.zeros(7, "<i2")), r"tokens-00002\.npy: holds <i2 \[7\]"),
+        (lambda c: np.save(c.path / "tokens-00002.npy", np.zeros(7, ">u2")), r"tokens-00002\.npy: holds >u2 \[7\]"),
+        (lambda c: np.save(c.path / "tokens-00002.npy", np.zeros(8, "<u2")), r"tokens-00002\.npy: holds <u2 \[8\]"),
+        (cut_off_with_its_header, r"tokens-00002\.npy: has 140 bytes, not 7 tokens of uint16, little-endian"),
     ],
 )
 def test_open_errors(corpus, spoil, message):
@@ -239,3 +250,28 @@ def test_another_tokenizer_is_found(corpus):
     Tokenizer(backend, EOS).save(corpus.path / "tokenizer.json")
     with pytest.raises(UserError, match=r"tokenizer\.json: did not make this corpus"):
         corpus.tokenizer()
+
+
+def test_corpora_are_verified_together(corpus, tmp_path):
+    other = write_corpus(tmp_path / "other", TEXTS, byte_tokenizer())
+    verify_corpora([corpus, other])
+    tokens = np.memmap(other.path / "tokens-00000.npy", "<u2", "r+")
+    tokens[5] ^= 1
+    tokens.flush()
+    with pytest.raises(UserError, match=f"^{other.path}/tokens-00000.npy: differs from the digest in corpus.json"):
+        verify_corpora([corpus, other])
+
+
+@pytest.mark.parametrize("scan_tokens", [4, 1000])
+def test_an_id_outside_the_vocabulary_is_named_with_its_file_and_place(corpus, tmp_path, monkeypatch, scan_tokens):
+    monkeypatch.setattr(token_files, "_SCAN_TOKENS", scan_tokens)
+    corpus.refuse_ids()
+    tokens = np.memmap(corpus.path / "tokens-00001.npy", "<u2", "r+")
+    tokens[11], tokens[20] = 257, 60_000
+    tokens.flush()
+    damaged = r"tokens-00001\.npy: damaged: the id 257 at offset 11 \(in tokens\) is outside the vocabulary of 257"
+    with pytest.raises(UserError, match=damaged):
+        corpus.refuse_ids()
+    with pytest.raises(UserError, match=damaged):
+        copy_documents(corpus, range(len(corpus)), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

@@ -183,3 +183,50 @@ def test_tokenizers_must_agree(corpus, tmp_path):
     other = write_corpus(tmp_path / "other", ["text"], Tokenizer(backend, EOS))
     with pytest.raises(UserError, match=f"^{other.path}: its tokenizer is not that of {corpus.path}"):
         training_batches([([corpus], 1.0), ([other], 1.0)], LENGTH, 1, seed=0)
+
+
+def damage(corpus, ids):
+    """Writes ids {place: id} into the second token file, without changing its size."""
+    tokens = np.memmap(corpus.path / "tokens-00001.npy", corpus.dtype.newbyteorder("<"), "r+")
+    for place, id_ in ids.items():
+        tokens[place] = id_
+    tokens.flush()
+
+
+@pytest.mark.parametrize("id_", [257, 60_000, 65_535])
+@pytest.mark.parametrize("batches", [training_batches, evaluation_batches])
+def test_ids_outside_the_vocabulary_are_refused(corpus, lower, batches, id_):
+    def start():
+        if batches is evaluation_batches:
+            return evaluation_batches(corpus, LENGTH, 2)
+        return training_batches([([lower], 1.0), ([lower, corpus], 1.0)], LENGTH, 2, seed=0)
+
+    for _ in range(10):
+        next(start())
+    damage(corpus, {3: id_})
+    iterator = start()
+    with pytest.raises(UserError) as caught:
+        list(itertools.islice(iterator, 100))
+    assert str(caught.value).startswith(
+        f"{corpus.path}/tokens-00001.npy: damaged: the id {id_} at offset 3 (in tokens)"
+    )
+
+
+def test_ids_of_32_bits_are_refused_too(tmp_path):
+    """Those above 2**31 are negative in a batch."""
+    backend = byte_tokenizer().backend
+    backend.add_tokens([f"<{i}>" for i in range(70_000)])
+    corpus = write_corpus(tmp_path / "corpus", ["text", "more text"], Tokenizer(backend, EOS), tokens_per_file=3)
+    assert corpus.dtype == np.uint32
+    next(evaluation_batches(corpus, LENGTH, 2))
+    for id_ in (70_300, 2**31 + 5, 2**32 - 1):
+        damage(corpus, {2: id_})
+        with pytest.raises(UserError, match=f"tokens-00001.npy: damaged: the id {id_} at offset 2"):
+            next(evaluation_batches(corpus, LENGTH, 2))
+
+
+def test_an_eos_outside_the_vocabulary_is_refused(corpus):
+    description = json.loads((corpus.path / "corpus.json").read_text())
+    (corpus.path / "corpus.json").write_text(json.dumps(description | {"eos_id": 300}))
+    with pytest.raises(UserError, match="has no token 300"):
+        evaluation_batches(Corpus.open(corpus.path), LENGTH, 2)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from small import assert_refused, flexolmo
 import flexolmo_jax
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
 
 LENGTH, EOS = 16, 256
@@ -166,3 +168,37 @@ def test_rows_longer_than_any_corpus_are_as_long_as_the_longest(home, tmp_path):
         assert flexolmo("evaluate", *flags).status == 0
         losses.append(json.loads(file.read_text())["data"]["first"]["nats_per_token"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.fixture
+def damaged(home, tmp_path):
+    """A corpus with one token changed, to another of the vocabulary."""
+    shutil.copytree(home / "first", tmp_path / "damaged")
+    tokens = np.memmap(tmp_path / "damaged" / "tokens-00000.npy", "<u2", "r+")
+    tokens[3] ^= 1
+    tokens.flush()
+    return tmp_path / "damaged"
+
+
+def test_the_verb_verifies_token_files_when_told_to(home, damaged):
+    arguments = [f"--model={home}/merged", f"--data={home}/first", f"--data={damaged}"]
+    assert flexolmo("evaluate", *arguments).status == 0
+    words = [f"{damaged}/tokens-00000.npy", "differs from the digest in corpus.json"]
+    assert_refused(flexolmo("evaluate", *arguments, "--verify"), "evaluate", *words)
+
+
+def test_the_verb_refuses_ids_outside_the_vocabulary(home, damaged, tmp_path):
+    tokens = np.memmap(damaged / "tokens-00000.npy", "<u2", "r+")
+    tokens[7] = 259  # of the model's vocabulary of 260, and not of the tokenizer's
+    tokens.flush()
+    result = flexolmo("evaluate", f"--model={home}/merged", f"--data={damaged}", f"--json={tmp_path}/rows.json")
+    assert_refused(result, "evaluate", f"{damaged}/tokens-00000.npy: damaged: the id 259 at offset 7")
+    assert not (tmp_path / "rows.json").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_loss_that_is_no_number_is_an_error(home, value):
+    model = flexolmo_jax.load(home / "merged")
+    model.params["head"] = model.params["head"].at[:, 3].set(value)
+    with pytest.raises(UserError, match=r"first: the loss is (nan|inf|[0-9.e+]+) nats per token"):
+        evaluate(model, {"first": Corpus.open(home / "first")}, length=LENGTH, batch_size=3)

@@ -1,7 +1,9 @@
 """The training loop, on a small journey that every test here shares: anchor, expert, merge, tuned router."""
 
+import json
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -21,6 +23,7 @@ from flexolmo_jax.data.pipeline import evaluation_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop
+from flexolmo_jax.training import workdir as workdirs
 from flexolmo_jax.training.metrics import Reporter
 
 GOLDEN_LOSSES = {1: 5.768819, 4: 5.530999, 8: 5.097897, 12: 4.891057}
@@ -213,7 +216,7 @@ def test_an_altered_anchor_is_refused_and_the_workdir_stays_free(made, tmp_path)
     values = {**made.expert_values, "start_from": str(tmp_path / "anchor")}
     with pytest.raises(UserError, match="leaf head: altered"):
         loop.train(runs.make_config("expert", **values), tmp_path / "run")
-    assert not (tmp_path / "run" / loop.CONFIG_FILE).exists()
+    assert not (tmp_path / "run" / workdirs.CONFIG_FILE).exists()
 
 
 def read_events(workdir):
@@ -238,3 +241,78 @@ def test_tensorboard_gets_what_metrics_jsonl_gets(made):
     }
     assert len(expected) > 100
     assert read_events(made.anchor.workdir) == pytest.approx(expected, rel=1e-6)
+
+
+def alter(corpus, folder, token=3):
+    """A copy of a corpus with one token changed, to another of the vocabulary."""
+    shutil.copytree(corpus.path, folder)
+    tokens = np.memmap(folder / "tokens-00000.npy", "<u2", "r+")
+    tokens[token] ^= 1
+    tokens.flush()
+
+
+def test_no_output_comes_of_damaged_data_even_once_they_are_mended(made, tmp_path):
+    alter(made.own, tmp_path / "own")
+    config = runs.make_config("expert", **made.expert_values | {"data__train": f"{tmp_path}/own", "steps": 3})
+    with pytest.raises(UserError, match=r"tokens-00000\.npy: differs from the digest .* gives no output") as caught:
+        loop.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "own")
+    shutil.copytree(made.own.path, tmp_path / "own")
+    with pytest.raises(UserError, match=re.escape(str(caught.value))):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "contribution").exists()
+    assert loop.train(config, tmp_path / "new", verify=True) == tmp_path / "new" / "contribution"
+
+
+@pytest.mark.parametrize("which", ["own", "held_out"])
+def test_verify_finds_damage_before_anything_else(made, tmp_path, which):
+    alter(getattr(made, which), tmp_path / which)
+    changed = {"own": "data__train", "held_out": "evaluation__data"}[which]
+    config = runs.make_config("expert", **made.expert_values | {changed: f"{tmp_path}/{which}"})
+    with pytest.raises(UserError, match=r"tokens-00000\.npy: differs from the digest"):
+        loop.train(config, tmp_path / "run", verify=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [workdirs.LOCK_FILE]
+
+
+def test_an_id_outside_the_vocabulary_never_reaches_a_step(made, tmp_path):
+    shutil.copytree(made.own.path, tmp_path / "own")
+    tokens = np.memmap(tmp_path / "own" / "tokens-00000.npy", "<u2", "r+")
+    tokens[::2][tokens[::2] != 256] = 300  # the model has 320 ids, the tokenizer 257
+    tokens.flush()
+    config = runs.make_config("expert", **made.expert_values | {"data__train": f"{tmp_path}/own"})
+    with (
+        mock.patch.object(Reporter, "step", side_effect=AssertionError("a step was taken")),
+        pytest.raises(UserError, match=r"own/tokens-00000\.npy: damaged: the id 300 at offset 0"),
+    ):
+        loop.train(config, tmp_path / "run")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(made, tmp_path, capfd):
+    shutil.copytree(made.expert.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "contribution")
+    (tmp_path / "run" / "checkpoints" / "12" / "data" / "metadata").write_text("{}")
+    assert loop.train(made.expert.config, tmp_path / "run") == tmp_path / "run" / "contribution"
+    assert capfd.readouterr().err.count("12: damaged (data position: not one); renamed to 12.damaged") == 1
+    expected, found = (
+        runs.read_params(workdir / "contribution") for workdir in (made.expert.workdir, tmp_path / "run")
+    )
+    for leaf, array in expected.items():
+        np.testing.assert_array_equal(array, found[leaf])
+    assert runs.losses(tmp_path / "run") == runs.losses(made.expert.workdir)
+
+
+def test_a_short_trial_needs_no_flag_but_steps(made, tmp_path, capfd):
+    """Of a warm-up of 20, as configs/expert.py has it, and of one that just fits."""
+    values = made.expert_values | {"steps": 5, "optimizer__warmup_steps": 20}
+    loop.train(runs.make_config("expert", **values), tmp_path / "run")
+    assert "--config.optimizer.warmup_steps=20: no shorter than the run; the learning rate rises for 2 of 5" in (
+        capfd.readouterr().err
+    )
+    rates = [line["learning_rate"] for line in runs.read_metrics(tmp_path / "run") if "loss" in line]
+    peak = made.expert.config.optimizer.learning_rate
+    assert rates[:3] == pytest.approx([0, peak / 2, peak], rel=1e-5)
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["optimizer"]["warmup_steps"] == 2
+    # Who writes the same warm-up out has the same run.
+    same = loop.train(runs.make_config("expert", **values | {"optimizer__warmup_steps": 2}), tmp_path / "run")
+    assert same == tmp_path / "run" / "contribution"

@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
 
 STEPS, PEAK, LEFT = 100, 0.5, 0.1
 
@@ -47,10 +47,23 @@ def test_a_decay_longer_than_what_warm_up_leaves_starts_at_the_peak():
     assert [float(schedule(step)) for step in (30, 60, 80, 100)] == pytest.approx([0.25, 0.5, 0.275, 0.05])
 
 
-@pytest.mark.parametrize("warmup", [-1, STEPS])
-def test_warm_up_must_end_before_the_run(warmup):
-    with pytest.raises(UserError, match=r"--config\.optimizer\.warmup_steps"):
-        make_schedule(section(warmup_steps=warmup), STEPS)
+def test_a_negative_warm_up_is_refused():
+    with pytest.raises(UserError, match=r"--config\.optimizer\.warmup_steps=-1: must be at least 0"):
+        make_schedule(section(warmup_steps=-1), STEPS)
+
+
+@pytest.mark.parametrize(
+    ("configured", "steps", "taken"),
+    [(20, 5, 2), (20, 20, 10), (20, 21, 20), (60, 100, 60), (0, 5, 0), (2000, 1, 0), (2, 3, 2), (3, 3, 1)],
+)
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_warm_up_of_a_run_that_ends_before_it_takes_half_of_the_steps(configured, steps, taken, schedule):
+    config = section(schedule=schedule, warmup_steps=configured)
+    assert warmup_steps(config, steps) == taken
+    rates = [float(make_schedule(config, steps)(step)) for step in range(steps)]
+    assert np.argmax(rates) == taken
+    assert rates[taken] == pytest.approx(PEAK)
+    assert rates[:taken] == pytest.approx([PEAK * step / taken for step in range(taken)])
 
 
 def plain_adamw(leaves, gradients, config, rates, decayed):

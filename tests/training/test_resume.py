@@ -1,7 +1,6 @@
 """An interrupted run, started again with the same command, ends with the same bits."""
 
 import json
-import shutil
 import signal
 
 import jax
@@ -63,14 +62,17 @@ def struck(made, tmp_path_factory):
 def test_each_start_ends_as_its_signal_says(struck):
     workdir, results = struck
     killed = -signal.SIGKILL
-    assert [result.returncode for result in results] == [killed, killed, 0, killed, killed, 0], results[-1].stderr
+    assert [result.returncode for result in results] == [killed, killed, 143, killed, killed, 0], results[-1].stderr
     assert results[-1].stdout == f"{workdir}/contribution\n"
 
 
 def test_sigterm_says_what_to_do(struck):
     workdir, results = struck
-    assert "run the same command again" in results[2].stdout
-    assert str(workdir) in results[2].stdout
+    assert results[2].stdout == ""
+    assert (
+        results[2].stderr.splitlines()[-1].startswith("flexolmo train: stopped by SIGTERM; run the same command again")
+    )
+    assert str(workdir) in results[2].stderr
 
 
 def test_the_product_has_the_same_bits(straight, struck):
@@ -123,22 +125,3 @@ def test_a_workdir_of_another_run_is_refused_with_the_keys_that_differ(made, str
     config = runs.make_config("expert", **made.expert_values, optimizer__learning_rate=1e-3, seed=1)
     with pytest.raises(UserError, match=r"differs in: optimizer\.learning_rate, seed\)"):
         loop.train(config, straight)
-
-
-def test_a_workdir_is_refused_when_what_it_read_has_changed(made, straight, tmp_path):
-    shutil.copytree(straight, tmp_path / "run")
-    record = json.loads((tmp_path / "run" / "config.json").read_text())
-    for key in ("content of start_from", "content of the corpora"):
-        assert len(record[key]) == 64
-        changed = {**record, key: "0" * 64}
-        (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=f"differs in: {key}"):
-            loop.train(runs.make_config("expert", **made.expert_values), tmp_path / "run")
-
-
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_damaged_record_is_named(made, straight, tmp_path, text):
-    shutil.copytree(straight, tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json: damaged"):
-        loop.train(runs.make_config("expert", **made.expert_values), tmp_path / "run")

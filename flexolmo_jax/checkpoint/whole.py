@@ -1,0 +1,174 @@
+"""Whether a checkpoint is whole: every file can be read, and holds what was saved.
+
+It is read here before Orbax is asked to, whose errors do not tell damage from other faults. The formats are those
+that Orbax writes: JSON, and arrays in zarr on OCDBT, which tensorstore reads.
+"""
+
+import functools
+import json
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from flexolmo_jax.checkpoint.tree import COPY_THREADS, blocks
+from flexolmo_jax.errors import UserError
+
+# What tensorstore says of files that are missing, cut off, or hold something else.
+_DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+_POSITION = "data position"  # its name among the checksums
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read, or is not what was saved; the message says of which part."""
+
+
+def checksums(state: Any, position: dict[str, Any], label: str) -> dict[str, int]:
+    """{leaf: the sum of its bits modulo 2**32}, and a CRC-32 of the data position.
+
+    Sums do not depend on how leaves are spread over devices. `label` says in errors when this is.
+
+    Raises:
+      UserError: a leaf is not finite.
+    """
+    examined = jax.device_get(_examine(state))
+    broken = sorted(leaf for leaf, (finite, _) in examined.items() if not finite)
+    if broken:
+        raise UserError(
+            f"{label}: {broken[0]} is not finite after the update; no checkpoint of this step is kept: check the data, "
+            "or lower --config.optimizer.learning_rate, in a new workdir"
+        )
+    return {**{leaf: int(total) for leaf, (_, total) in examined.items()}, _POSITION: _position_checksum(position)}
+
+
+def position_of(data: dict[str, Any]) -> dict[str, Any]:
+    """The data position in what stands beside a state; once it stood there alone."""
+    return data["position"] if "checksums" in data else data
+
+
+def check(folder: epath.Path, like_position: dict[str, Any]) -> None:
+    """Reads a whole checkpoint, a few chunks at a time.
+
+    Args:
+      folder: of one step.
+      like_position: a data position, for its structure.
+
+    Raises:
+      DamagedError: a part is missing or unreadable, or is not what was saved.
+      UserError: it may not be read.
+    """
+    folder = folder.resolve()
+    data = _read_json(folder / "data" / "metadata")
+    named = data.get("checksums", {}) if isinstance(data, dict) else {}
+    position = position_of(data) if named else data
+    if _structure(position) != _structure(like_position):
+        raise DamagedError("data position: not one")
+    if named and named.get(_POSITION) != _position_checksum(position):
+        raise DamagedError("data position: altered")
+    for file in (folder / "state" / "array_metadatas").glob("*"):
+        _read_json(file)
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        for leaf, array in _open(folder).items():
+            chunk = array.chunk_layout.read_chunk.shape or array.shape
+            total = sum(pool.map(functools.partial(_chunk_sum, leaf, array), blocks(array.shape, chunk))) % 2**32
+            if named and named.get(leaf) != total:
+                raise DamagedError(f"{leaf}: altered")
+
+
+def check_structure(folder: epath.Path, like: Any) -> None:
+    """Raises UserError unless a checkpoint that is whole has the leaves of `like`, in their shapes."""
+    stored = {leaf: tuple(array.shape) for leaf, array in _open(folder).items()}
+    wanted = {_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(like)}
+    odd = sorted(leaf for leaf in stored.keys() | wanted.keys() if stored.get(leaf) != wanted.get(leaf))
+    if odd:
+        raise UserError(
+            f"{folder}: of another program's run (its {odd[0]} is {stored.get(odd[0])}, this one's "
+            f"{wanted.get(odd[0])}); resume with the version that began the run, or name a new workdir"
+        )
+
+
+@jax.jit
+def _examine(state: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """{leaf: (whether its numbers are finite, the sum of its bits)}, each a scalar."""
+
+    def examine(leaf):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        finite = jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.array(True)
+        return finite, jnp.sum(bits, dtype=jnp.uint32)
+
+    return {_name(path): examine(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def _name(path: Any) -> str:
+    """A leaf's name in Orbax's layout."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _open(folder: epath.Path) -> dict[str, ts.TensorStore]:
+    """Opens every leaf that the index of a checkpoint names."""
+    index = _read_json(folder / "state" / "_METADATA")
+    try:
+        driver = "zarr3" if index.get("use_zarr3") else "zarr"
+        leaves = [leaf for leaf in index["tree_metadata"].values() if not leaf["value_metadata"]["skip_deserialize"]]
+        names = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+    except (KeyError, TypeError, AttributeError):
+        raise DamagedError("state/_METADATA: no index of leaves") from None
+    state = os.fspath(folder / "state") + "/"
+    base = state if "://" in state else {"driver": "file", "path": state}
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    arrays = {}
+    for name in names:
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        try:
+            arrays[name] = ts.open({"driver": driver, "kvstore": kvstore, "open": True}, context=context).result()
+        except ValueError as error:
+            raise _unreadable(name, error) from None
+    return arrays
+
+
+def _chunk_sum(leaf: str, array: ts.TensorStore, index: tuple[slice, ...]) -> int:
+    """The sum of a chunk's bits, of whatever size its numbers are; they must be finite, as all that is saved is."""
+    try:
+        values = np.ascontiguousarray(array[index].read().result())
+    except ValueError as error:
+        raise _unreadable(leaf, error) from None
+    if jnp.issubdtype(values.dtype, jnp.floating) and not np.isfinite(values).all():
+        raise DamagedError(f"{leaf}: not finite")
+    return int(np.sum(values.reshape(-1).view(f"u{values.dtype.itemsize}"), dtype=np.uint32))
+
+
+def _unreadable(leaf: str, error: ValueError) -> Exception:
+    reason = str(error).splitlines()[0]
+    if reason.startswith(_DAMAGE):
+        return DamagedError(f"{leaf}: missing, cut off or overwritten")
+    return UserError(f"checkpoint: {leaf} cannot be read ({reason[:200]})")
+
+
+def _read_json(file: epath.Path) -> Any:
+    """Reads a file of JSON; raises DamagedError where it is missing or is none."""
+    label = f"{file.parent.name}/{file.name}"
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise DamagedError(f"{label}: missing") from None
+    except ValueError:
+        raise DamagedError(f"{label}: not JSON") from None
+
+
+def _structure(value: Any) -> Any:
+    """The same tree with types for its leaves; a tuple is what JSON makes of it."""
+    if isinstance(value, dict):
+        return {key: _structure(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_structure(item) for item in value]
+    return type(value)
+
+
+def _position_checksum(position: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(position, sort_keys=True).encode())
