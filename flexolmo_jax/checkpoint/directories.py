@@ -25,6 +25,7 @@ PARAMS = "params"
 MODEL_FILE = "model.json"
 CONTRIBUTION_FILE = "contribution.json"
 TOKENIZER_FILE = "tokenizer.json"
+DEFAULT_LENGTH = 4096  # tokens in a sequence, where a data card does not say
 TOKENIZER_FOLDER = "hugging_face"  # what an imported model had beside it: settings of the tokenizer, of generation
 # A model that was tuned after its merge keeps the router as the merge made it, in a tree of its own.
 MERGED_ROUTER = "merged_router"
@@ -94,6 +95,11 @@ class Model:
         """Tokens in a row that the anchor was trained on, where its data card says so."""
         length = self.experts[0].card.get("sequence_length")
         return length if type(length) is int and length > 0 else None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model sees at once, at most: a sequence of the anchor's training, or `DEFAULT_LENGTH`."""
+        return self.sequence_length or DEFAULT_LENGTH
 
     @property
     def anchor_digest(self) -> str:

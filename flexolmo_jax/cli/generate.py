@@ -14,10 +14,34 @@ _PROMPTS = flags.DEFINE_multi_string(
     "Text to continue; give the flag once for each. The text of a single prompt is shown as it is written.",
 )
 _WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
-_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens written at most.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens",
+    None,
+    "Tokens written at most; by default 64, or what the context leaves room for.",
+    lower_bound=1,
+)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length",
+    None,
+    "Tokens of a prompt and its continuation together, at most; by default the model's context: a sequence of the "
+    "anchor's training, or 4096 where its data card does not say.",
+    lower_bound=2,
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0: always the likeliest token.", lower_bound=0.0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0: from all.", lower_bound=0)
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest likeliest tokens that are as probable as this.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw from tokens as probable as this share of the likeliest one; 0: all.")
+_REPETITION = flags.DEFINE_float(
+    "repetition_penalty",
+    1.0,
+    "Logits of tokens that the prompt or the continuation holds are divided by it where positive, else multiplied.",
+)
+_PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "Taken from the logits of tokens that were written.")
+_FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "The same, once for each time that a token was written.")
+_STOP_IDS = flags.DEFINE_multi_integer(
+    "stop_token_ids", [], "Token id that ends the continuation as EOS does; give the flag once for each."
+)
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Write on after EOS, which ends a document.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the continuation; give the flag once for each.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1)
 _LAYERS = flags.DEFINE_bool("layers", False, "Print each expert's share in every layer.")
@@ -50,6 +74,13 @@ def run() -> None:
         _TOP_P.value,
         _STOP.value,
         on_text=_after(_PROMPTS.value[0], write) if streaming else None,
+        min_p=_MIN_P.value,
+        repetition_penalty=_REPETITION.value,
+        presence_penalty=_PRESENCE.value,
+        frequency_penalty=_FREQUENCY.value,
+        stop_token_ids=_STOP_IDS.value,
+        ignore_eos=_IGNORE_EOS.value,
+        max_length=_MAX_LENGTH.value,
     )
     for prompt, continuation in zip(_PROMPTS.value, continuations, strict=True):
         if not streaming:

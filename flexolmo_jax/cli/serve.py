@@ -1,10 +1,13 @@
-"""Answers the OpenAI API's requests for completions (`/v1/completions`, `/v1/models`) on this machine.
+"""Answers the OpenAI API's requests for completions, chat completions and models on this machine.
 
 flexolmo serve --model=runs/merged
 
-A request may also have `without` (names of experts to leave out), `top_k`, and `experts_per_layer`; each
-answer says what share each expert had. There is no authentication: by default only this machine can connect.
+A request may also have `without` (names of experts to leave out), and each answer says what share each expert had.
+Keys for clients stand in --api_key_file, or one in the environment variable FLEXOLMO_API_KEY; without any, whoever can
+connect may ask, which by default is this machine alone. docs/serving.md has the endpoints and their fields.
 """
+
+import os
 
 from absl import flags
 
@@ -16,25 +19,40 @@ _SLOTS = flags.DEFINE_integer("slots", 8, "Sequences decoded at once.", lower_bo
 _QUEUE = flags.DEFINE_integer(
     "queue",
     32,
-    "Sequences that may wait for a slot; requests beyond are told to try again.",
+    "Sequences that may wait for a slot; requests beyond are told to try again (429).",
     lower_bound=1,
 )
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length",
     None,
-    "Tokens of a prompt and its continuation together, at most; by default, a row of the anchor's training.",
+    "Tokens of a prompt and its continuation together, at most; by default the model's context: a sequence of the "
+    "anchor's training, or 4096 where its data card does not say.",
     lower_bound=2,
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
-_VERBOSE = flags.DEFINE_boolean("verbose", False, "Log a line for each request.")
+_KEYS = flags.DEFINE_string(
+    "api_key_file",
+    None,
+    "Text file of API keys, one a line; a request must send one of them, or the one in the environment variable "
+    "FLEXOLMO_API_KEY.",
+)
+_ORIGINS = flags.DEFINE_multi_string(
+    "cors_origin",
+    [],
+    "Origin whose pages may ask from a browser, such as http://localhost:3000, or *; give the flag once for each.",
+)
+_VERBOSE = flags.DEFINE_boolean("verbose", False, "Log a line for each request, and tracebacks of errors.")
+_VARIABLE = "FLEXOLMO_API_KEY"
 flags.mark_flags_as_required(["model"])
 MEMORY_REMEDY = "give a lower --slots or --max_length, or --dtype=bfloat16"
 
 
 def run() -> None:
     """Serves until SIGINT or SIGTERM."""
+    from flexolmo_jax.serving.access import read_keys
     from flexolmo_jax.serving.server import serve
 
+    keys = read_keys(_KEYS.value, os.environ.get(_VARIABLE), _VARIABLE)
     serve(
         _MODEL.value,
         name=_NAME.value,
@@ -45,4 +63,6 @@ def run() -> None:
         max_length=_MAX_LENGTH.value,
         dtype=_DTYPE.value,
         verbose=_VERBOSE.value,
+        keys=keys,
+        origins=_ORIGINS.value,
     )

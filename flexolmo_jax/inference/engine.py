@@ -12,8 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.inference.request import Continuation, Request, Update
-from flexolmo_jax.inference.sampling import Sampling, sample
+from flexolmo_jax.inference.request import (
+    MAX_STOP_TOKENS,
+    TOP_LOGPROBS,
+    Continuation,
+    Request,
+    TokenLogprobs,
+    Update,
+    new_tokens,
+)
+from flexolmo_jax.inference.sampling import Sampling, Scored, penalize, sample, score
 from flexolmo_jax.inference.text import TextStream
 from flexolmo_jax.model.attention import KVCache
 from flexolmo_jax.model.decoder import Decoder
@@ -22,15 +30,31 @@ from flexolmo_jax.model.mixture import chosen_weights
 SHORTEST = 16
 AHEAD = 256
 CHUNK = 256
-GREEDY = Sampling((0.0, np.float32), (0, np.int32), (1.0, np.float32), (0, np.uint32))
+SCORED_AT_ONCE = 256  # places of prompts whose logits are in memory at a time
+NO_TOKEN = -1
+# How a free slot draws: values and dtypes.
+GREEDY = Sampling(
+    temperature_B=(0.0, np.float32),
+    top_k_B=(0, np.int32),
+    top_p_B=(1.0, np.float32),
+    seed_B=(0, np.uint32),
+    min_p_B=(0.0, np.float32),
+    repetition_B=(1.0, np.float32),
+    presence_B=(0.0, np.float32),
+    frequency_B=(0.0, np.float32),
+)
 
 
 class _State(NamedTuple):
-    """What lives on the device: tokens, their routing, and each layer's cache, all by slot and position."""
+    """What lives on the device: tokens, their routing, and each layer's cache, all by slot and position.
+
+    `scored`, how likely the token *after* each position is, is there while a request in flight asks for it.
+    """
 
     tokens_BxT: jax.Array
     routing_BxTxLxE: jax.Array
     cache: tuple[KVCache, ...]
+    scored: Scored | None
 
 
 @dataclasses.dataclass
@@ -41,6 +65,7 @@ class _Slot:
     request: Request
     stream: TextStream
     token_ids: list[int] = dataclasses.field(default_factory=list)
+    told: int = 0  # tokens, from the start of the prompt, whose log probabilities were handed out
 
 
 class Engine:
@@ -58,8 +83,10 @@ class Engine:
         self._slots: list[_Slot | None] = [None] * slots
         self._ids = itertools.count()
         self._state: _State | None = None
-        # By slot: the position of the last token, where the text must end, and how the next token is drawn.
-        self._position_B, self._end_B = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+        # By slot: the position of the last token, where the continuation starts and must end, which tokens end it
+        # before, and how the next token is drawn.
+        self._position_B, self._start_B, self._end_B = np.zeros((3, slots), np.int32)
+        self._stop_BxN = np.full((slots, 1 + MAX_STOP_TOKENS), NO_TOKEN, np.int32)
         self._mask_BxE = np.zeros((slots, len(model.roster)), bool)
         self._sampling = Sampling(*(np.full(slots, *value) for value in GREEDY))
 
@@ -82,7 +109,6 @@ class Engine:
             return []
         slots = [slot for slot, taken in enumerate(self._slots) if taken is None][: len(requests)]
         lengths = [len(request.token_ids) for request in requests]
-        self._reserve(max(n + min(r.max_new_tokens, AHEAD) for n, r in zip(lengths, requests, strict=True)))
         # Rows beyond the requests are written to a slot that does not exist.
         rows, length = bucket(len(requests), 1), bucket(max(lengths))
         slots_b, lengths_b = np.full(rows, len(self._slots), np.int32), np.ones(rows, np.int32)
@@ -90,17 +116,24 @@ class Engine:
         for row, (slot, request, mask_E) in enumerate(zip(slots, requests, masks, strict=True)):
             slots_b[row], lengths_b[row], mask_bxE[row] = slot, lengths[row], mask_E
             tokens_bxS[row, : lengths[row]] = request.token_ids
-            self._position_B[slot], self._end_B[slot] = lengths[row] - 1, lengths[row] + request.max_new_tokens
-            self._mask_BxE[slot] = mask_E
-            self._draw(slot, request.temperature, request.top_k, request.top_p, request.seed)
-            stream = TextStream(self._model.tokenizer, request.stop)
-            self._slots[slot] = _Slot(next(self._ids), request, stream)
-        params = self._model.params
-        self._state = _admit(self._model.decoder, params, self._state, slots_b, tokens_bxS, lengths_b, mask_bxE)
+            self._take(slot, request, mask_E)
+        self._reserve(max(n + min(r.max_new_tokens, AHEAD) for n, r in zip(lengths, requests, strict=True)))
+        self._state = _admit(
+            self._model.decoder,
+            self._model.params,
+            self._state,
+            slots_b,
+            tokens_bxS,
+            lengths_b,
+            mask_bxE,
+            any(request.prompt_logprobs for request in requests),
+        )
         return [self._slots[slot].id for slot in slots]
 
     def step(self, max_steps: int = 8) -> list[Update]:
         """Writes up to `max_steps` tokens for every request in flight, fewer when one of them ends.
+
+        Where nothing is left to write for some requests, which asked for no token, it only tells of these.
 
         Args:
           max_steps: how often to look for stop strings, and for text to hand out.
@@ -111,23 +144,26 @@ class Engine:
         if self.free == len(self._slots):
             return []
         running = [slot for slot, taken in enumerate(self._slots) if taken]
+        nothing_to_write = [slot for slot in running if self._position_B[slot] + 1 == self._end_B[slot]]
+        if nothing_to_write:
+            return self._collect_all(nothing_to_write, np.full(len(self._slots), NO_TOKEN))
         last = int(self._position_B[running].max())
         self._reserve(last + 2)
         max_steps = min(max_steps, self._length - 1 - last)
-        self._state, position_B, eos_B = _decode(
+        self._state, position_B, stopped_B = _decode(
             self._model.decoder,
             self._model.params,
             self._state,
             self._position_B,
+            self._start_B,
             self._end_B,
             self._mask_BxE,
+            self._stop_BxN,
             self._sampling,
-            self._model.manifest.eos_id,
             max_steps,
         )
-        tokens_BxT, position_B, eos_B = jax.device_get((self._state.tokens_BxT, position_B, eos_B))
-        self._position_B = np.array(position_B)
-        return [self._collect(slot, tokens_BxT[slot], bool(eos_B[slot])) for slot in running]
+        self._position_B, stopped_B = (np.array(x) for x in jax.device_get((position_B, stopped_B)))
+        return self._collect_all(running, stopped_B)
 
     def run(self, requests: Sequence[Request], max_steps: int = 8) -> Iterator[tuple[int, Update]]:
         """Takes any number of requests through, in their order as slots free up; yields (index of a request, update).
@@ -157,60 +193,120 @@ class Engine:
 
     def _check(self, request: Request) -> np.ndarray:
         """The experts that a request leaves on, bool [experts]."""
-        needed = len(request.token_ids) + request.max_new_tokens
-        if self._max_length and needed > self._max_length:
-            raise UserError(
-                f"prompt of {len(request.token_ids)} tokens and max_new_tokens {request.max_new_tokens}: "
-                f"{needed} in all; at most {self._max_length} are allowed"
-            )
-        out_of_range = [id for id in request.token_ids if not 0 <= id < self._model.decoder.architecture.vocab_size]
-        if out_of_range:
-            raise UserError(f"token_ids holds {out_of_range[0]}; the vocabulary has no such token")
+        if self._max_length:
+            new_tokens(len(request.token_ids), request.max_new_tokens, request.max_new_tokens, self._max_length)
+        size = self._model.decoder.architecture.vocab_size
+        for field in ("token_ids", "stop_token_ids"):
+            out_of_range = [id for id in getattr(request, field) if not 0 <= id < size]
+            if out_of_range:
+                raise UserError(f"{field} holds {out_of_range[0]}; the vocabulary has no such token")
         if request.stop and not self._model.tokenizer:
             raise UserError(f"stop is {request.stop!r}; the model has no tokenizer.json, which text needs")
         return self._model.expert_mask(request.without)
 
-    def _reserve(self, length: int) -> None:
-        """Makes room for that many positions."""
-        if length > self._length:
-            decoder, rows = self._model.decoder, len(self._slots)
-            length = max(length, min(2 * self._length, self._max_length or 2 * self._length))
-            self._state = _extend(decoder, self._state, rows, bucket(length))
+    def _take(self, slot: int, request: Request, mask_E: np.ndarray) -> None:
+        """Puts a request into a free slot."""
+        start = len(request.token_ids)
+        stream = TextStream(self._model.tokenizer, request.stop)
+        told = 0 if request.prompt_logprobs else start
+        self._slots[slot] = _Slot(next(self._ids), request, stream, told=told)
+        self._position_B[slot], self._start_B[slot] = start - 1, start
+        self._end_B[slot] = start + request.max_new_tokens
+        self._mask_BxE[slot] = mask_E
+        stops = [*request.stop_token_ids, *(() if request.ignore_eos else (self._model.manifest.eos_id,))]
+        self._stop_BxN[slot, : len(stops)] = stops
+        self._draw(
+            slot,
+            Sampling(
+                request.temperature,
+                request.top_k,
+                request.top_p,
+                request.seed,
+                request.min_p,
+                request.repetition_penalty,
+                request.presence_penalty,
+                request.frequency_penalty,
+            ),
+        )
 
-    def _collect(self, slot: int, tokens_T: np.ndarray, eos: bool) -> Update:
+    def _reserve(self, length: int) -> None:
+        """Makes room for that many positions, and for the log probabilities that are asked for."""
+        asked = [taken.request.logprobs for taken in self._slots if taken and taken.request.logprobs is not None]
+        top = next(count for count in (1, 5, TOP_LOGPROBS) if count >= max(asked)) if asked else 0
+        kept = self._state.scored.top_ids.shape[-1] if self._state and self._state.scored else 0
+        if kept and not top:  # nothing then slows down those who do not ask
+            self._state = self._state._replace(scored=None)
+        if length > self._length or top > kept:
+            decoder, rows = self._model.decoder, len(self._slots)
+            if length > self._length:
+                length = bucket(max(length, min(2 * self._length, self._max_length or 2 * self._length)))
+            self._state = _extend(decoder, self._state, rows, max(length, self._length), max(top, kept) if top else 0)
+
+    def _collect_all(self, slots: Sequence[int], stopped_B: np.ndarray) -> list[Update]:
+        """What the last step added to these slots; `stopped_B` says which token ended a text, or `NO_TOKEN`."""
+        tokens_BxT = jax.device_get(self._state.tokens_BxT)
+        asked = any(self._slots[slot].request.logprobs is not None for slot in slots)
+        scored = jax.device_get(self._state.scored) if asked else None
+        return [self._collect(slot, tokens_BxT[slot], int(stopped_B[slot]), scored) for slot in slots]
+
+    def _collect(self, slot: int, tokens_T: np.ndarray, stop_token: int, scored: Scored | None) -> Update:
         """What the last step added to a slot; frees it where the request has ended."""
         taken, start = self._slots[slot], len(self._slots[slot].request.token_ids)
-        written = tokens_T[start : self._position_B[slot] + 1].tolist()
-        seen, text = len(taken.token_ids), ""
-        ended = eos or self._position_B[slot] + 1 == self._end_B[slot]
+        written, ended_by = tokens_T[start : self._position_B[slot] + 1].tolist(), [stop_token]
+        if stop_token == NO_TOKEN:
+            ended_by = []
+        seen, text, stopped = len(taken.token_ids), "", False
+        ended = bool(ended_by) or self._position_B[slot] + 1 == self._end_B[slot]
         # A stop string ends the text at one certain token; without any, all tokens are read at once.
         stops = range(seen + 1, len(written)) if taken.request.stop else ()
         for count in (*stops, len(written)):
             new, stopped = taken.stream.read(written[:count], ended and count == len(written))
             text += new
             if stopped:
-                written, eos = written[:count], False
+                written, ended_by = written[:count], []
                 break
         taken.token_ids = written
-        continuation = None
+        told = continuation = None
+        if taken.request.logprobs is not None:
+            ids = [*taken.request.token_ids, *written, *ended_by]
+            told, taken.told = _told(scored, slot, ids, taken.told, taken.request.logprobs), len(ids)
         if ended or stopped:
-            read = start + len(written) - 1 + eos
+            read = max(0, start + len(written) - 1 + len(ended_by))
             routing_TxLxE = jax.device_get(self._state.routing_BxTxLxE[slot])
-            layers_LxE = routing_TxLxE[:read].mean(axis=0, dtype=np.float64)
+            layers_LxE = routing_TxLxE[:read].sum(axis=0, dtype=np.float64) / max(read, 1)
             experts = dict(zip(self._model.roster, layers_LxE.mean(axis=0).tolist(), strict=True))
-            reason = "stop" if eos or stopped else "length"
-            continuation = Continuation(taken.stream.text, written, experts, layers_LxE, reason)
+            reason = "stop" if ended_by or stopped else "length"
+            whole = None
+            if told is not None:
+                first = 0 if taken.request.prompt_logprobs else start
+                whole = _told(scored, slot, ids, first, taken.request.logprobs)
+            continuation = Continuation(taken.stream.text, written, experts, layers_LxE, reason, whole)
             self._release(slot)
-        return Update(taken.id, text, written[seen:], continuation)
+        return Update(taken.id, text, written[seen:], continuation, told)
 
     def _release(self, slot: int) -> None:
         self._slots[slot] = None
-        self._position_B[slot] = self._end_B[slot] = 0
-        self._draw(slot, *(value for value, _ in GREEDY))
+        self._position_B[slot] = self._start_B[slot] = self._end_B[slot] = 0
+        self._stop_BxN[slot] = NO_TOKEN
+        self._draw(slot, Sampling(*(value for value, _ in GREEDY)))
 
-    def _draw(self, slot: int, *how: float) -> None:
+    def _draw(self, slot: int, how: Sampling) -> None:
         for values_B, value in zip(self._sampling, how, strict=True):
             values_B[slot] = value
+
+
+def _told(scored: Scored, slot: int, ids: Sequence[int], first: int, count: int) -> TokenLogprobs:
+    """The log probabilities of `ids[first:]`, of which `ids` are all tokens of a slot."""
+    before = slice(max(first - 1, 0), max(len(ids) - 1, 0))
+    chosen_N, top_ids_NxK, top_NxK = (x[slot, before] for x in scored)
+    top_ids_NxK, top_NxK = top_ids_NxK[:, :count], top_NxK[:, :count]
+    if first == 0:  # nothing says how likely the first token is
+        chosen_N, top_NxK = (
+            np.pad(x, [(1, 0)] + [(0, 0)] * (x.ndim - 1), constant_values=np.nan) for x in (chosen_N, top_NxK)
+        )
+        top_ids_NxK = np.pad(top_ids_NxK, ((1, 0), (0, 0)), constant_values=NO_TOKEN)
+    # Copies: the device may write over what was fetched.
+    return TokenLogprobs(list(ids[first:]), np.array(chosen_N), np.array(top_ids_NxK), np.array(top_NxK))
 
 
 def bucket(length: int, shortest: int = SHORTEST) -> int:
@@ -219,32 +315,64 @@ def bucket(length: int, shortest: int = SHORTEST) -> int:
     return power * 3 // 4 if power > shortest and length <= power * 3 // 4 else power
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _extend(decoder: Decoder, state: _State | None, rows: int, length: int) -> _State:
-    """The state with room for `length` positions."""
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _extend(decoder: Decoder, state: _State | None, rows: int, length: int, top: int) -> _State:
+    """The state with room for `length` positions, and for the `top` likeliest tokens at each; 0: none is scored."""
     arch, experts = decoder.architecture, decoder.layout.num_experts
     shape, dtype = (rows, arch.num_kv_heads, length, arch.head_dim), decoder.compute.dtype
-    empty = _State(
+    new = _State(
         jnp.zeros((rows, length), jnp.int32),
         jnp.zeros((rows, length, arch.num_layers, experts), jnp.float32),
         tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.num_layers)),
+        scored=None,
     )
-    if state is None:
-        return empty
-    return jax.tree.map(lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), empty, state)
+    scored = None
+    if top:
+        scored = Scored(
+            jnp.zeros((rows, length), jnp.float32),
+            jnp.zeros((rows, length, top), jnp.int32),
+            jnp.zeros((rows, length, top), jnp.float32),
+        )
+
+    def fill(new, old):
+        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+
+    if state is not None:
+        if state.scored is not None and top:
+            scored = jax.tree.map(fill, scored, state.scored)
+        new = jax.tree.map(fill, new, state._replace(scored=None))
+    return new._replace(scored=scored)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _admit(decoder, params, state: _State, slots_b, tokens_bxS, lengths_b, mask_bxE) -> _State:
+@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
+def _admit(decoder, params, state: _State, slots_b, tokens_bxS, lengths_b, mask_bxE, scoring: bool) -> _State:
     """Reads prompts into slots, all but their last token, which the first decoding step reads.
 
-    Long prompts are read in chunks: attention's memory then grows with the length of a prompt, not its square.
+    Long prompts are read in chunks: attention's memory then grows with the length of a prompt, not its square. If
+    `scoring`, the tokens of the prompts are scored, so many at once that their logits do not fill the memory.
     """
     rows, length = tokens_bxS.shape
     size = length if length <= CHUNK else math.gcd(length, CHUNK)
     last_b = lengths_b - 1
+    top = state.scored.top_ids.shape[-1] if state.scored else 0
+    following_bxS = jnp.roll(tokens_bxS, -1, axis=1)
+
+    def score_chunk(hidden_bxCxD, following_bxC):
+        head_DxV = decoder.head(params)
+
+        def score_one(at):
+            hidden_D, token = at
+            logits_V = jnp.dot(hidden_D, head_DxV, preferred_element_type=jnp.float32)
+            return jax.tree.map(lambda x: x[0], score(logits_V[None], token[None], top))
+
+        flat = hidden_bxCxD.reshape(rows * size, -1), following_bxC.reshape(rows * size)
+        scored = jax.lax.map(score_one, flat, batch_size=SCORED_AT_ONCE)
+        return jax.tree.map(lambda x: x.reshape(rows, size, *x.shape[1:]), scored)
 
     def read(chunk, new):
+        def put(all_bxS, part_bxC):
+            return jax.lax.dynamic_update_slice_in_dim(all_bxS, part_bxC, chunk * size, axis=1)
+
         positions_bxC = jnp.broadcast_to(chunk * size + jnp.arange(size), (rows, size))
         chunk_bxC = jax.lax.dynamic_slice_in_dim(tokens_bxS, chunk * size, size, axis=1)
         mask_bxCxE = mask_bxE[:, None] & (positions_bxC < last_b[:, None])[..., None]
@@ -252,10 +380,13 @@ def _admit(decoder, params, state: _State, slots_b, tokens_bxS, lengths_b, mask_
             params, chunk_bxC, positions_BxS=positions_bxC, expert_mask=mask_bxCxE, cache=new.cache
         )
         chosen_bxCxLxE = jnp.moveaxis(_chosen(decoder, out.router_weights_LxBxSxE), 0, 2)
-        routing = jax.lax.dynamic_update_slice_in_dim(new.routing_BxTxLxE, chosen_bxCxLxE, chunk * size, axis=1)
-        return _State(tokens_bxS, routing, out.cache)
+        scored = new.scored
+        if scoring:
+            following_bxC = jax.lax.dynamic_slice_in_dim(following_bxS, chunk * size, size, axis=1)
+            scored = jax.tree.map(put, scored, score_chunk(out.hidden_BxSxD, following_bxC))
+        return _State(tokens_bxS, put(new.routing_BxTxLxE, chosen_bxCxLxE), out.cache, scored)
 
-    new = _extend(decoder, None, rows, length)._replace(tokens_BxT=tokens_bxS)
+    new = _extend(decoder, None, rows, length, top)._replace(tokens_BxT=tokens_bxS)
     new = jax.lax.fori_loop(0, -(-jnp.max(last_b) // size), read, new)
 
     def insert(old, new):
@@ -266,11 +397,11 @@ def _admit(decoder, params, state: _State, slots_b, tokens_bxS, lengths_b, mask_
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(decoder, params, state: _State, position_B, end_B, mask_BxE, how: Sampling, eos, max_steps):
+def _decode(decoder, params, state: _State, position_B, start_B, end_B, mask_BxE, stop_BxN, how: Sampling, max_steps):
     """Writes a token a step into every row that has not come to its end, until one of them does.
 
     Returns:
-      (state, position_B of the last tokens, eos_B: whether a row wrote EOS, which is not kept).
+      (state, position_B of the last tokens, stopped_B: the token, not kept, with which a row ended, or `NO_TOKEN`).
     """
     rows, length = state.tokens_BxT.shape
     rows_B = jnp.arange(rows)
@@ -278,23 +409,28 @@ def _decode(decoder, params, state: _State, position_B, end_B, mask_BxE, how: Sa
     mask_BxE = mask_BxE & running_B[:, None]
 
     def write(carry):
-        step, (tokens_BxT, routing_BxTxLxE, cache), position_B, _ = carry
+        step, (tokens_BxT, routing_BxTxLxE, cache, scored), position_B, _ = carry
         positions_Bx1 = position_B[:, None]
         token_Bx1 = tokens_BxT[rows_B[:, None], positions_Bx1]
         out = decoder.apply_flat(params, token_Bx1, positions_BxS=positions_Bx1, expert_mask=mask_BxE, cache=cache)
-        next_B = sample(out.logits_BxSxV[:, 0], how, position_B)
+        logits_BxV = out.logits_BxSxV[:, 0]
+        next_B = sample(penalize(logits_BxV, how, tokens_BxT, start_B, position_B), how, position_B)
+        if scored is not None:
+            new = score(logits_BxV, next_B, scored.top_ids.shape[-1])
+            scored = jax.tree.map(lambda old, new: old.at[rows_B, position_B].set(new), scored, new)
         chosen_BxLxE = jnp.moveaxis(_chosen(decoder, out.router_weights_LxBxSxE)[:, :, 0], 0, 1)
         routing_BxTxLxE = routing_BxTxLxE.at[rows_B, position_B].set(chosen_BxLxE)
-        eos_B = running_B & (next_B == eos)
-        moved_B = running_B & ~eos_B
+        stops_B = running_B & jnp.any(next_B[:, None] == stop_BxN, axis=1)
+        moved_B = running_B & ~stops_B
         tokens_BxT = tokens_BxT.at[rows_B, jnp.where(moved_B, position_B + 1, length)].set(next_B, mode="drop")
-        return step + 1, _State(tokens_BxT, routing_BxTxLxE, out.cache), position_B + moved_B, eos_B
+        state = _State(tokens_BxT, routing_BxTxLxE, out.cache, scored)
+        return step + 1, state, position_B + moved_B, jnp.where(stops_B, next_B, NO_TOKEN)
 
     def going_on(carry):
-        step, _, position_B, eos_B = carry
-        return (step < max_steps) & jnp.all((position_B + 1 < end_B) == running_B) & ~jnp.any(eos_B)
+        step, _, position_B, stopped_B = carry
+        return (step < max_steps) & jnp.all((position_B + 1 < end_B) == running_B) & jnp.all(stopped_B == NO_TOKEN)
 
-    carry = (jnp.int32(0), state, position_B, jnp.zeros_like(running_B))
+    carry = (jnp.int32(0), state, position_B, jnp.full(rows, NO_TOKEN, jnp.int32))
     return jax.lax.while_loop(going_on, write, carry)[1:]
 
 

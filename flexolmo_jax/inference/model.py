@@ -1,5 +1,6 @@
 """A model in memory, for notebooks and other programs: `flexolmo_jax.load`."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from flexolmo_jax.data.pipeline import ARRAYS
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.engine import Engine, bucket
-from flexolmo_jax.inference.request import Continuation, Request
+from flexolmo_jax.inference.request import DEFAULT_NEW_TOKENS, Continuation, Request, new_tokens
 from flexolmo_jax.memory import check_fits
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder, separate_layers
@@ -24,7 +25,7 @@ from flexolmo_jax.training.step import make_loss_step
 
 DTYPES = ("float32", "bfloat16")
 MAX_SLOTS = 32
-STREAM_STEPS = 8
+STOP_STEPS = 8  # tokens after which stop strings are looked for
 
 
 class Scores(NamedTuple):
@@ -127,7 +128,7 @@ class Model:
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         without: Sequence[str] = (),
         temperature: float = 0.0,
         seed: int = 0,
@@ -135,12 +136,22 @@ class Model:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+        max_length: int | None = None,
     ) -> list[Continuation]:
         """Continues each prompt until its document ends, a stop string comes, or `max_new_tokens` are written.
 
         Args:
           prompts: texts, each read as the beginning of a document, or token ids, taken as they are.
-          max_new_tokens: at most so many tokens.
+          max_new_tokens: at most so many tokens; None: `DEFAULT_NEW_TOKENS`, as far as `max_length` allows.
           without: names of experts to leave out.
           temperature: of sampling; 0 takes the likeliest token.
           seed: of sampling; each prompt draws on its own.
@@ -148,21 +159,36 @@ class Model:
           top_p: only the fewest likeliest tokens whose probability reaches it are drawn from; 1: all.
           stop: strings that end the text, before themselves.
           on_text: called with (index of the prompt, new text) as text becomes final.
+          min_p: only tokens at least so probable as this share of the likeliest one are drawn from; 0: all.
+          repetition_penalty: on tokens of the prompt and the continuation; 1: none.
+          presence_penalty: on tokens of the continuation; 0: none.
+          frequency_penalty: the same for each time that they were written; 0: none.
+          stop_token_ids: tokens that end the text as EOS does.
+          ignore_eos: whether EOS does not end the text.
+          logprobs: None, or how many of the likeliest tokens `Continuation.logprobs` tells with each token.
+          prompt_logprobs: whether it tells of the prompt's tokens too.
+          max_length: tokens of a prompt and its continuation together, at most; None: the model's context,
+            `manifest.context_length`.
 
         Raises:
-          UserError: a value makes no sense, or it is a text and the model has no tokenizer.
+          UserError: a value makes no sense, it is a text and the model has no tokenizer, or it is longer than allowed.
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts is the text {prompts!r}; give a list of prompts")
-        requests = [
-            Request(ids, max_new_tokens, without, temperature, top_k, top_p, prompt_seed, stop)
-            for ids, prompt_seed in zip(map(self.encode, prompts), seeds(seed, len(prompts)), strict=True)
-        ]
+        context = self.manifest.context_length if max_length is None else max_length
+        requests = []
+        for ids, prompt_seed in zip(map(self.encode, prompts), seeds(seed, len(prompts)), strict=True):
+            options = (without, temperature, top_k, top_p, prompt_seed, stop, min_p, repetition_penalty)
+            options += (presence_penalty, frequency_penalty, stop_token_ids, ignore_eos, logprobs, prompt_logprobs)
+            request = Request(ids, DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens, *options)
+            count = new_tokens(len(ids), max_new_tokens, DEFAULT_NEW_TOKENS, context)
+            requests.append(dataclasses.replace(request, max_new_tokens=count))
         if not requests:
             return []
         engine = Engine(self, slots=min(bucket(len(requests), 1), MAX_SLOTS))
+        steps = 1 if on_text else STOP_STEPS if stop else max(request.max_new_tokens for request in requests)
         done: dict[int, Continuation] = {}
-        for index, update in engine.run(requests, STREAM_STEPS if stop or on_text else max_new_tokens):
+        for index, update in engine.run(requests, steps):
             if on_text and update.text:
                 on_text(index, update.text)
             if update.continuation:

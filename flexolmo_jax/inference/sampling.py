@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or drawn at a temperature from the likeliest ones."""
+"""Choosing the next token: greedy, or drawn at a temperature from the likeliest ones; and how likely it was."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +15,66 @@ class Sampling(NamedTuple):
       top_k_B: int32; only the so many likeliest tokens are drawn from; 0: all.
       top_p_B: float32; only the fewest likeliest tokens whose probability reaches it are drawn from; 1: all.
       seed_B: uint32; with the position it fixes the draw, whatever the other rows do.
+      min_p_B: float32; only tokens at least so probable as this share of the likeliest one are drawn from; 0: all.
+      repetition_B: float32; what logits of tokens of the prompt and the continuation are divided by; 1: none.
+      presence_B: float32; what is taken from the logits of tokens of the continuation; 0: none.
+      frequency_B: float32; the same for each time that they were written.
     """
 
     temperature_B: jax.Array
     top_k_B: jax.Array
     top_p_B: jax.Array
     seed_B: jax.Array
+    min_p_B: jax.Array
+    repetition_B: jax.Array
+    presence_B: jax.Array
+    frequency_B: jax.Array
+
+
+class Scored(NamedTuple):
+    """How likely tokens are and which are the likeliest, [...] and [..., K]; log probabilities in nats, float32."""
+
+    logprob: jax.Array
+    top_ids: jax.Array
+    top_logprob: jax.Array
+
+
+def score(logits_NxV: jax.Array, token_N: jax.Array, count: int) -> Scored:
+    """How likely these tokens are at these float32 logits, next to the `count` likeliest ones."""
+    normalizer_N = jax.nn.logsumexp(logits_NxV, axis=-1)
+    top_NxK, ids_NxK = jax.lax.top_k(logits_NxV, count)
+    token_logit_N = jnp.take_along_axis(logits_NxV, token_N[:, None], axis=-1)[:, 0]
+    return Scored(token_logit_N - normalizer_N, ids_NxK, top_NxK - normalizer_N[:, None])
+
+
+def penalize(
+    logits_BxV: jax.Array, how: Sampling, tokens_BxT: jax.Array, start_B: jax.Array, position_B: jax.Array
+) -> jax.Array:
+    """The logits after the penalties for what was written: first for repetition, then for presence and frequency.
+
+    Args:
+      logits_BxV: float32.
+      how: how each row draws.
+      tokens_BxT: int32, each row's tokens by position.
+      start_B: int32, where the continuation starts; what is before it is the prompt.
+      position_B: int32, of the last token.
+    """
+
+    def count(first_B):
+        at_T, rows_Bx1 = jnp.arange(tokens_BxT.shape[1]), jnp.arange(tokens_BxT.shape[0])[:, None]
+        counted_BxT = (at_T >= first_B[:, None]) & (at_T <= position_B[:, None])
+        return jnp.zeros(logits_BxV.shape, jnp.int32).at[rows_Bx1, tokens_BxT].add(counted_BxT)
+
+    def apply(logits_BxV):
+        factor_Bx1 = how.repetition_B[:, None]
+        repeated_BxV = jnp.where(logits_BxV > 0, logits_BxV / factor_Bx1, logits_BxV * factor_Bx1)
+        logits_BxV = jnp.where(count(jnp.zeros_like(start_B)) > 0, repeated_BxV, logits_BxV)
+        written_BxV = count(start_B)
+        taken_BxV = how.frequency_B[:, None] * written_BxV + how.presence_B[:, None] * (written_BxV > 0)
+        return logits_BxV - taken_BxV
+
+    penalized_B = (how.repetition_B != 1) | (how.presence_B != 0) | (how.frequency_B != 0)
+    return jax.lax.cond(jnp.any(penalized_B), apply, lambda x: x, logits_BxV)
 
 
 def sample(logits_BxV: jax.Array, how: Sampling, position_B: jax.Array) -> jax.Array:
@@ -55,6 +109,8 @@ def _draw(logits_BxV: jax.Array, how: Sampling, position_B: jax.Array) -> jax.Ar
     logits_BxV = logits_BxV / jnp.maximum(how.temperature_B, jnp.finfo(jnp.float32).tiny)[:, None]
     narrow = jnp.any((how.top_k_B > 0) | (how.top_p_B < 1))
     logits_BxV = jax.lax.cond(narrow, keep_likeliest, lambda x, *_: x, logits_BxV, how.top_k_B, how.top_p_B)
+    # The logarithm of 0 is minus infinity, which keeps all. The likeliest is kept always.
+    logits_BxV = jnp.where(logits_BxV < jnp.log(how.min_p_B)[:, None], -jnp.inf, logits_BxV)
 
     def draw(seed, position, logits_V):
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), logits_V)

@@ -16,7 +16,6 @@ DENSE, MIXTURE = "olmo2", "flex_olmo"
 CLASSES = {DENSE: "Olmo2ForCausalLM", MIXTURE: "FlexOlmoForCausalLM"}
 _KNOWN = [(model_type, [name]) for model_type, name in CLASSES.items()]
 SEQUENCE_LENGTH = "sequence_length"  # in a data card, as training writes it
-DEFAULT_LENGTH = 4096
 # Keys that would change what is computed: {key: the one value that is computed here}.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "quantization_config": None}
 _SIZES = {
@@ -93,7 +92,7 @@ def read_config(directory: pathlib.Path) -> Config:
         num_experts,
         top_k,
         _eos_ids(number, architecture.vocab_size),
-        number.size("max_position_embeddings", default=DEFAULT_LENGTH),
+        number.size("max_position_embeddings", default=directories.DEFAULT_LENGTH),
     )
 
 
@@ -108,7 +107,7 @@ def config_document(manifest: directories.Model, dtype: np.dtype) -> dict[str, A
         **{theirs: getattr(arch, ours) for ours, theirs in _SIZES.items()},
         "num_key_value_heads": arch.num_kv_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": sequence_length(manifest),
+        "max_position_embeddings": manifest.context_length,
         "rms_norm_eps": arch.norm_eps,
         # Readers older than `rope_parameters` look for the second.
         "rope_parameters": {"rope_type": "default", "rope_theta": arch.rope_theta},
@@ -138,11 +137,6 @@ def config_document(manifest: directories.Model, dtype: np.dtype) -> dict[str, A
 def generation_document(manifest: directories.Model) -> dict[str, Any]:
     """The `generation_config.json`: a document begins and ends with EOS, which pads as well."""
     return {f"{kind}_token_id": manifest.eos_id for kind in ("bos", "eos", "pad")}
-
-
-def sequence_length(manifest: directories.Model) -> int:
-    """Tokens in a row that the anchor was trained on, as its data card says; a default where it says no number."""
-    return manifest.sequence_length or DEFAULT_LENGTH
 
 
 class _Numbers(NamedTuple):

@@ -27,7 +27,6 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.model import Model, load, seeds
 from flexolmo_jax.inference.request import Request
-from flexolmo_jax.interop.config import sequence_length
 from flexolmo_jax.progress import progress_bar
 
 _LOGGER = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class FlexOlmoLM(TemplateLM):
         names = without if isinstance(without, list | tuple) else str(without).split("+")
         self.without = tuple(str(name) for name in names if name != "")
         self.model.expert_mask(self.without)
-        trained_on = sequence_length(self.model.manifest)
+        trained_on = self.model.manifest.context_length
         self.max_length = _whole_number("max_length", trained_on if max_length is None else max_length, least=1)
         self._add_bos_token = add_bos_token
         self._prefix_token_id = self.eot_token_id if prefix_token_id is None else prefix_token_id
@@ -187,7 +186,7 @@ class FlexOlmoLM(TemplateLM):
         until, max_gen_toks = kwargs.pop("until"), kwargs.pop("max_gen_toks")
         if kwargs.get("num_beams") == 1:
             del kwargs["num_beams"]
-        unknown = sorted(kwargs.keys() - {"do_sample", "temperature", "top_k", "top_p"})
+        unknown = sorted(kwargs.keys() - {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
         if unknown:
             raise UserError(f"generation_kwargs: {unknown[0]}={kwargs[unknown[0]]} is not offered; leave it out")
         room = self.max_length - max_gen_toks
@@ -204,6 +203,8 @@ class FlexOlmoLM(TemplateLM):
             temperature=float(kwargs.get("temperature", 0.0)),  # 0 unless the task wants samples
             top_k=kwargs.get("top_k", 0),
             top_p=kwargs.get("top_p", 1.0),
+            min_p=kwargs.get("min_p") or 0.0,
+            repetition_penalty=kwargs.get("repetition_penalty") or 1.0,
             seed=seed,
             stop=[stop for stop in until if stop],
         )

@@ -18,7 +18,6 @@ from flexolmo_jax.checkpoint.tree import Slice
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.interop import names
-from flexolmo_jax.interop.config import sequence_length
 from flexolmo_jax.interop.hugging_face import same_bytes
 from flexolmo_jax.interop.safetensors_io import Stored
 from flexolmo_jax.model.decoder import separate_layers
@@ -146,7 +145,7 @@ def compare_logits(
     reason = too_large(shared, experts) if transformers_installed() else NOT_INSTALLED
     if reason:
         return reason
-    tokens = random_tokens(manifest.architecture["vocab_size"], min(LENGTH, sequence_length(manifest)))
+    tokens = random_tokens(manifest.architecture["vocab_size"], min(LENGTH, manifest.context_length))
     theirs = _their_logits(directory, tokens)
     gc.collect()
     difference = compare(theirs, our_logits(in_memory(manifest, shared, experts), tokens))

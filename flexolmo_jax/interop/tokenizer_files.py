@@ -12,7 +12,7 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.interop.config import CONFIG_FILE, Config, generation_document, sequence_length
+from flexolmo_jax.interop.config import CONFIG_FILE, Config, generation_document
 
 KEPT = directories.TOKENIZER_FOLDER
 FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -82,7 +82,7 @@ def _documents(directory: epath.Path, manifest: directories.Model) -> dict[str, 
             "bos_token": eos,
             "eos_token": eos,
             "pad_token": eos,
-            "model_max_length": sequence_length(manifest),
+            "model_max_length": manifest.context_length,
             "clean_up_tokenization_spaces": False,
         }
     return {name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}

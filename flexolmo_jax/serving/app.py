@@ -1,43 +1,62 @@
-"""The routes: `/v1/completions`, `/v1/models` and `/health`."""
+"""The routes: `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health` and `/metrics`."""
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.inference.request import Continuation
+from flexolmo_jax.inference.request import Continuation, Update
+from flexolmo_jax.serving.access import KeyRequired, allow_origins
 from flexolmo_jax.serving.errors import ApiError
-from flexolmo_jax.serving.reply import Reply
+from flexolmo_jax.serving.metrics import Metered, Metrics
+from flexolmo_jax.serving.reply import ChatReply, CompletionReply, Reply
 from flexolmo_jax.serving.scheduler import Job, Scheduler
-from flexolmo_jax.serving.schema import Completion, Served, parse
+from flexolmo_jax.serving.schema import Completion, Served, parse, parse_chat
 
 BODY_LIMIT = 16 * 2**20  # bytes
 
 
-def make_app(served: Served, scheduler: Scheduler) -> Starlette:
-    """The application, for any ASGI server that runs it on one event loop."""
-    started = int(time.time())
+_Told = AsyncIterator[tuple[int, Update]]
+
+
+def make_app(served: Served, scheduler: Scheduler, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
+    """The application, for any ASGI server that runs it on one event loop.
+
+    Args:
+      served: the model.
+      scheduler: what runs requests.
+      keys: one of them must come with each request but those for `/health`; none: all may ask.
+      origins: pages of these may ask, "*" being all.
+    """
+    started, metrics = int(time.time()), Metrics(lambda: scheduler.load)
 
     def model(name: str) -> dict[str, Any]:
         described = {"experts": served.roster, "max_length": served.max_length}
         return {"id": name, "object": "model", "created": started, "owned_by": "flexolmo"} | described
 
-    async def completions(request: Request) -> Response:
-        completion = parse(await _body(request), served)
-        job = scheduler.submit(completion.requests)
+    async def answer(request: Request, read: Callable[[bytes, Served], Completion], kind: type[Reply]) -> Response:
+        completion = read(await _body(request), served)
+        job = scheduler.submit(completion.requests, completion.stream)
+        told, reply = metrics.watched(job), kind(completion, served)
         if completion.stream:
-            return _JobStream(job, _events(job, completion))
-        continuations = await _unless_gone(request, job)
-        return JSONResponse(Reply(completion).whole(continuations))
+            return _JobStream(job, _events(told, reply, completion.include_usage))
+        return JSONResponse(reply.whole(await _unless_gone(request, job, told)))
+
+    async def completions(request: Request) -> Response:
+        return await answer(request, parse, CompletionReply)
+
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, parse_chat, ChatReply)
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model(name) for name in served.names]})
@@ -52,11 +71,16 @@ def make_app(served: Served, scheduler: Scheduler) -> Starlette:
         status = {"status": "shutting down" if scheduler.closed else "ok"} | scheduler.load
         return JSONResponse(status, 503 if scheduler.closed else 200)
 
+    async def tell_metrics(request: Request) -> Response:
+        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
     routes = [
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
         Route("/health", health),
+        Route("/metrics", tell_metrics),
     ]
     handlers = {
         ApiError: _answer_api_error,
@@ -65,7 +89,10 @@ def make_app(served: Served, scheduler: Scheduler) -> Starlette:
         ClientDisconnect: _answer_nobody,
         Exception: _answer_exception,
     }
-    return Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app = Metered(KeyRequired(app, keys) if keys else app, metrics)
+    # Outermost: pages may read errors too, and ask without a key what they may ask.
+    return allow_origins(app, origins) if origins else app
 
 
 class _JobStream(StreamingResponse):
@@ -84,19 +111,19 @@ class _JobStream(StreamingResponse):
             self._job.cancel()
 
 
-async def _events(job: Job, completion: Completion) -> AsyncIterator[str]:
-    """Server-sent events: a chunk whenever there is new text, the end of each choice, then what was asked for."""
-    reply, ended = Reply(completion), {}
+async def _events(told: _Told, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: a chunk whenever there is something new, the end of each choice, then what was asked for."""
+    ended = {}
     try:
-        for index, echo in enumerate(completion.echoes):
-            if echo:
-                yield _event(reply.chunk(index, echo, None))
-        async for index, update in job:
+        for chunk in reply.opening():
+            yield _event(chunk)
+        async for index, update in told:
             if update.continuation is not None:
                 ended[index] = update.continuation
-            if update.text or index in ended:
-                yield _event(reply.chunk(index, update.text, update.continuation))
-        if completion.include_usage:
+            chunk = reply.chunk(index, update)
+            if chunk is not None:
+                yield _event(chunk)
+        if include_usage:
             yield _event(reply.usage_chunk([ended[index] for index in sorted(ended)]))
     except ApiError as error:
         yield _event(error.body)
@@ -108,11 +135,11 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-async def _unless_gone(request: Request, job: Job) -> list[Continuation]:
+async def _unless_gone(request: Request, job: Job, told: _Told) -> list[Continuation]:
     """What becomes of each request of a job; the job is given up when the client goes away."""
 
     async def collect() -> list[Continuation]:
-        ended = {index: update.continuation async for index, update in job if update.continuation is not None}
+        ended = {index: update.continuation async for index, update in told if update.continuation is not None}
         return [ended[index] for index in sorted(ended)]
 
     async def client_gone() -> None:
@@ -147,7 +174,8 @@ async def _answer_api_error(request: Request, error: ApiError) -> Response:
 
 async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
     """An address or a method that does not exist."""
-    message = f"{request.method} {request.url.path}: {error.detail}; there is POST /v1/completions and GET /v1/models"
+    known = "POST /v1/completions, POST /v1/chat/completions and GET /v1/models"
+    message = f"{request.method} {request.url.path}: {error.detail}; there is {known}"
     return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
 
 

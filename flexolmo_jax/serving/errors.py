@@ -31,4 +31,5 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The body of the answer, the same as that of the event that breaks off a stream."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}

@@ -13,6 +13,7 @@ from flexolmo_jax.inference.request import Request, Update
 from flexolmo_jax.serving.errors import ApiError
 
 _LOG = logging.getLogger(__name__)
+_STEPS = 8  # tokens that are written before anything is told, unless somebody streams
 
 
 class Job:
@@ -22,9 +23,9 @@ class Job:
     which it was made may use it.
     """
 
-    def __init__(self, requests: Sequence[Request], cancel: Callable[["Job"], None]):
+    def __init__(self, requests: Sequence[Request], stream: bool, cancel: Callable[["Job"], None]):
         """`cancel` takes the job out of the queue and out of the engine."""
-        self.requests = tuple(requests)
+        self.requests, self.stream = tuple(requests), stream
         self.cancelled = False
         self._cancel = cancel
         self._loop = asyncio.get_running_loop()
@@ -72,7 +73,7 @@ class Scheduler:
           queue: requests that may wait for a slot.
         """
         self._make_engine, self._engine = make_engine, make_engine()
-        self._queue = queue
+        self._queue, self._slots = queue, self._engine.free
         self._changed = threading.Condition()  # guards what follows
         self._closed = False
         self._waiting: deque[Place] = deque()
@@ -92,19 +93,27 @@ class Scheduler:
         """Whether no job is taken any more."""
         return self._closed
 
-    def submit(self, requests: Sequence[Request]) -> Job:
+    def submit(self, requests: Sequence[Request], stream: bool = False) -> Job:
         """Queues the requests of a client; to be called on the client's event loop.
 
+        Args:
+          requests: of one client.
+          stream: whether each token is to be told as soon as it is written; otherwise a few come together, which
+            takes less time in all.
+
         Raises:
-          ApiError: 503, the queue has no place for all of them, or the server is shutting down.
+          ApiError: 429, the queue has no place for all of them; 503, the server is shutting down.
         """
-        job = Job(requests, self._give_up)
+        job = Job(requests, stream, self._give_up)
         with self._changed:
             if self._closed:
                 raise _shutting_down()
-            if len(self._waiting) + len(job.requests) > self._queue:
-                message = f"the queue is full ({len(self._waiting)} of {self._queue} places are taken); try again later"
-                raise ApiError(503, message, code="queue_full", headers={"Retry-After": "1"})
+            running = len(self._entering) + len(self._running)
+            # Those for which slots are free are about to leave the queue.
+            waiting = max(0, len(self._waiting) - (self._slots - running))
+            if running + len(self._waiting) + len(job.requests) > self._slots + self._queue:
+                message = f"the queue is full ({waiting} of {self._queue} places are taken); try again later"
+                raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
             self._waiting.extend(Place(job, index) for index in range(len(job.requests)))
             self._changed.notify()
         return job
@@ -159,7 +168,8 @@ class Scheduler:
         with self._changed:
             self._running.update(zip(ids, self._entering, strict=True))
             self._entering = []
-        for update in self._engine.step():
+            steps = 1 if any(place.job.stream for place in self._running.values()) else _STEPS
+        for update in self._engine.step(steps):
             place = self._running[update.id]
             if update.continuation is not None:
                 with self._changed:

@@ -8,7 +8,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 from etils import epath
@@ -16,11 +17,14 @@ from etils import epath
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
+from flexolmo_jax.serving import scheduler as scheduling
+from flexolmo_jax.serving.access import check_origins
 from flexolmo_jax.serving.app import make_app
+from flexolmo_jax.serving.chat import load_chat_template
+from flexolmo_jax.serving.logprobs import TokenStrings
 from flexolmo_jax.serving.scheduler import Scheduler
 from flexolmo_jax.serving.schema import Served
 
-DEFAULT_LENGTH = 2048
 _GRACE = 5  # seconds that a client has to take the rest of its answer when the server ends
 
 
@@ -35,6 +39,8 @@ def serve(
     max_length: int | None = None,
     dtype: str = "float32",
     verbose: bool = False,
+    keys: Sequence[str] = (),
+    origins: Sequence[str] = (),
 ) -> None:
     """Serves a model directory until SIGINT or SIGTERM, which end the process with status 0.
 
@@ -47,40 +53,54 @@ def serve(
       name: what requests may call the model, besides the name of its directory.
       slots: requests decoded at once.
       queue: requests that may wait for a slot.
-      max_length: tokens of a prompt and its continuation together, at most; None: a row of the anchor's training,
-        or `DEFAULT_LENGTH` where its data card does not say.
+      max_length: tokens of a prompt and its continuation together, at most; None: the model's context,
+        `manifest.context_length`.
       dtype: of parameters and computation.
-      verbose: whether to log each request.
+      verbose: whether to log each request, and errors with their tracebacks.
+      keys: API keys, one of which must come with each request; none: all may ask.
+      origins: pages of these origins may ask, "*" being all.
 
     Raises:
       UserError: the model cannot be read, or the address cannot be listened on.
     """
-    with _status_0_on_signals(), listen(host, port) as listener:
+    check_origins(origins)
+    with _status_0_on_signals(), listen(host, port, bool(keys)) as listener:
         model = load(path, dtype)
         if model.tokenizer is None:
             raise UserError(f"--model={path}: has no tokenizer.json; put the tokenizer's there, for requests are text")
         directory = epath.Path(path).resolve().name
-        max_length = max_length or model.manifest.sequence_length or DEFAULT_LENGTH
+        max_length = max_length or model.manifest.context_length
         served = Served(
             names=tuple(dict.fromkeys([name or directory, directory])),
             roster=tuple(model.roster),
             encode=model.encode,
             decode=model.tokenizer.decode,
+            strings=TokenStrings(model.tokenizer),
             vocab_size=model.decoder.architecture.vocab_size,
             max_length=max_length,
             max_sequences=queue,
+            chat=load_chat_template(epath.Path(path), model.tokenizer),
         )
         scheduler = Scheduler(functools.partial(Engine, model, slots, max_length), queue)
-        Server(served, scheduler, f"serving {path} at {address(listener)}/v1", verbose).run([listener])
+        ready = f"serving {path} at {address(listener)}/v1"
+        Server(served, scheduler, ready, verbose, keys, origins).run([listener])
 
 
 class Server(uvicorn.Server):
     """uvicorn, which says when it answers, and lets go of what is in flight when it ends."""
 
-    def __init__(self, served: Served, scheduler: Scheduler, ready: str, verbose: bool = False):
+    def __init__(
+        self,
+        served: Served,
+        scheduler: Scheduler,
+        ready: str,
+        verbose: bool = False,
+        keys: Sequence[str] = (),
+        origins: Sequence[str] = (),
+    ):
         """`ready` is the line to print; see `serve`."""
         config = uvicorn.Config(
-            make_app(served, scheduler),
+            make_app(served, scheduler, keys, origins),
             http="h11",
             loop="asyncio",
             ws="none",
@@ -94,7 +114,7 @@ class Server(uvicorn.Server):
         if verbose:
             logging.getLogger("uvicorn.access").setLevel(logging.INFO)
         super().__init__(config)
-        self._scheduler, self._ready = scheduler, ready
+        self._scheduler, self._ready, self._verbose = scheduler, ready, verbose
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to answer."""
@@ -109,14 +129,15 @@ class Server(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Answers until told to end; the engine's thread has ended too then."""
         try:
-            super().run(sockets)
+            with contextlib.nullcontext() if self._verbose else _one_line_errors():
+                super().run(sockets)
         finally:
             self._scheduler.close()
             self._scheduler.join()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to that address, with a warning on standard error where other machines can reach it.
+def listen(host: str, port: int, has_keys: bool = False) -> socket.socket:
+    """A socket bound to that address; a line on standard error warns where other machines can reach it without a key.
 
     Raises:
       UserError: the address does not exist here, or is taken.
@@ -130,8 +151,11 @@ def listen(host: str, port: int) -> socket.socket:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise UserError(f"--port={port}: is in use; choose another, or 0 for any that is free") from error
         raise UserError(f"--host={host} --port={port}: cannot be listened on ({error}); try 127.0.0.1, 8000") from error
-    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        sys.stderr.write(f"flexolmo serve: --host={host}: other machines may connect; there is no authentication\n")
+    if not has_keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        sys.stderr.write(
+            f"flexolmo serve: --host={host}: other machines may connect, and there is no authentication; "
+            "set keys with --api_key_file\n"
+        )
     return listener
 
 
@@ -139,6 +163,34 @@ def address(listener: socket.socket) -> str:
     """The http:// address of a bound socket, without a path."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _OneLine(logging.Filter):
+    """An error with a traceback becomes a line that names its type and place."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Changes the record; lets all pass."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            frames = traceback.extract_tb(error.__traceback__)
+            place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
+            text = f"{record.getMessage()}: {type(error).__name__}: {error} ({place}); --verbose shows the traceback"
+            record.msg, record.args, record.exc_info, record.exc_text = " ".join(text.split()), (), None, None
+        return True
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors of requests and of the engine are logged in a line each."""
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", scheduling.__name__)]
+    one_line = _OneLine()
+    for logger in loggers:
+        logger.addFilter(one_line)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(one_line)
 
 
 @contextlib.contextmanager

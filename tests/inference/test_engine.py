@@ -214,7 +214,8 @@ def test_buckets_are_powers_of_two_and_three_quarters_of_them():
 def test_an_engine_refuses_what_it_cannot_hold(model):
     engine = Engine(model, slots=1, max_length=10)
     for request, message in (
-        (Request([1] * 8, 3), "prompt of 8 tokens and max_new_tokens 3: 11 in all; at most 10"),
+        (Request([1] * 8, 3), "prompt of 8 tokens and max_new_tokens=3: 11 in all, .* context of 10;"),
+        (Request([1], 1, stop_token_ids=(1, 260)), "stop_token_ids holds 260"),
         (Request([1], 1, without=("nosuch",)), "nosuch: not on the roster"),
     ):
         with pytest.raises(UserError, match=message):

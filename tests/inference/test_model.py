@@ -136,13 +136,22 @@ def test_bad_requests_are_refused(home, model):
         with pytest.raises(UserError, match=message):
             model.logits([[1]], without=names)
     bad = {
-        "max_new_tokens": (0, 1.5, None, 2**31),
+        "max_new_tokens": (-1, 1.5, "1", 2**31),
         "temperature": (-1, np.nan, None, "1"),
         "top_k": (-1, 2**31, 1.0),
         "top_p": (0.0, 1.1, None),
         "seed": (-1, 2**32, None),
         "stop": ([""], "word", None, [1]),
         "without": ("code", None),
+        "min_p": (-0.1, 1.1, None, np.nan),
+        "repetition_penalty": (0, -1, np.inf, np.nan, None),
+        "presence_penalty": (np.inf, "1"),
+        "frequency_penalty": (-101, None),
+        "stop_token_ids": ([-1], 5, [1.0], list(range(17))),
+        "ignore_eos": (1, None),
+        "logprobs": (-1, 21, True),
+        "prompt_logprobs": (True, 1),
+        "max_length": (0, 1.5, "64", -4),
     }
     for name, values in bad.items():
         for value in values:

@@ -50,9 +50,9 @@ def test_equal_logits_stay_together():
     assert np.isfinite(keep(x, np.array([2]), np.ones(1, np.float32))).sum() == 3
 
 
-def settings(temperature, top_k=0, top_p=1.0, seed=0):
-    values = (np.float32(temperature), np.int32(top_k), np.float32(top_p), np.uint32(seed))
-    return Sampling(*(np.broadcast_to(value, ROWS).copy() for value in values))
+def settings(temperature, top_k=0, top_p=1.0, seed=0, min_p=0.0, penalties=(1.0, 0.0, 0.0), rows=ROWS):
+    limits = (np.float32(temperature), np.int32(top_k), np.float32(top_p), np.uint32(seed), np.float32(min_p))
+    return Sampling(*(np.broadcast_to(value, rows).copy() for value in (*limits, *map(np.float32, penalties))))
 
 
 def test_temperature_zero_takes_the_first_of_the_likeliest():
@@ -67,9 +67,7 @@ def test_temperature_zero_takes_the_first_of_the_likeliest():
 def test_draws_follow_temperature_and_limits():
     rows, temperature = 4096, 2.0
     x = np.repeat(logits()[:1], rows, axis=0)
-    how = Sampling(
-        np.full(rows, temperature, np.float32), np.full(rows, 10), np.full(rows, 0.9, np.float32), np.arange(rows)
-    )
+    how = settings(temperature, 10, 0.9, seed=np.arange(rows), rows=rows)
     counts = np.bincount(draw(x, how, np.zeros(rows, int)), minlength=VOCAB)
     expected = rows * special.softmax(sorted_keep(x[0] / np.float32(temperature), 10, 0.9).astype(np.float64))
     assert (counts[expected == 0] == 0).all()

@@ -126,7 +126,7 @@ def test_logits_are_compared_over_no_more_tokens_than_the_model_was_trained_on(t
     for side in ("_their_logits", "our_logits"):
         monkeypatch.setattr(parity, side, lambda _, tokens: np.zeros((*tokens.shape, 3), np.float32))
     assert parity.compare_logits(tmp_path, manifest, {}, {}).tokens == parity.ROWS * length
-    assert config.sequence_length(manifest) == (16 if length == 16 else config.DEFAULT_LENGTH)
+    assert manifest.context_length == (16 if length == 16 else directories.DEFAULT_LENGTH)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ import threading
 import numpy as np
 import pytest
 
+from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.inference.request import Continuation, Update
+from flexolmo_jax.serving.logprobs import TokenStrings
 from flexolmo_jax.serving.scheduler import Scheduler
 from flexolmo_jax.serving.schema import Served
 from flexolmo_jax.serving.server import Server, address, listen
@@ -46,7 +48,7 @@ class ObedientEngine:
         self.most = max(self.most, len(self._written))
         return ids
 
-    def step(self):
+    def step(self, max_steps):
         """Writes an "x" for each request in flight."""
         assert self.gate.wait(PATIENCE)
         if self.error is not None:
@@ -70,12 +72,14 @@ class ObedientEngine:
 
 
 @contextlib.contextmanager
-def _running(make_engine, queue=32, **served):
+def _running(make_engine, queue=32, keys=(), origins=(), **served):
     served = {
         "names": ("tiny",),
         "roster": ("anchor", "news"),
         "encode": lambda text: [256, *text.encode()],
         "decode": lambda ids: bytes(id for id in ids if id < 256).decode(),
+        "strings": TokenStrings(byte_tokenizer()),
+        "chat": "the model has no chat template",
         "vocab_size": 260,
         "max_length": 64,
         "max_sequences": queue,
@@ -83,7 +87,7 @@ def _running(make_engine, queue=32, **served):
     listener = listen("127.0.0.1", 0)
     url = address(listener)
     scheduler = Scheduler(make_engine, queue)
-    server = Server(Served(**served), scheduler, ready="")
+    server = Server(Served(**served), scheduler, ready="", keys=keys, origins=origins)
     started = threading.Event()
     server.config.callback_notify, server.config.timeout_notify = _setter(started), 0
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -106,7 +110,7 @@ def _setter(event):
 
 @pytest.fixture(scope="session")
 def running():
-    """A context of a server, which gives (url, scheduler): `running(make_engine, queue=32, **served)`."""
+    """A context of a server, which gives (url, scheduler): `running(make_engine, queue=32, keys=(), **served)`."""
     return _running
 
 

@@ -113,11 +113,12 @@ def test_the_models_on_offer(running, engine):
     ("method", "path", "body", "status", "words"),
     [
         ("POST", "/v1/completions", b"{", 400, ["not JSON"]),
-        ("POST", "/v1/completions", ASK | {"max_tokens": 0}, 400, ["max_tokens", "is 0", "from 1"]),
+        ("POST", "/v1/completions", ASK | {"max_tokens": -1}, 400, ["max_tokens", "is -1", "from 0"]),
         ("POST", "/v1/completions", ASK | {"model": "gpt"}, 404, ["gpt", "tiny"]),
         ("POST", "/v1/completions", b" " * (app.BODY_LIMIT + 1), 413, ["16777216 bytes"]),
         ("GET", "/v1/completions", None, 405, ["GET /v1/completions", "POST /v1/completions"]),
-        ("POST", "/v1/chat/completions", ASK, 404, ["/v1/chat/completions", "POST /v1/completions"]),
+        ("POST", "/v1/chat/completions", ASK, 404, ["no chat template"]),
+        ("POST", "/v1/embeddings", ASK, 404, ["/v1/embeddings", "POST /v1/completions"]),
     ],
 )
 def test_what_cannot_be_answered_is_told_in_the_form_of_openai(server, method, path, body, status, words):
@@ -145,7 +146,7 @@ def test_a_full_queue_is_told_to_come_again(server, engine):
         thread.start()
         wait_for(lambda load=load: tuple(scheduler.load.values()) == load)
     status, headers, answer = ask(url)
-    assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "1", "queue_full")
+    assert (status, headers["retry-after"], answer["error"]["code"]) == (429, "1", "queue_full")
     assert call(url, path="/health")[2] == {"status": "ok", "running": 2, "waiting": 4}
     engine.gate.set()
     for thread in threads:

@@ -10,6 +10,7 @@ import small
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
 from flexolmo_jax.merging.merge import merge
+from flexolmo_jax.serving.logprobs import TokenStrings
 
 openai = pytest.importorskip("openai")
 
@@ -47,6 +48,7 @@ def server(running, model):
         "roster": tuple(model.roster),
         "encode": model.encode,
         "decode": model.tokenizer.decode,
+        "strings": TokenStrings(model.tokenizer),
         "max_length": MAX_LENGTH,
     }
     with running(lambda: CountingEngine(model, SLOTS, MAX_LENGTH), queue=8, **served) as (url, scheduler):
@@ -209,7 +211,7 @@ def test_models(server, model):
     [
         ({"extra_body": {"without": ["nosuch"]}}, openai.BadRequestError, ["without", "nosuch", "anchor, code, news"]),
         ({"max_tokens": MAX_LENGTH}, openai.BadRequestError, ["max_tokens=64", "64"]),
-        ({"logprobs": 3}, openai.BadRequestError, ["logprobs", "not supported"]),
+        ({"logprobs": 30}, openai.BadRequestError, ["logprobs", "30", "20"]),
         ({"model": "gpt"}, openai.NotFoundError, ["gpt", "merged"]),
         ({"n": 9}, openai.BadRequestError, ["n=9", "8"]),
     ],

@@ -65,7 +65,7 @@ def test_a_full_queue_refuses_and_takes_again_once_there_is_room(engine, schedul
         waiting = scheduler.submit(requests(3, 4, 5))
         with pytest.raises(ApiError, match="3 of 4 places are taken") as caught:
             scheduler.submit(requests(6, 7))
-        assert (caught.value.status, caught.value.headers["Retry-After"]) == (503, "1")
+        assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "1")
         last = scheduler.submit(requests(6))
         engine.gate.set()
         assert await collect(last) == ["xxx"]

@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.inference.model import seeds
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.serving.errors import ApiError
+from flexolmo_jax.serving.logprobs import TokenStrings
 from flexolmo_jax.serving.schema import Served, parse
 
 EOS = 256
@@ -16,9 +18,11 @@ SERVED = Served(
     roster=("anchor", "code", "news"),
     encode=lambda text: [EOS, *text.encode()],
     decode=lambda ids: bytes(id for id in ids if id < EOS).decode(),
+    strings=TokenStrings(byte_tokenizer()),
     vocab_size=260,
     max_length=40,
     max_sequences=6,
+    chat="the model has no chat template",
 )
 
 
@@ -53,6 +57,13 @@ def test_every_field_reaches_the_engine():
         top_k=7,
         seed=11,
         stop=["a", "b"],
+        min_p=0.125,
+        repetition_penalty=1.25,
+        presence_penalty=-2,
+        frequency_penalty=0.5,
+        stop_token_ids=[65, 66],
+        ignore_eos=True,
+        logprobs=4,
         without=["news"],
         echo=True,
         stream=True,
@@ -62,8 +73,12 @@ def test_every_field_reaches_the_engine():
     request = Request(
         (EOS, *b"hi"), 3, ("news",), temperature=0.5, top_k=7, top_p=0.25, seed=seeds(11, 1)[0], stop=("a", "b")
     )
+    request = dataclasses.replace(request, min_p=0.125, repetition_penalty=1.25, presence_penalty=-2.0)
+    request = dataclasses.replace(request, frequency_penalty=0.5, stop_token_ids=(65, 66), ignore_eos=True)
+    request = dataclasses.replace(request, logprobs=4, prompt_logprobs=True)
     assert completion.requests == (request,)
     assert (completion.model, completion.echoes) == ("other", ("hi",))
+    assert completion.logprobs
     assert completion.stream
     assert completion.include_usage
     assert completion.experts_per_layer
@@ -102,13 +117,22 @@ def test_one_text_where_a_list_may_stand():
 
 def test_what_does_not_change_the_answer_is_accepted():
     neutral = {"suffix": "", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "someone"}
+    neutral |= {"min_p": 0, "repetition_penalty": 1.0, "stop_token_ids": [], "ignore_eos": False, "top_k": -1}
+    neutral |= {"metadata": {"a": "b"}, "min_tokens": 0, "skip_special_tokens": True, "response_format": None}
+    neutral |= {"response_format": {"type": "text"}, "tools": [], "priority": 3, "echo": False, "logprobs": None}
     assert without_seed(read(**neutral)) == without_seed(read())
 
 
 def test_a_request_may_fill_the_whole_length():
-    assert read(prompt="x" * 23).requests[0].max_new_tokens == 16
+    assert read(prompt="x" * 23, max_tokens=16).requests[0].max_new_tokens == 16
+    assert read(prompt="x" * 39, max_tokens=0, echo=True).requests[0].max_new_tokens == 0
     with pytest.raises(ApiError):
-        read(prompt="x" * 24)
+        read(prompt="x" * 24, max_tokens=16)
+
+
+def test_what_was_not_asked_for_is_never_too_long():
+    requests = read(prompt=["x" * 23, "x" * 24, "x" * 38]).requests
+    assert [request.max_new_tokens for request in requests] == [16, 15, 1]
 
 
 BAD = [
@@ -124,10 +148,11 @@ BAD = [
     ({"prompt": "\ud800"}, "prompt", "\\ud800"),
     ({"prompt": [260]}, "prompt", "0 to 259"),
     ({"prompt": [[3], [-1]]}, "prompt", "0 to 259"),
-    ({"prompt": "x" * 24}, "prompt", "25 tokens", "max_tokens=16", "40"),
+    ({"prompt": "x" * 24, "max_tokens": 16}, "prompt", "25 tokens", "max_tokens=16", "41", "40", "max_length"),
+    ({"prompt": "x" * 39}, "prompt", "40 tokens", "no room", "40", "max_length"),
     ({"prompt": ["a"] * 7}, "prompt", "7 times n=1", "6"),
     ({"prompt": ["a"] * 2, "n": 4}, "prompt", "2 times n=4", "6"),
-    ({"max_tokens": 0}, "max_tokens", "is 0", "from 1"),
+    ({"max_tokens": -1}, "max_tokens", "is -1", "from 0"),
     ({"max_tokens": 2.0}, "max_tokens", "whole number"),
     ({"max_tokens": "3"}, "max_tokens", '"3"'),
     ({"max_tokens": True}, "max_tokens", "is true"),
@@ -140,12 +165,12 @@ BAD = [
     ({"temperature": False}, "temperature", "a number"),
     ({"top_p": 0}, "top_p", "above 0 and at most 1"),
     ({"top_p": 1.01}, "top_p", "1.01"),
-    ({"top_k": -1}, "top_k", "from 0"),
+    ({"top_k": -2}, "top_k", "from -1"),
     ({"n": 0}, "n", "from 1"),
     ({"best_of": 2}, "best_of", "the same as n"),
     ({"seed": -1}, "seed", "from 0 to 4294967295"),
     ({"seed": 2**32}, "seed", "4294967296"),
-    ({"stop": ["a"] * 5}, "stop", "5 texts", "at most 4"),
+    ({"stop": ["a"] * 17}, "stop", "17 texts", "at most 16"),
     ({"stop": ""}, "stop", "not empty"),
     ({"stop": ["a", 1]}, "stop", "a text"),
     ({"stop": "\udc00"}, "stop", "a text"),
@@ -160,9 +185,22 @@ BAD = [
     ({"without": ["anchor", "code", "news"]}, "without", "at least one"),
     ({"without": {"news": 1}}, "without", "list"),
     ({"suffix": "x"}, "suffix", "not supported"),
-    ({"logprobs": 0}, "logprobs", "not supported"),
+    ({"logprobs": 21}, "logprobs", "is 21", "from 0 to 20"),
+    ({"logprobs": True}, "logprobs", "is true", "from 0 to 20"),
+    ({"min_p": 1.5}, "min_p", "from 0 to 1"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "from 0.001"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "from -2"),
+    ({"stop_token_ids": 5}, "stop_token_ids", "is 5", "0 to 259"),
+    ({"stop_token_ids": [260]}, "stop_token_ids", "[260]", "0 to 259"),
+    ({"stop_token_ids": [1] * 17}, "stop_token_ids", "17 token ids", "at most 16"),
+    ({"ignore_eos": 1}, "ignore_eos", "true or false"),
+    ({"min_tokens": 1}, "min_tokens", "not supported"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
+    ({"use_beam_search": 0}, "use_beam_search", "not supported"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
+    ({"messages": []}, "messages", "not a field of a completion"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "from -2 to 2"),
     ({"withuot": ["news"]}, "withuot", "not a field", "without"),
     ({"\ud800": 1}, "?", "not a field"),
     ({"model": None}, "model", "is missing", "tiny"),
@@ -180,7 +218,7 @@ def test_a_bad_field_is_named_with_what_would_be_right(fields, field, words):
     assert error.body["error"]["param"] == field
     json.dumps(error.body, ensure_ascii=False).encode()  # can be sent
     assert "\n" not in error.message
-    assert len(error.message) < 300
+    assert len(error.message) < 500
     for word in (*words, field if field != "?" else ""):
         assert word in error.message
 

@@ -1,0 +1,103 @@
+"""Who may ask: API keys, and pages of other origins."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from etils import epath
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.serving.errors import ApiError
+
+_OPEN = ("/health",)
+
+
+class KeyRequired:
+    """An application that answers only those who send one of the keys; `/health` answers all."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+        """Wraps an application; keeps no key, only digests."""
+        self._app, self._digests = app, [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers 401 where the key is missing or wrong."""
+        if scope["type"] != "http" or scope["path"] in _OPEN or self._is_known(Request(scope)):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            401,
+            "the API key is missing or wrong; send one that this server knows as the header Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+
+    def _is_known(self, request: Request) -> bool:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip())
+        # All are compared, each in constant time.
+        matches = [hmac.compare_digest(given, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def read_keys(file: epath.PathLike | None, variable: str | None, name: str) -> list[str]:
+    """API keys of a file, one a line, and that of an environment variable; none where neither is given.
+
+    Args:
+      file: text; empty lines and those that begin with "#" are passed over.
+      variable: what the environment variable holds, or None.
+      name: of the variable, for errors.
+
+    Raises:
+      UserError: the file cannot be read or has no key, or what stands there cannot be sent as one.
+    """
+    keys = []
+    if file is not None:
+        label = f"--api_key_file={file}"
+        try:
+            lines = [line.strip() for line in epath.Path(file).read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text"
+            raise UserError(f"{label}: cannot be read ({reason}); give a text file with one key a line") from error
+        keys = [line for line in lines if line and not line.startswith("#")]
+        if not keys:
+            raise UserError(f"{label}: has no key; write one a line")
+        for number, line in enumerate(lines, start=1):
+            if line in keys and not _can_be_sent(line):
+                raise UserError(f"{label}: line {number} is no key; use visible ASCII characters without spaces")
+    if variable is not None:
+        if not _can_be_sent(variable):
+            raise UserError(f"{name}: is no key; use visible ASCII characters without spaces, or unset it")
+        keys.append(variable)
+    return keys
+
+
+def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """An application that pages of these origins may ask, "*" being all."""
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=["Retry-After"]
+    )
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Raises UserError where one is no origin, which no page could ever have."""
+    for origin in origins:
+        parts = urlsplit(origin)
+        is_origin = parts.scheme and parts.netloc and origin == f"{parts.scheme}://{parts.netloc}".lower()
+        if origin != "*" and not is_origin:
+            raise UserError(
+                f"--cors_origin={origin}: is no origin; give scheme, host and port, such as http://localhost:3000, or *"
+            )
+
+
+def _can_be_sent(key: str) -> bool:
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()

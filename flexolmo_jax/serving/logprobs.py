@@ -1,0 +1,113 @@
+"""How likely tokens are, as the OpenAI API writes it: for completions, and for chat completions."""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.inference.request import TokenLogprobs
+from flexolmo_jax.inference.text import REPLACEMENT
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how tokenizers with byte fallback write a byte
+_CONTEXT = 8  # tokens; no character, and no decoder's rule about neighbours, spans more
+
+
+class TokenStrings:
+    """The string of each token, by itself: what it adds to a text in the middle of which it stands."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Looks at how the tokenizer decodes."""
+        self._backend = tokenizer.backend
+        decoder = json.dumps(json.loads(tokenizer.backend.to_str())["decoder"])
+        self._special = tokenizer.backend.get_added_tokens_decoder()
+        # The byte tokenizer's ids are the bytes, its tokens the characters that stand for them.
+        vocabulary = byte_tokenizer().backend.get_vocab(with_added_tokens=False)
+        self._byte_of = vocabulary if '"ByteLevel"' in decoder else {}
+        self._fallback = '"ByteFallback"' in decoder
+
+    @functools.lru_cache(maxsize=2**16)  # noqa: B019  one object lives as long as the server
+    def bytes(self, id: int) -> bytes:
+        """The bytes of a token, which need not be whole characters; none where the tokenizer has no such token."""
+        token = self._backend.id_to_token(id)
+        if token is None:
+            return b""
+        if id in self._special:
+            return token.encode()
+        if self._byte_of and all(character in self._byte_of for character in token):
+            return bytes(self._byte_of[character] for character in token)
+        if self._fallback and (byte := _BYTE.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        once = self._backend.decode([id], skip_special_tokens=False)
+        twice = self._backend.decode([id, id], skip_special_tokens=False)
+        return (twice[len(once) :] if twice.startswith(once) and len(twice) > len(once) else once).encode()
+
+    def text(self, id: int) -> str:
+        r"""The text of a token; `bytes:\xe2\x80` where its bytes are no text, `token_id:7` where it has none."""
+        content = self.bytes(id)
+        try:
+            return content.decode() or f"token_id:{id}"
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+class TextOffsets:
+    """Where each of the tokens that come one after another starts in their text, in characters."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()):
+        """Tokens `before` those that are to come belong to no text, and help to decode it."""
+        self._decode, self._offset = decode, 0
+        self._ids, self._read = list(before[-_CONTEXT:]), len(before[-_CONTEXT:])
+
+    def next(self, id: int) -> int:
+        """Where this token starts; within a character, where the character starts."""
+        offset = self._offset
+        self._ids.append(id)
+        text = self._decode(self._ids)
+        if not text.endswith(REPLACEMENT) or len(self._ids) - self._read >= _CONTEXT:
+            self._offset += len(text) - len(self._decode(self._ids[: self._read]))
+            self._ids = self._ids[self._read :]
+            self._read = len(self._ids)
+        return offset
+
+
+def completion_logprobs(told: TokenLogprobs, strings: TokenStrings, offsets: Iterable[int]) -> dict[str, Any]:
+    """The `logprobs` of a choice of `/v1/completions`; the likeliest tokens include the one that came."""
+    top = []
+    for id, logprob, likeliest in zip(told.token_ids, told.chosen_N.tolist(), _likeliest(told), strict=True):
+        named = {}
+        for other, other_logprob in [*likeliest, (id, logprob)]:
+            name = strings.text(other)
+            # Two tokens may be the same text.
+            named.setdefault(
+                name if named.get(name, (other,))[0] == other else f"token_id:{other}", (other, other_logprob)
+            )
+        top.append(None if math.isnan(logprob) else {name: value for name, (_, value) in named.items()})
+    return {
+        "tokens": [strings.text(id) for id in told.token_ids],
+        "token_logprobs": [None if math.isnan(x) else x for x in told.chosen_N.tolist()],
+        "top_logprobs": top,
+        "text_offset": list(offsets),
+    }
+
+
+def chat_logprobs(told: TokenLogprobs, strings: TokenStrings) -> dict[str, Any]:
+    """The `logprobs` of a choice of `/v1/chat/completions`."""
+
+    def entry(id: int, logprob: float) -> dict[str, Any]:
+        return {"token": strings.text(id), "logprob": logprob, "bytes": list(strings.bytes(id))}
+
+    content = [
+        entry(id, logprob) | {"top_logprobs": [entry(*other) for other in likeliest]}
+        for id, logprob, likeliest in zip(told.token_ids, told.chosen_N.tolist(), _likeliest(told), strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _likeliest(told: TokenLogprobs) -> list[list[tuple[int, float]]]:
+    """(id, log probability) of the likeliest tokens at each place, the likeliest first."""
+    return [
+        list(zip(*pair, strict=True)) for pair in zip(told.top_ids_NxK.tolist(), told.top_NxK.tolist(), strict=True)
+    ]
