@@ -75,16 +75,19 @@ class TextOffsets:
 
 def completion_logprobs(told: TokenLogprobs, strings: TokenStrings, offsets: Iterable[int]) -> dict[str, Any]:
     """The `logprobs` of a choice of `/v1/completions`; the likeliest tokens include the one that came."""
-    top = []
-    for id, logprob, likeliest in zip(told.token_ids, told.chosen_N.tolist(), _likeliest(told), strict=True):
-        named = {}
+
+    def named(id: int, logprob: float, likeliest: list[tuple[int, float]]) -> dict[str, float] | None:
+        if math.isnan(logprob):
+            return None
+        by_name: dict[str, tuple[int, float]] = {}
         for other, other_logprob in [*likeliest, (id, logprob)]:
             name = strings.text(other)
             # Two tokens may be the same text.
-            named.setdefault(
-                name if named.get(name, (other,))[0] == other else f"token_id:{other}", (other, other_logprob)
-            )
-        top.append(None if math.isnan(logprob) else {name: value for name, (_, value) in named.items()})
+            name = name if by_name.get(name, (other,))[0] == other else f"token_id:{other}"
+            by_name.setdefault(name, (other, other_logprob))
+        return {name: value for name, (_, value) in by_name.items()}
+
+    top = list(map(named, told.token_ids, told.chosen_N.tolist(), _likeliest(told)))
     return {
         "tokens": [strings.text(id) for id in told.token_ids],
         "token_logprobs": [None if math.isnan(x) else x for x in told.chosen_N.tolist()],

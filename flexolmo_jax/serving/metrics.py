@@ -52,12 +52,14 @@ class Metrics:
 
     async def watched(self, job: Job) -> AsyncIterator[tuple[int, Update]]:
         """What a job tells, counted on its way."""
-        start, begun = time.perf_counter(), set()
+        start, read, begun = time.perf_counter(), set(), set()
         async for index, update in job:
             now = time.perf_counter() - start
-            if index not in begun:
-                begun.add(index)
+            if index not in read:
+                read.add(index)
                 self._prompt_tokens.inc(len(job.requests[index].token_ids))
+            if index not in begun and update.token_ids:
+                begun.add(index)
                 self._first_token.observe(now)
             self._generated_tokens.inc(len(update.token_ids))
             if update.continuation is not None:

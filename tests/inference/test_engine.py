@@ -269,3 +269,105 @@ def test_scores_are_those_of_the_logits(model, without):
     np.testing.assert_array_equal(scores.log_likelihood_BxS[:, 0], 0)
     np.testing.assert_array_equal(scores.greedy_BxS[:, 1:], logits[:, :-1].argmax(-1) == rows[:, 1:])
     assert scores.greedy_BxS[:, 0].all()
+
+
+LENGTH = 64
+
+
+def log_probabilities(model, ids, without=()):
+    """float64 [tokens, vocab] of what comes after each token; padded, for one compilation."""
+    tokens = np.zeros((1, LENGTH), int)
+    tokens[0, : len(ids)] = ids
+    logits = np.float64(model.logits(tokens, without))[0, : len(ids)]
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def assert_told(told, ids, first, model, count, without=()):
+    """The log probabilities of `ids[first:]` are those of the whole sequence computed anew."""
+    assert told.token_ids == list(ids[first:])
+    expected = log_probabilities(model, ids, without)
+    assert told.top_ids_NxK.shape == told.top_NxK.shape == (len(ids) - first, count)
+    for i, token in enumerate(ids[first:]):
+        if first + i == 0:
+            assert np.isnan(told.chosen_N[i])
+            continue
+        row = expected[first + i - 1]
+        np.testing.assert_allclose(told.chosen_N[i], row[token], atol=1e-4)
+        np.testing.assert_allclose(told.top_NxK[i], np.sort(row)[::-1][:count], atol=1e-4)
+        np.testing.assert_allclose(row[told.top_ids_NxK[i]], told.top_NxK[i], atol=1e-4)
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_is_drawn(model, alone, monkeypatch):
+    """Prompts are read in chunks, and scored a few places at a time; those who do not ask are told nothing."""
+    monkeypatch.setattr(engine_module, "CHUNK", 16)
+    monkeypatch.setattr(engine_module, "SCORED_AT_ONCE", 5)
+    engine_module._admit.clear_cache()
+    asking = [
+        dataclasses.replace(REQUESTS[2], logprobs=3, prompt_logprobs=True),
+        dataclasses.replace(REQUESTS[4], logprobs=0, repetition_penalty=1.3),
+        dataclasses.replace(REQUESTS[1], max_new_tokens=0, logprobs=1, prompt_logprobs=True),
+        dataclasses.replace(REQUESTS[0], max_new_tokens=0, logprobs=2, prompt_logprobs=True),
+    ]
+    engine, streamed, done = Engine(model, slots=5), {}, {}
+    ids = engine.add([*asking, REQUESTS[5]])
+    while updates := engine.step(3):
+        for update in updates:
+            if update.logprobs:
+                streamed.setdefault(update.id, []).append(update.logprobs)
+            if update.continuation:
+                done[update.id] = update.continuation
+    for id, request in zip(ids, asking, strict=False):
+        found, first = done[id], 0 if request.prompt_logprobs else len(request.token_ids)
+        sequence = [*request.token_ids, *found.token_ids]
+        assert_told(found.logprobs, sequence, first, model, request.logprobs, request.without)
+        for whole, *parts in zip(found.logprobs, *streamed[id], strict=True):
+            np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert_same(done[ids[0]], alone[2])
+    assert_same(done[ids[4]], alone[5])
+    assert done[ids[4]].logprobs is None
+    assert (done[ids[3]].text, done[ids[3]].finish_reason) == ("", "length")
+    assert set(done[ids[2]].experts.values()) == {0.0}  # a single token, after which nothing is written
+    # Who comes later, when nobody asks any more, is served by the program that scores nothing.
+    (id,) = engine.add([REQUESTS[0]])
+    assert engine._state.scored is None
+    assert_same(finish(engine)[id][0], alone[0])
+    engine_module._admit.clear_cache()
+
+
+def test_a_token_that_ends_the_text_is_told_too_but_not_kept(model, alone):
+    """EOS, or one of the stop tokens; without it, `ignore_eos` writes on."""
+    tokens = alone[2].token_ids
+    later = next(i for i in range(1, len(tokens)) if tokens[i] not in tokens[:i])
+    stopping = dataclasses.replace(REQUESTS[2], stop_token_ids=(259, tokens[later]), logprobs=1)
+    ending = Model(dataclasses.replace(model.manifest, eos_id=tokens[later]), model.params, model.tokenizer)
+    by_token, by_eos = finish_one(model, stopping), finish_one(ending, dataclasses.replace(REQUESTS[2], logprobs=1))
+    for found in (by_token, by_eos):
+        assert (found.token_ids, found.finish_reason) == (tokens[:later], "stop")
+        ids = [*REQUESTS[2].token_ids, *tokens[: later + 1]]
+        assert_told(found.logprobs, ids, len(REQUESTS[2].token_ids), model, 1, REQUESTS[2].without)
+    going_on = finish_one(ending, dataclasses.replace(REQUESTS[2], ignore_eos=True))
+    assert (going_on.token_ids, going_on.finish_reason) == (tokens, "length")
+
+
+def test_penalties_follow_what_each_request_wrote(model):
+    """Greedy, beside a request without penalties, against a plain loop."""
+    prompt, new = [256, *b"again and again"], 15
+    plain, penalties = (
+        Request(prompt, new),
+        {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 1.0},
+    )
+    engine = Engine(model, slots=2)
+    ids = engine.add([plain, dataclasses.replace(plain, **penalties)])
+    found = finish(engine)
+    written = []
+    for _ in range(new):
+        tokens = np.zeros((1, LENGTH), int)
+        tokens[0, : len(prompt) + len(written)] = [*prompt, *written]
+        row = np.float64(model.logits(tokens))[0, len(prompt) + len(written) - 1]
+        for token in {*prompt, *written}:
+            row[token] = row[token] / 1.4 if row[token] > 0 else row[token] * 1.4
+        for token in set(written):
+            row[token] -= 0.5 + written.count(token)
+        written.append(int(row.argmax()))
+    assert found[ids[1]][0].token_ids == written
+    assert found[ids[0]][0].token_ids == finish_one(model, plain).token_ids != written

@@ -1,6 +1,7 @@
 """`flexolmo_jax.load`: logits and generation, against a plain loop."""
 
 import dataclasses
+import json
 import shutil
 
 import jax.numpy as jnp
@@ -205,6 +206,17 @@ def test_the_verb_prints_each_continuation_and_its_shares(home, model):
     assert result.out == expected
 
 
+def test_the_verb_takes_every_way_to_choose_tokens(home, model):
+    options = {"min_p": 0.05, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    flags += ["--stop_token_ids=1", "--stop_token_ids=2", "--ignore_eos", "--temperature=1", "--max_new_tokens=9"]
+    result = flexolmo("generate", f"--model={home}/merged", "--prompt=hello", *flags)
+    options |= {"stop_token_ids": [1, 2], "ignore_eos": True, "temperature": 1.0}
+    (expected,) = model.generate(["hello"], 9, **options)
+    assert result.out.startswith(f"hello{expected.text}\n[")
+    assert expected.token_ids != model.generate(["hello"], 9, temperature=1.0)[0].token_ids
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -217,6 +229,10 @@ def test_the_verb_prints_each_continuation_and_its_shares(home, model):
         (["--prompt=\udcff"], ["UTF-8"]),
         (["--prompt=x", "--seed=1", "--seed=2"], ["--seed", "given 2 times"]),
         (["--prompt=x", "--top_p=0"], ["top_p", "above 0"]),
+        (["--prompt=x", "--min_p=2"], ["min_p", "from 0 to 1"]),
+        (["--prompt=x", "--repetition_penalty=0"], ["repetition_penalty", "from 0.001"]),
+        (["--prompt=x", "--stop_token_ids=999"], ["stop_token_ids", "999"]),
+        (["--prompt=x", "--max_length=1"], ["--max_length=1"]),
         (["--prompt=x", "--stop="], ["stop", "none of them empty"]),
         (["--prompt=x", "--seed=-1"], ["--seed=-1"]),
         (["--prompt=x", "--seed=99999999999999999999"], ["--seed=9"]),
@@ -225,6 +241,43 @@ def test_the_verb_prints_each_continuation_and_its_shares(home, model):
 )
 def test_the_verb_refuses_bad_values(home, arguments, words):
     assert_refused(flexolmo("generate", f"--model={home}/merged", *arguments), "generate", *words)
+
+
+def short_context(home, path):
+    """Writes a model that was trained on sequences of 20 tokens."""
+    shutil.copytree(home / "anchor", path)
+    manifest = json.loads((path / "model.json").read_text())
+    manifest["experts"][0]["card"]["sequence_length"] = 20
+    (path / "model.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_prompt_and_continuation_stay_within_the_context(home, tmp_path):
+    """What was not asked for is cut; what was is refused, unless `max_length` allows more."""
+    short = short_context(home, tmp_path / "short")
+    model = flexolmo_jax.load(short)
+    (cut,) = model.generate(["x" * 14], ignore_eos=True)
+    assert len(cut.token_ids) == 5
+    assert [len(c.token_ids) for c in model.generate(["x" * 14, "x"], 5, ignore_eos=True)] == [5, 5]
+    (longer,) = model.generate(["x" * 14], 6, max_length=21, ignore_eos=True)
+    assert longer.token_ids[:5] == cut.token_ids
+    with pytest.raises(
+        UserError, match=r"prompt of 15 tokens and max_new_tokens=6: 21 in all, .* context of 20; .*max_length"
+    ):
+        model.generate(["x" * 14], 6)
+    with pytest.raises(
+        UserError, match=r"prompt of 20 tokens: leaves no room in the model's context of 20; .*max_length"
+    ):
+        model.generate(["x", "x" * 19])
+    assert_refused(
+        flexolmo("generate", f"--model={short}", f"--prompt={'x' * 14}", "--max_new_tokens=6"),
+        *("generate", "15 tokens", "max_new_tokens=6", "20", "--max_length"),
+    )
+    result = flexolmo("generate", f"--model={short}", f"--prompt={'x' * 14}", "--ignore_eos")
+    assert result.out.startswith("x" * 14 + cut.text)
+    allowed = ["--max_new_tokens=6", "--max_length=21", "--ignore_eos"]
+    result = flexolmo("generate", f"--model={short}", f"--prompt={'x' * 14}", *allowed)
+    assert result.out.startswith("x" * 14 + longer.text)
 
 
 def test_a_model_knows_the_token_that_closes_its_documents(home, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from flexolmo_jax.inference.sampling import Sampling, keep_likeliest, sample
+from flexolmo_jax.inference.sampling import Sampling, keep_likeliest, penalize, sample, score
 
 ROWS, VOCAB = 6, 40
 keep = jax.jit(keep_likeliest)
@@ -96,3 +96,76 @@ def test_draws_at_other_positions_are_independent():
 def test_even_the_smallest_temperature_gives_a_token():
     x = logits() * 1e6
     np.testing.assert_array_equal(draw(x, settings(1e-40), np.zeros(ROWS, int)), np.argmax(x, -1))
+
+
+def draws_of(x, how, count=300):
+    """The tokens that come up in that many draws of each row."""
+    return [set(column) for column in np.stack([draw(x, how, np.full(ROWS, at)) for at in range(count)]).T.tolist()]
+
+
+def test_min_p_leaves_what_is_probable_enough_next_to_the_likeliest():
+    """As transformers: of what top-k and top-p leave, at the temperature that is asked for."""
+    x, temperature = logits(3) * 0.5, 2.0
+    min_p = np.array([0, 0.1, 0.3, 0.9, 1.0, 0.3], np.float32)
+    how = settings(temperature, top_k=[0, 0, 0, 0, 0, 3], seed=np.arange(ROWS), min_p=min_p)
+    probability = special.softmax(x.astype(np.float64) / temperature, axis=-1)
+    for row, drawn in enumerate(draws_of(x, how)):
+        allowed = set(np.flatnonzero(probability[row] >= min_p[row] * probability[row].max()))
+        if row == 5:
+            allowed &= set(np.argsort(-x[row])[:3])
+        assert drawn <= allowed
+        assert len(drawn) == len(allowed) or row == 0
+    assert len(draws_of(x, how)[0]) > 15
+
+
+PENALTIES = [(1.0, 0.0, 0.0), (1.5, 0.0, 0.0), (0.5, 0.0, 0.0), (1.0, 0.75, 0.0), (1.0, 0.0, -0.5), (1.25, 0.5, 0.25)]
+
+
+def plain_penalties(row, prompt, written, repetition, presence, frequency):
+    """Token by token."""
+    row = row.astype(np.float64)
+    for token in range(len(row)):
+        if token in [*prompt, *written]:
+            row[token] = row[token] / repetition if row[token] > 0 else row[token] * repetition
+        row[token] -= written.count(token) * frequency + (token in written) * presence
+    return row
+
+
+def written_rows():
+    """(tokens by position, where continuations start, positions of last tokens); what lies beyond is left over."""
+    rng = np.random.default_rng(5)
+    tokens, start = rng.integers(0, VOCAB, (ROWS, 24)), np.array([3, 1, 8, 5, 12, 6])
+    return tokens, start, start - 1 + np.array([4, 0, 9, 12, 2, 17])
+
+
+def test_penalties_are_those_of_a_plain_loop():
+    x, (tokens, start, position) = logits(1), written_rows()
+    penalized = jax.jit(penalize)(x, settings(0, penalties=np.transpose(PENALTIES)), tokens, start, position)
+    for row, values in enumerate(PENALTIES):
+        ids = tokens[row].tolist()
+        expected = plain_penalties(x[row], ids[: start[row]], ids[start[row] : position[row] + 1], *values)
+        np.testing.assert_allclose(penalized[row], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(penalized[0], x[0])
+
+
+def test_repetition_penalty_and_min_p_are_those_of_transformers():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    x, (tokens, start, position) = logits(2), written_rows()
+    for row in range(ROWS):
+        ids = torch.tensor(tokens[row : row + 1, : position[row] + 1])
+        expected = transformers.RepetitionPenaltyLogitsProcessor(1.7)(ids, torch.tensor(x[row : row + 1]))
+        found = penalize(x, settings(0, penalties=(1.7, 0.0, 0.0)), tokens, start, position)
+        np.testing.assert_allclose(found[row], expected[0], rtol=1e-6)
+    kept = transformers.MinPLogitsWarper(0.2)(None, torch.tensor(x * 0.5)).isfinite().numpy()
+    for row, drawn in enumerate(draws_of(x * 0.5, settings(1.0, seed=np.arange(ROWS), min_p=0.2))):
+        assert drawn == set(np.flatnonzero(kept[row]))
+
+
+def test_scores_are_log_probabilities_and_the_likeliest_tokens():
+    x, token = logits(4), np.arange(ROWS)
+    found = jax.jit(score, static_argnums=2)(x, token, 5)
+    expected = special.log_softmax(x.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(found.logprob, expected[np.arange(ROWS), token], atol=1e-5)
+    order = np.argsort(-x, axis=-1)[:, :5]
+    np.testing.assert_array_equal(found.top_ids, order)
+    np.testing.assert_allclose(found.top_logprob, np.take_along_axis(expected, order, axis=-1), atol=1e-5)
