@@ -258,7 +258,6 @@ def test_prompt_and_continuation_stay_within_the_context(home, tmp_path):
     model = flexolmo_jax.load(short)
     (cut,) = model.generate(["x" * 14], ignore_eos=True)
     assert len(cut.token_ids) == 5
-    assert [len(c.token_ids) for c in model.generate(["x" * 14, "x"], 5, ignore_eos=True)] == [5, 5]
     (longer,) = model.generate(["x" * 14], 6, max_length=21, ignore_eos=True)
     assert longer.token_ids[:5] == cut.token_ids
     with pytest.raises(

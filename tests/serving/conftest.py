@@ -114,6 +114,12 @@ def running():
     return _running
 
 
+@pytest.fixture(scope="session")
+def obedient():
+    """The class of such engines."""
+    return ObedientEngine
+
+
 @pytest.fixture
 def engine():
     """An engine that does as it is told."""

@@ -138,6 +138,85 @@ def test_a_fault_of_the_code_itself_is_told_without_its_traceback(server, monkey
     wait_for(lambda: "ZeroDivisionError" in caplog.text)
 
 
+def test_a_fault_is_logged_in_one_line(running, engine, monkeypatch, caplog):
+    """Of a handler, and of the engine; the traceback is for --verbose."""
+    with running(lambda: engine) as (url, _):
+        monkeypatch.setattr(app, "parse", lambda *_: 1 / 0)
+        assert ask(url)[0] == 500
+        monkeypatch.undo()
+        engine.error = RuntimeError("two\nlines")
+        assert ask(url)[0] == 500
+        wait_for(lambda: len(caplog.records) >= 2)
+    assert "Traceback" not in caplog.text
+    assert [record.getMessage().count("\n") for record in caplog.records] == [0, 0]
+    assert "ZeroDivisionError: division by zero" in caplog.text
+    assert "RuntimeError: two lines" in caplog.text
+    assert f"{__file__}:" in caplog.text
+
+
+def samples(url):
+    """{sample: value} of the metrics."""
+    status, headers, text = call(url, path="/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain; version=")
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+
+
+def test_metrics_count_requests_tokens_and_seconds(server, engine):
+    url, scheduler = server
+    ask(url, n=2)
+    ask(url, stream=True)
+    ask(url, max_tokens=-1)
+    call(url, path="/nosuch")
+    engine.gate.clear()
+    thread = threading.Thread(target=ask, args=(url,), kwargs={"n": 3})
+    thread.start()
+    wait_for(lambda: scheduler.load == {"running": 2, "waiting": 1})
+    found = samples(url)
+    engine.gate.set()
+    thread.join()
+    expected = {
+        'flexolmo_requests_total{path="/v1/completions",status="200"}': 2,
+        'flexolmo_requests_total{path="/v1/completions",status="400"}': 1,
+        'flexolmo_requests_total{path="other",status="404"}': 1,
+        "flexolmo_prompt_tokens_total": 9,
+        "flexolmo_generated_tokens_total": 9,
+        "flexolmo_sequences_running": 2,
+        "flexolmo_sequences_waiting": 1,
+        "flexolmo_time_to_first_token_seconds_count": 3,
+        "flexolmo_sequence_duration_seconds_count": 3,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert samples(url)["flexolmo_generated_tokens_total"] == 18
+
+
+def test_as_many_as_slots_and_queue_hold_are_taken_at_once(server, engine):
+    """None is refused because the engine has not yet fetched those before."""
+    url, scheduler = server
+    engine.gate.clear()
+    statuses = []
+    threads = [threading.Thread(target=lambda: statuses.append(ask(url)[0])) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: sum(scheduler.load.values()) == 6)
+    assert ask(url)[0] == 429
+    engine.gate.set()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 6
+
+
+def test_only_a_stream_is_told_each_token(running, engine):
+    steps, step = [], engine.step
+    engine.step = lambda max_steps: steps.append(max_steps) or step(max_steps)
+    with running(lambda: engine) as (url, _):
+        ask(url)
+        assert set(steps) == {8}
+        steps.clear()
+        ask(url, stream=True)
+        assert set(steps) == {1}
+
+
 def test_a_full_queue_is_told_to_come_again(server, engine):
     url, scheduler = server
     engine.gate.clear()

@@ -1,6 +1,7 @@
 """A tiny model served to the `openai` client, against the same model asked directly."""
 
 import concurrent.futures
+import itertools
 import threading
 import time
 
@@ -10,10 +11,13 @@ import small
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
 from flexolmo_jax.merging.merge import merge
+from flexolmo_jax.serving.chat import ChatTemplate
 from flexolmo_jax.serving.logprobs import TokenStrings
 
 openai = pytest.importorskip("openai")
 
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+KEY = "a-key"
 PROMPTS = ["", "hello", "naïve", "a prompt that is a little longer"]
 SLOTS, MAX_LENGTH = 3, 64
 
@@ -49,12 +53,14 @@ def server(running, model):
         "encode": model.encode,
         "decode": model.tokenizer.decode,
         "strings": TokenStrings(model.tokenizer),
+        "chat": ChatTemplate(TEMPLATE, model.tokenizer, {"bos_token": "<|endoftext|>"}),
         "max_length": MAX_LENGTH,
+        "keys": [KEY],
     }
     with running(lambda: CountingEngine(model, SLOTS, MAX_LENGTH), queue=8, **served) as (url, scheduler):
         # The proxies that the environment may name are of no use here.
         http_client = openai.DefaultHttpxClient(trust_env=False)
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http_client) as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, http_client=http_client) as client:
             yield client, scheduler
 
 
@@ -222,3 +228,110 @@ def test_errors_are_those_that_the_client_knows(complete, fields, error, words):
             complete("hello", stream=stream, **fields)
         for word in words:
             assert word in caught.value.message
+
+
+def test_log_probabilities_of_prompt_and_text(model, complete):
+    """As the model's own scores say; a stream adds up to the whole."""
+    (choice,) = complete("naïve", echo=True, logprobs=2, max_tokens=6).choices
+    (continuation,) = model.generate(["naïve"], 6, ignore_eos=True)
+    ids = [256, *"naïve".encode(), *continuation.token_ids]
+    told = choice.logprobs
+    assert told.token_logprobs[0] is None
+    assert told.token_logprobs[1:] == pytest.approx(model.score([ids]).log_likelihood_BxS[0, 1:].tolist(), abs=1e-4)
+    assert told.top_logprobs[0] is None
+    for value, top in zip(told.token_logprobs[1:], told.top_logprobs[1:], strict=True):
+        assert value in top.values()
+        assert len(top) in (2, 3)
+    assert told.tokens[:5] == ["<|endoftext|>", "n", "a", "bytes:\\xc3", "bytes:\\xaf"]
+    assert told.text_offset[:7] == [0, 0, 1, 2, 2, 3, 4]
+    assert choice.text.startswith("naïve")
+    pieces = [c.choices[0] for c in complete("naïve", echo=True, logprobs=2, max_tokens=6, stream=True)]
+    assert "".join(piece.text for piece in pieces) == choice.text
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        parts = [getattr(piece.logprobs, name) for piece in pieces if piece.logprobs]
+        assert [*itertools.chain(*parts)] == getattr(told, name)
+    assert [len(piece.logprobs.tokens) for piece in pieces] == [7 + 1, 1, 1, 1, 1, 1]
+
+
+def test_a_prompt_may_be_scored_alone(complete):
+    (whole,) = complete("hello", echo=True, logprobs=1, max_tokens=2).choices
+    (choice,) = complete("hello", echo=True, logprobs=1, max_tokens=0).choices
+    assert (choice.text, choice.finish_reason) == ("hello", "length")
+    assert choice.logprobs.token_logprobs == whole.logprobs.token_logprobs[:6]
+    assert complete("hello", max_tokens=0).choices[0].text == ""
+
+
+def test_a_stream_sends_each_token_when_it_is_written(complete):
+    chunks = [chunk.choices[0] for chunk in complete("hello", max_tokens=9, logprobs=0, stream=True)]
+    assert [len(choice.logprobs.tokens) for choice in chunks] == [1] * 9
+
+
+def chat(server, messages, **fields):
+    fields = {"model": "merged", "temperature": 0, "max_tokens": 7} | fields
+    return server[0].chat.completions.create(messages=messages, **fields)
+
+
+MESSAGES = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+PROMPT = [256, *b"system: be\nuser: hi\n"]
+
+
+def test_a_chat_is_the_completion_of_its_template(server, model):
+    (expected,) = model.generate([PROMPT], 7)
+    answer = chat(server, MESSAGES, logprobs=True, top_logprobs=3, extra_body={"repetition_penalty": 1.0})
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
+    assert choice.finish_reason == expected.finish_reason
+    assert (answer.object, answer.usage.prompt_tokens) == ("chat.completion", len(PROMPT))
+    ids = PROMPT + expected.token_ids
+    scores = model.score([ids]).log_likelihood_BxS[0, len(PROMPT) :].tolist()
+    content = choice.logprobs.content
+    assert [entry.logprob for entry in content] == pytest.approx(scores, abs=1e-4)
+    assert bytes(byte for entry in content for byte in entry.bytes) == bytes(expected.token_ids)
+    for entry in content:
+        assert entry.logprob == entry.top_logprobs[0].logprob  # greedy
+        assert len(entry.top_logprobs) == 3
+    assert chat(server, MESSAGES).choices[0].logprobs is None
+
+
+def test_a_streamed_chat_adds_up(server):
+    (whole,) = chat(server, MESSAGES, logprobs=True).choices
+    *chunks, last = chat(server, MESSAGES, logprobs=True, stream=True, stream_options={"include_usage": True})
+    choices = [chunk.choices[0] for chunk in chunks]
+    assert choices[0].delta.role == "assistant"
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.message.content
+    assert [choice.finish_reason for choice in choices] == [None] * (len(choices) - 1) + ["length"]
+    entries = [choice.logprobs.content for choice in choices if choice.logprobs]
+    assert [*itertools.chain(*entries)] == whole.logprobs.content
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert (last.choices, last.usage.completion_tokens) == ([], 7)
+
+
+def test_a_chat_without_a_limit_fills_the_context(server):
+    body = {"ignore_eos": True}
+    answer = chat(server, MESSAGES, max_tokens=None, extra_body=body)
+    assert answer.usage.total_tokens == MAX_LENGTH
+    assert (
+        chat(server, MESSAGES, max_tokens=None, max_completion_tokens=2, extra_body=body).usage.completion_tokens == 2
+    )
+    with pytest.raises(openai.BadRequestError, match="max_completion_tokens=60"):
+        chat(server, MESSAGES, max_tokens=None, max_completion_tokens=60)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "a list of messages"),
+        ([{"role": "user"}], r"messages\[0\]: content is null"),
+        ([{"role": "", "content": "x"}], r"messages\[0\]: role"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "of type text"),
+        ([{"role": "user", "content": "x", "tool_calls": [1]}], '"tool_calls" is not supported'),
+    ],
+)
+def test_messages_that_are_none_are_refused(server, messages, words):
+    with pytest.raises(openai.BadRequestError, match=words):
+        chat(server, messages)
+
+
+def test_a_client_without_the_key_is_refused(server):
+    with pytest.raises(openai.AuthenticationError, match="Authorization: Bearer"):
+        server[0].with_options(api_key="other").models.list()

@@ -1,0 +1,90 @@
+"""A served model, scored by the harness's own `local-completions`, has the figures of the model in this process."""
+
+import harness_tasks
+import pytest
+import small
+
+for package in ("lm_eval", "transformers", "aiohttp", "tenacity"):
+    pytest.importorskip(package)
+
+from lm_eval import simple_evaluate
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.tasks import TaskManager
+
+import flexolmo_jax
+from flexolmo_jax.inference.engine import Engine
+from flexolmo_jax.interop.lm_eval import FlexOlmoLM
+from flexolmo_jax.serving.logprobs import TokenStrings
+
+MAX_LENGTH, KEY = 64, "a-key"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("served")
+    harness_tasks.write_models(home)
+    result = small.flexolmo("export-hf", f"--model={home}/merged", f"--out={home}/hf")
+    assert result.status == 0, result.err
+    with harness_tasks.offline(home / "cache"):
+        yield home
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    """A model that often ends a text at once, for the token that a client counts on is then EOS."""
+    loaded = flexolmo_jax.load(home / "merged")
+    eos = loaded.manifest.eos_id
+    head = loaded.params["head"].at[:, eos].set(loaded.params["head"][:, ord(" ")] * 1.5)
+    return flexolmo_jax.Model(loaded.manifest, loaded.params | {"head": head}, loaded.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def served(running, model):
+    """The address of a server."""
+    given = {
+        "names": ("merged",),
+        "roster": tuple(model.roster),
+        "encode": model.encode,
+        "decode": model.tokenizer.decode,
+        "strings": TokenStrings(model.tokenizer),
+        "max_length": MAX_LENGTH,
+        "keys": [KEY],
+    }
+    with running(lambda: Engine(model, 4, MAX_LENGTH), queue=16, **given) as (url, _):
+        yield url
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"num_concurrent": 4}])
+def test_figures_are_those_of_the_model_in_this_process(home, model, served, monkeypatch, options):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    client = LocalCompletionsAPI(
+        base_url=f"{served}/v1/completions",
+        model="merged",
+        tokenizer=str(home / "hf"),
+        tokenizer_backend="huggingface",
+        max_length=MAX_LENGTH,
+        **options,
+    )
+    theirs = evaluate(client)
+    # The client keeps one token of the length for what the server must write, and another that precedes a text.
+    ours = evaluate(FlexOlmoLM(model, batch_size=4, max_length=MAX_LENGTH - 2))
+    compared = 0
+    for task in harness_tasks.NAMES:
+        for our, their in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+            if task == "local_generate":
+                if len(our["doc"]["text"]) + 16 < MAX_LENGTH - 2:  # else they cut in different places
+                    assert our["resps"] == their["resps"]
+                    compared += 1
+            elif task == "local_rolling":
+                assert their["resps"][0] == pytest.approx(our["resps"][0], abs=1e-4)
+            else:
+                for (our_answer,), (their_answer,) in zip(our["resps"], their["resps"], strict=True):
+                    assert their_answer == (pytest.approx(our_answer[0], abs=1e-4), our_answer[1])
+    assert compared
+    assert any(text == "" for sample in theirs["samples"]["local_generate"] for (text,) in sample["resps"])
+
+
+def evaluate(lm):
+    manager = TaskManager(include_path=str(harness_tasks.TASKS), include_defaults=False)
+    return simple_evaluate(lm, tasks=list(harness_tasks.NAMES), task_manager=manager, bootstrap_iters=100)
