@@ -4,8 +4,10 @@ import harness_tasks
 import pytest
 import small
 
-for package in ("lm_eval", "transformers", "aiohttp", "tenacity"):
-    pytest.importorskip(package)
+pytest.importorskip("lm_eval")
+pytest.importorskip("transformers")
+pytest.importorskip("aiohttp")
+pytest.importorskip("tenacity")
 
 from lm_eval import simple_evaluate
 from lm_eval.models.openai_completions import LocalCompletionsAPI
