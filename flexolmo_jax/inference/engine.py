@@ -1,17 +1,14 @@
 """Batched decoding with a cache: requests join and leave at any time, and none depends on the others."""
 
 import dataclasses
-import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.inference.decoding import NO_TOKEN, State, admit, decode, extend
 from flexolmo_jax.inference.request import (
     MAX_STOP_TOKENS,
     TOP_LOGPROBS,
@@ -21,17 +18,11 @@ from flexolmo_jax.inference.request import (
     Update,
     new_tokens,
 )
-from flexolmo_jax.inference.sampling import Sampling, Scored, penalize, sample, score
+from flexolmo_jax.inference.sampling import Sampling, Scored
 from flexolmo_jax.inference.text import TextStream
-from flexolmo_jax.model.attention import KVCache
-from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.model.mixture import chosen_weights
 
 SHORTEST = 16
 AHEAD = 256
-CHUNK = 256
-SCORED_AT_ONCE = 256  # places of prompts whose logits are in memory at a time
-NO_TOKEN = -1
 # How a free slot draws: values and dtypes.
 GREEDY = Sampling(
     temperature_B=(0.0, np.float32),
@@ -43,18 +34,6 @@ GREEDY = Sampling(
     presence_B=(0.0, np.float32),
     frequency_B=(0.0, np.float32),
 )
-
-
-class _State(NamedTuple):
-    """What lives on the device: tokens, their routing, and each layer's cache, all by slot and position.
-
-    `scored`, how likely the token *after* each position is, is there while a request in flight asks for it.
-    """
-
-    tokens_BxT: jax.Array
-    routing_BxTxLxE: jax.Array
-    cache: tuple[KVCache, ...]
-    scored: Scored | None
 
 
 @dataclasses.dataclass
@@ -82,7 +61,7 @@ class Engine:
         self._model, self._max_length = model, max_length
         self._slots: list[_Slot | None] = [None] * slots
         self._ids = itertools.count()
-        self._state: _State | None = None
+        self._state: State | None = None
         # By slot: the position of the last token, where the continuation starts and must end, which tokens end it
         # before, and how the next token is drawn.
         self._position_B, self._start_B, self._end_B = np.zeros((3, slots), np.int32)
@@ -118,7 +97,7 @@ class Engine:
             tokens_bxS[row, : lengths[row]] = request.token_ids
             self._take(slot, request, mask_E)
         self._reserve(max(n + min(r.max_new_tokens, AHEAD) for n, r in zip(lengths, requests, strict=True)))
-        self._state = _admit(
+        self._state = admit(
             self._model.decoder,
             self._model.params,
             self._state,
@@ -150,7 +129,7 @@ class Engine:
         last = int(self._position_B[running].max())
         self._reserve(last + 2)
         max_steps = min(max_steps, self._length - 1 - last)
-        self._state, position_B, stopped_B = _decode(
+        self._state, position_B, stopped_B = decode(
             self._model.decoder,
             self._model.params,
             self._state,
@@ -240,7 +219,7 @@ class Engine:
             decoder, rows = self._model.decoder, len(self._slots)
             if length > self._length:
                 length = bucket(max(length, min(2 * self._length, self._max_length or 2 * self._length)))
-            self._state = _extend(decoder, self._state, rows, max(length, self._length), max(top, kept) if top else 0)
+            self._state = extend(decoder, self._state, rows, max(length, self._length), max(top, kept) if top else 0)
 
     def _collect_all(self, slots: Sequence[int], stopped_B: np.ndarray) -> list[Update]:
         """What the last step added to these slots; `stopped_B` says which token ended a text, or `NO_TOKEN`."""
@@ -313,128 +292,3 @@ def bucket(length: int, shortest: int = SHORTEST) -> int:
     """`length` rounded up to a power of two or three quarters of one, so that few shapes are compiled."""
     power = max(shortest, 1 << (length - 1).bit_length())
     return power * 3 // 4 if power > shortest and length <= power * 3 // 4 else power
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
-def _extend(decoder: Decoder, state: _State | None, rows: int, length: int, top: int) -> _State:
-    """The state with room for `length` positions, and for the `top` likeliest tokens at each; 0: none is scored."""
-    arch, experts = decoder.architecture, decoder.layout.num_experts
-    shape, dtype = (rows, arch.num_kv_heads, length, arch.head_dim), decoder.compute.dtype
-    new = _State(
-        jnp.zeros((rows, length), jnp.int32),
-        jnp.zeros((rows, length, arch.num_layers, experts), jnp.float32),
-        tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.num_layers)),
-        scored=None,
-    )
-    scored = None
-    if top:
-        scored = Scored(
-            jnp.zeros((rows, length), jnp.float32),
-            jnp.zeros((rows, length, top), jnp.int32),
-            jnp.zeros((rows, length, top), jnp.float32),
-        )
-
-    def fill(new, old):
-        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
-
-    if state is not None:
-        if state.scored is not None and top:
-            scored = jax.tree.map(fill, scored, state.scored)
-        new = jax.tree.map(fill, new, state._replace(scored=None))
-    return new._replace(scored=scored)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
-def _admit(decoder, params, state: _State, slots_b, tokens_bxS, lengths_b, mask_bxE, scoring: bool) -> _State:
-    """Reads prompts into slots, all but their last token, which the first decoding step reads.
-
-    Long prompts are read in chunks: attention's memory then grows with the length of a prompt, not its square. If
-    `scoring`, the tokens of the prompts are scored, so many at once that their logits do not fill the memory.
-    """
-    rows, length = tokens_bxS.shape
-    size = length if length <= CHUNK else math.gcd(length, CHUNK)
-    last_b = lengths_b - 1
-    top = state.scored.top_ids.shape[-1] if state.scored else 0
-    following_bxS = jnp.roll(tokens_bxS, -1, axis=1)
-
-    def score_chunk(hidden_bxCxD, following_bxC):
-        head_DxV = decoder.head(params)
-
-        def score_one(at):
-            hidden_D, token = at
-            logits_V = jnp.dot(hidden_D, head_DxV, preferred_element_type=jnp.float32)
-            return jax.tree.map(lambda x: x[0], score(logits_V[None], token[None], top))
-
-        flat = hidden_bxCxD.reshape(rows * size, -1), following_bxC.reshape(rows * size)
-        scored = jax.lax.map(score_one, flat, batch_size=SCORED_AT_ONCE)
-        return jax.tree.map(lambda x: x.reshape(rows, size, *x.shape[1:]), scored)
-
-    def read(chunk, new):
-        def put(all_bxS, part_bxC):
-            return jax.lax.dynamic_update_slice_in_dim(all_bxS, part_bxC, chunk * size, axis=1)
-
-        positions_bxC = jnp.broadcast_to(chunk * size + jnp.arange(size), (rows, size))
-        chunk_bxC = jax.lax.dynamic_slice_in_dim(tokens_bxS, chunk * size, size, axis=1)
-        mask_bxCxE = mask_bxE[:, None] & (positions_bxC < last_b[:, None])[..., None]
-        out = decoder.apply_flat(
-            params, chunk_bxC, positions_BxS=positions_bxC, expert_mask=mask_bxCxE, cache=new.cache
-        )
-        chosen_bxCxLxE = jnp.moveaxis(_chosen(decoder, out.router_weights_LxBxSxE), 0, 2)
-        scored = new.scored
-        if scoring:
-            following_bxC = jax.lax.dynamic_slice_in_dim(following_bxS, chunk * size, size, axis=1)
-            scored = jax.tree.map(put, scored, score_chunk(out.hidden_BxSxD, following_bxC))
-        return _State(tokens_bxS, put(new.routing_BxTxLxE, chosen_bxCxLxE), out.cache, scored)
-
-    new = _extend(decoder, None, rows, length, top)._replace(tokens_BxT=tokens_bxS)
-    new = jax.lax.fori_loop(0, -(-jnp.max(last_b) // size), read, new)
-
-    def insert(old, new):
-        within = tuple(slice(size) for size in new.shape[1:])
-        return old.at[(slots_b, *within)].set(new, mode="drop")
-
-    return jax.tree.map(insert, state, new)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(decoder, params, state: _State, position_B, start_B, end_B, mask_BxE, stop_BxN, how: Sampling, max_steps):
-    """Writes a token a step into every row that has not come to its end, until one of them does.
-
-    Returns:
-      (state, position_B of the last tokens, stopped_B: the token, not kept, with which a row ended, or `NO_TOKEN`).
-    """
-    rows, length = state.tokens_BxT.shape
-    rows_B = jnp.arange(rows)
-    running_B = position_B + 1 < end_B
-    mask_BxE = mask_BxE & running_B[:, None]
-
-    def write(carry):
-        step, (tokens_BxT, routing_BxTxLxE, cache, scored), position_B, _ = carry
-        positions_Bx1 = position_B[:, None]
-        token_Bx1 = tokens_BxT[rows_B[:, None], positions_Bx1]
-        out = decoder.apply_flat(params, token_Bx1, positions_BxS=positions_Bx1, expert_mask=mask_BxE, cache=cache)
-        logits_BxV = out.logits_BxSxV[:, 0]
-        next_B = sample(penalize(logits_BxV, how, tokens_BxT, start_B, position_B), how, position_B)
-        if scored is not None:
-            new = score(logits_BxV, next_B, scored.top_ids.shape[-1])
-            scored = jax.tree.map(lambda old, new: old.at[rows_B, position_B].set(new), scored, new)
-        chosen_BxLxE = jnp.moveaxis(_chosen(decoder, out.router_weights_LxBxSxE)[:, :, 0], 0, 1)
-        routing_BxTxLxE = routing_BxTxLxE.at[rows_B, position_B].set(chosen_BxLxE)
-        stops_B = running_B & jnp.any(next_B[:, None] == stop_BxN, axis=1)
-        moved_B = running_B & ~stops_B
-        tokens_BxT = tokens_BxT.at[rows_B, jnp.where(moved_B, position_B + 1, length)].set(next_B, mode="drop")
-        state = _State(tokens_BxT, routing_BxTxLxE, out.cache, scored)
-        return step + 1, state, position_B + moved_B, jnp.where(stops_B, next_B, NO_TOKEN)
-
-    def going_on(carry):
-        step, _, position_B, stopped_B = carry
-        return (step < max_steps) & jnp.all((position_B + 1 < end_B) == running_B) & jnp.all(stopped_B == NO_TOKEN)
-
-    carry = (jnp.int32(0), state, position_B, jnp.full(rows, NO_TOKEN, jnp.int32))
-    return jax.lax.while_loop(going_on, write, carry)[1:]
-
-
-def _chosen(decoder: Decoder, weights: jax.Array) -> jax.Array:
-    """Routing weights [..., experts] with those outside the top-k set to 0 and the others summing to 1."""
-    weights_K, experts_K = chosen_weights(weights, decoder.layout.top_k, normalize=True)
-    return jnp.sum(weights_K[..., None] * jax.nn.one_hot(experts_K, weights.shape[-1]), axis=-2)

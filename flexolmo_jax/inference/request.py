@@ -11,7 +11,7 @@ import numpy as np
 from flexolmo_jax.errors import UserError
 
 DEFAULT_NEW_TOKENS = 64
-MAX_STOP_TOKENS = 16
+MAX_STOP_TOKENS = 32
 TOP_LOGPROBS = 20
 
 

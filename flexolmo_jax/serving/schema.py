@@ -15,7 +15,7 @@ from flexolmo_jax.serving.fields import bad, shown
 from flexolmo_jax.serving.logprobs import TokenStrings
 
 _SEEDS = 2**32
-_STOPS = 16
+_STOPS = 16  # texts, and tokens
 
 # Fields that are read, in both kinds of requests.
 _COMMON = (
@@ -134,7 +134,11 @@ def parse_chat(body: bytes, served: Served) -> Completion:
     top = fields.optional_integer(given, "top_logprobs", 0, TOP_LOGPROBS)
     if top is not None and not fields.boolean(given, "logprobs"):
         raise bad("top_logprobs", given, "it only where logprobs is true")
-    extra = {"logprobs": (top or 0) if fields.boolean(given, "logprobs") else None}
+    ends = () if fields.boolean(given, "ignore_eos") else served.chat.end_ids[: MAX_STOP_TOKENS - _STOPS]
+    extra = {
+        "logprobs": (top or 0) if fields.boolean(given, "logprobs") else None,
+        "stop_token_ids": (*fields.token_ids(given, "stop_token_ids", served.vocab_size, _STOPS), *ends),
+    }
     try:
         prompt = served.chat.encode(_messages(given), fields.boolean(given, "add_generation_prompt", True))
     except UserError as error:
@@ -143,21 +147,29 @@ def parse_chat(body: bytes, served: Served) -> Completion:
         raise ApiError(400, "messages: the chat template makes nothing of them; give some that it knows", "messages")
     name = "max_tokens" if given.get("max_completion_tokens") is None else "max_completion_tokens"
     limits = [(name, fields.optional_integer(given, name, 0), served.max_length)]
-    completion = _completion(given, served, "messages", [prompt], limits, False, extra)
-    ends = [id for id in served.chat.end_ids if id < served.vocab_size]
-    if completion.requests[0].ignore_eos:
-        return completion
-    requests = (
-        dataclasses.replace(
-            request, stop_token_ids=tuple(dict.fromkeys([*request.stop_token_ids, *ends]))[:MAX_STOP_TOKENS]
-        )
-        for request in completion.requests
-    )
-    return dataclasses.replace(completion, requests=tuple(requests))
+    return _completion(given, served, "messages", [prompt], limits, False, extra)
 
 
-def _completion(given, served: Served, field: str, prompts, limits, echo: bool, extra: Mapping[str, Any]) -> Completion:
-    """What both kinds of requests have in common; `limits` are names, values and defaults of the tokens to write."""
+def _completion(
+    given: Mapping[str, Any],
+    served: Served,
+    field: str,
+    prompts: Sequence[list[int]],
+    limits: Sequence[tuple[str, int | None, int]],
+    echo: bool,
+    extra: Mapping[str, Any],
+) -> Completion:
+    """What both kinds of requests have in common.
+
+    Args:
+      given: the fields.
+      served: the model.
+      field: where the prompts come from.
+      prompts: their token ids.
+      limits: for each, what the field of the tokens to write is called, what it holds, and what it is by default.
+      echo: whether the prompts are put in front of the texts.
+      extra: fields of `Request` in which the kinds differ.
+    """
     n = fields.integer(given, "n", 1, 1)
     if len(prompts) * n > served.max_sequences:
         message = (
@@ -181,7 +193,7 @@ def _completion(given, served: Served, field: str, prompts, limits, echo: bool, 
         "presence_penalty": fields.number(given, "presence_penalty", 0.0, -2.0, 2.0),
         "frequency_penalty": fields.number(given, "frequency_penalty", 0.0, -2.0, 2.0),
         "stop": tuple(fields.texts(given, "stop", at_most=_STOPS)),
-        "stop_token_ids": fields.token_ids(given, "stop_token_ids", served.vocab_size, MAX_STOP_TOKENS),
+        "stop_token_ids": fields.token_ids(given, "stop_token_ids", served.vocab_size, _STOPS),
         "ignore_eos": fields.boolean(given, "ignore_eos"),
         **extra,
     }
@@ -202,7 +214,9 @@ def _completion(given, served: Served, field: str, prompts, limits, echo: bool, 
     )
 
 
-def _check_names(given: Mapping[str, Any], served: Served, supported, neutral, kind: str) -> None:
+def _check_names(
+    given: Mapping[str, Any], served: Served, supported: Sequence[str], neutral: Mapping[str, tuple], kind: str
+) -> None:
     """The model must be this one, and every field known."""
     model = given.get("model")
     if not isinstance(model, str):

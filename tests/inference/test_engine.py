@@ -12,6 +12,7 @@ import small
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.inference import decoding
 from flexolmo_jax.inference import engine as engine_module
 from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.model import Model
@@ -200,10 +201,10 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(model, alone):
 
 def test_lengths_of_one_bucket_share_a_compilation(model):
     model.generate([[1] * 33], 20)
-    programs = (engine_module._admit._cache_size(), engine_module._decode._cache_size())
+    programs = (decoding.admit._cache_size(), decoding.decode._cache_size())
     for length, count in ((34, 19), (40, 9), (48, 10)):
         model.generate([[1] * length], count)
-    assert (engine_module._admit._cache_size(), engine_module._decode._cache_size()) == programs
+    assert (decoding.admit._cache_size(), decoding.decode._cache_size()) == programs
 
 
 def test_buckets_are_powers_of_two_and_three_quarters_of_them():
@@ -233,11 +234,11 @@ def test_prompts_read_in_chunks_give_the_same(model, monkeypatch, chunk):
     """Of 2 prompts, the longer takes several chunks, and the shorter ends within one of them."""
     prompts = [[256, *b"a long prompt, which is read in several parts " * 2], [256, *b"a shorter one " * 2]]
     expected = model.generate(prompts, 5)
-    monkeypatch.setattr(engine_module, "CHUNK", chunk)
-    engine_module._admit.clear_cache()
+    monkeypatch.setattr(decoding, "CHUNK", chunk)
+    decoding.admit.clear_cache()
     for found, other in zip(model.generate(prompts, 5), expected, strict=True):
         assert_same(found, other)
-    engine_module._admit.clear_cache()
+    decoding.admit.clear_cache()
 
 
 def test_streams_are_handed_to_their_prompts(model):
@@ -299,9 +300,9 @@ def assert_told(told, ids, first, model, count, without=()):
 
 def test_log_probabilities_are_those_of_the_model_whatever_is_drawn(model, alone, monkeypatch):
     """Prompts are read in chunks, and scored a few places at a time; those who do not ask are told nothing."""
-    monkeypatch.setattr(engine_module, "CHUNK", 16)
-    monkeypatch.setattr(engine_module, "SCORED_AT_ONCE", 5)
-    engine_module._admit.clear_cache()
+    monkeypatch.setattr(decoding, "CHUNK", 16)
+    monkeypatch.setattr(decoding, "SCORED_AT_ONCE", 5)
+    decoding.admit.clear_cache()
     asking = [
         dataclasses.replace(REQUESTS[2], logprobs=3, prompt_logprobs=True),
         dataclasses.replace(REQUESTS[4], logprobs=0, repetition_penalty=1.3),
@@ -331,7 +332,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_is_drawn(model, alone
     (id,) = engine.add([REQUESTS[0]])
     assert engine._state.scored is None
     assert_same(finish(engine)[id][0], alone[0])
-    engine_module._admit.clear_cache()
+    decoding.admit.clear_cache()
 
 
 def test_a_token_that_ends_the_text_is_told_too_but_not_kept(model, alone):

@@ -148,7 +148,7 @@ def test_bad_requests_are_refused(home, model):
         "repetition_penalty": (0, -1, np.inf, np.nan, None),
         "presence_penalty": (np.inf, "1"),
         "frequency_penalty": (-101, None),
-        "stop_token_ids": ([-1], 5, [1.0], list(range(17))),
+        "stop_token_ids": ([-1], 5, [1.0], list(range(33))),
         "ignore_eos": (1, None),
         "logprobs": (-1, 21, True),
         "prompt_logprobs": (True, 1),
