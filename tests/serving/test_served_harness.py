@@ -56,8 +56,7 @@ def served(running, model):
         yield url
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 3}, {"num_concurrent": 4}])
-def test_figures_are_those_of_the_model_in_this_process(home, model, served, monkeypatch, options):
+def test_figures_are_those_of_the_model_in_this_process(home, model, served, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     client = LocalCompletionsAPI(
@@ -66,7 +65,7 @@ def test_figures_are_those_of_the_model_in_this_process(home, model, served, mon
         tokenizer=str(home / "hf"),
         tokenizer_backend="huggingface",
         max_length=MAX_LENGTH,
-        **options,
+        batch_size=3,
     )
     theirs = evaluate(client)
     # The client keeps one token of the length for what the server must write, and another that precedes a text.
