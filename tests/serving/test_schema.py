@@ -8,9 +8,10 @@ import pytest
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.inference.model import seeds
 from flexolmo_jax.inference.request import Request
+from flexolmo_jax.serving.chat import ChatTemplate
 from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.logprobs import TokenStrings
-from flexolmo_jax.serving.schema import Served, parse
+from flexolmo_jax.serving.schema import Served, parse, parse_chat
 
 EOS = 256
 SERVED = Served(
@@ -234,3 +235,35 @@ def test_another_model_is_not_found():
     with pytest.raises(ApiError, match='"gpt" is not served here; ask for "tiny"') as caught:
         read(model="gpt")
     assert (caught.value.status, caught.value.field, caught.value.code) == (404, "model", "model_not_found")
+
+
+def read_chat(**fields):
+    """A chat whose turns end at token 259 too."""
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", byte_tokenizer(), {}, [EOS, 259])
+    given = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | fields
+    return parse_chat(json.dumps(given).encode(), dataclasses.replace(SERVED, chat=template))
+
+
+def test_a_chat_fills_the_context_and_ends_at_every_token_that_ends_a_turn():
+    (request,) = read_chat(stop_token_ids=[7], logprobs=True, top_logprobs=2).requests
+    assert (request.token_ids, request.max_new_tokens, request.logprobs) == (tuple(b"hi"), 38, 2)
+    assert request.stop_token_ids == (7, EOS, 259)
+    (request,) = read_chat(ignore_eos=True, max_completion_tokens=3, logprobs=False).requests
+    assert (request.stop_token_ids, request.max_new_tokens, request.logprobs) == ((), 3, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs", "where logprobs is true"),
+        ({"logprobs": 2}, "logprobs", "true or false"),
+        ({"prompt": "x"}, "prompt", "not a field of a chat completion"),
+        ({"max_completion_tokens": 39}, "messages", "max_completion_tokens=39"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "makes nothing"),
+    ],
+)
+def test_a_bad_field_of_a_chat_is_named(fields, field, words):
+    with pytest.raises(ApiError, match=words) as caught:
+        read_chat(**fields)
+    assert (caught.value.status, caught.value.field) == (400, field)
