@@ -34,7 +34,7 @@ flags.mark_flags_as_required(["out"])
 def run() -> None:
     """Tokenizes, and prints the counts."""
     from flexolmo_jax.data.bad_records import BadRecords
-    from flexolmo_jax.data.corpus import write_corpus
+    from flexolmo_jax.data.corpus import unknown_text, write_corpus
     from flexolmo_jax.data.documents import read_documents
     from flexolmo_jax.data.tokenizer import load_tokenizer
     from flexolmo_jax.errors import UserError
@@ -56,3 +56,5 @@ def run() -> None:
     print(f"{_OUT.value}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes:,} bytes of text")
     if bad_records.count:
         print(f"{_OUT.value}: bad records left out: {bad_records.count:,} (in corpus.json), {bad_records.first()}")
+    for line in unknown_text(corpus, tokenizer):
+        print(line)

@@ -33,6 +33,7 @@ from flexolmo_jax.progress import byte_progress, progress_bar
 FORMAT_VERSION = 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _TOKENS_PER_FILE = 1 << 28
+_SCAN_TOKENS = 1 << 24
 _BATCH_PIECES = 1024
 _BATCH_BYTES = 1 << 20  # of text; `tokenizers` needs about 100 for each
 
@@ -49,7 +50,8 @@ class Corpus:
       path: the directory.
       documents: number of documents.
       tokens: number of tokens, EOS included.
-      bytes: number of UTF-8 bytes of the documents' text.
+      bytes: number of UTF-8 bytes of the documents' text; in a copy of some documents of a corpus, of the text that
+        their tokens decode to, which is another where the tokenizer loses some (letter case, unknown text).
       eos_id: the id that closes each document.
       dtype: of the token files.
       tokenizer_digest: `Tokenizer.digest` of the tokenizer that made it.
@@ -109,9 +111,10 @@ class Corpus:
         Raises:
           UserError: `tokenizer.json` is missing or is not the one that `corpus.json` names.
         """
-        tokenizer = load_tokenizer(self.path / "tokenizer.json", eos_id=self.eos_id)
+        file = self.path / "tokenizer.json"
+        tokenizer = load_tokenizer(file, eos_id=self.eos_id)
         if tokenizer.digest != self.tokenizer_digest:
-            raise UserError(f"{self.path / 'tokenizer.json'}: did not make this corpus; tokenize the text again")
+            raise UserError(f"{file}: did not make this corpus; tokenize the text again")
         return tokenizer
 
     def verify(self) -> None:
@@ -208,6 +211,19 @@ def write_corpus(
             for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True)
         )
         return _write(out, _close_documents(encoded, tokenizer.eos_id), tokenizer, tokens_per_file, bad_records)
+
+
+def unknown_text(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """A line where text is lost: as tokens that stand for unknown text, or because characters have no token."""
+    if tokenizer.drops_unknown:
+        return [f"{tokenizer.label}: has no token for unknown text; characters that it does not know were left out"]
+    if tokenizer.unknown_id is None:
+        return []
+    parts = (array[at : at + _SCAN_TOKENS] for array in corpus._arrays for at in range(0, len(array), _SCAN_TOKENS))
+    unknown = sum(np.count_nonzero(part == tokenizer.unknown_id) for part in parts)
+    name = tokenizer.backend.id_to_token(tokenizer.unknown_id)
+    share = f"{unknown / corpus.tokens:.2%}"
+    return [f"{unknown:,} of {corpus.tokens:,} tokens ({share}) are {name!r}, unknown text"] if unknown else []
 
 
 def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) -> Corpus:

@@ -186,7 +186,7 @@ class Engine:
     def _take(self, slot: int, request: Request, mask_E: np.ndarray) -> None:
         """Puts a request into a free slot."""
         start = len(request.token_ids)
-        stream = TextStream(self._model.tokenizer, request.stop)
+        stream = TextStream(self._model.tokenizer, request.stop, request.token_ids)
         told = 0 if request.prompt_logprobs else start
         self._slots[slot] = _Slot(next(self._ids), request, stream, told=told)
         self._position_B[slot], self._start_B[slot] = start - 1, start

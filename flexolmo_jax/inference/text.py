@@ -1,36 +1,57 @@
-"""Text as it is being written: what is final, and where a stop string ends it."""
+"""Text as it is being written: what is final, and where a stop string ends it.
+
+The text of a continuation is decode(prompt + new tokens) without decode(prompt). Where new tokens change the end of
+the prompt's text (they complete a character of which the prompt has half), it is what follows the beginning that both
+share.
+"""
 
 from collections.abc import Sequence
 
+from flexolmo_jax.data.decoding import IncrementalDecoder, common_prefix
 from flexolmo_jax.data.tokenizer import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what bytes decode to that are no whole character, or none yet
+_BLOCK = 64  # tokens of a prompt decoded at once
 
 
 class TextStream:
-    """The text of tokens that come one after another, up to the first stop string."""
+    """The text that tokens add to a prompt's, as they come one after another, up to the first stop string.
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
-        """Starts an empty text; without a tokenizer it stays empty."""
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self.text = ""
+    Attributes:
+      prompt: the text of the prompt, without what new tokens may change of it.
+      text: what they have added to it for good.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], prompt_ids: Sequence[int] = ()):
+        """Starts after a prompt; without a tokenizer the text stays empty."""
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
+        self._stop, self._read = tuple(stop), 0
+        self.prompt, self.text = "", ""
+        if self._decoder:
+            blocks = (prompt_ids[start : start + _BLOCK] for start in range(0, len(prompt_ids), _BLOCK))
+            self.prompt = "".join(map(self._decoder.add, blocks))
+        self._prompt_tail = self._decoder.tail if self._decoder else ""
+        self._settled = ""  # text after `prompt`
 
     def read(self, token_ids: Sequence[int], ended: bool) -> tuple[str, bool]:
         """Takes all tokens so far; `ended` says that no more will come.
 
         Returns:
-          (what is new in `text`, whether a stop string was found). `text` holds back what may still change:
+          (what is new in `text`, whether a stop string was found). `text` holds back what may still change, such as
           half a character, and the beginning of a stop string.
         """
-        text = self._tokenizer.decode(token_ids) if self._tokenizer else ""
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            text = text[: min(found)]
-        elif not ended:
-            text = text.rstrip(REPLACEMENT)
-            text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
+        if self._decoder is None:
+            return "", False
+        self._settled += self._decoder.add(token_ids[self._read :])
+        self._read = len(token_ids)
+        whole = self._settled + self._decoder.tail if ended else self._settled
+        text = whole[len(common_prefix(whole, self._prompt_tail)) :]
+        found = min((at for stop in self._stop if (at := text.find(stop, len(self.text))) >= 0), default=len(text))
+        # Where a stop string may have begun; one that begins later does not end the text before that is known.
+        begun = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        stopped = found < len(text) and (ended or found <= begun)
+        text = text[:found] if stopped or ended else text[:begun]
         new, self.text = text[len(self.text) :], text
-        return new, bool(found)
+        return new, stopped
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM{import_tokenizer}
 model = AutoModelForCausalLM.from_pretrained("DIRECTORY", dtype="auto"){load_tokenizer}
 ```"""
 _BEGINNING = """A document begins after EOS. `flexolmo generate` and `flexolmo serve` put it in front of a text;
-with transformers, `tokenizer(tokenizer.eos_token + text)` gives the same."""
+with transformers, `[tokenizer.eos_token_id] + tokenizer(text, add_special_tokens=False).input_ids` gives the same."""
 
 
 class _How(NamedTuple):

@@ -92,7 +92,9 @@ class FlexOlmoLM(TemplateLM):
         if self._prefix_token_id not in range(self.model.tokenizer.vocab_size):
             raise UserError(f"prefix_token_id={prefix_token_id}: the tokenizer has no such token")
         # A copy: a special token's name in a text is that token here, and plain text in a corpus.
-        self._backend = tokenizers.Tokenizer.from_str(self.model.tokenizer.backend.to_str())
+        backend = self.model.tokenizer.backend
+        self._backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._backend.add_special_tokens([backend.id_to_token(self.eot_token_id)])  # as transformers marks it
 
     @property
     def eot_token_id(self) -> int:

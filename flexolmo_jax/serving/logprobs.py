@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from flexolmo_jax.data.decoding import REPLACEMENT
 from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.inference.request import TokenLogprobs
-from flexolmo_jax.inference.text import REPLACEMENT
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how tokenizers with byte fallback write a byte
 _CONTEXT = 8  # tokens; no character, and no decoder's rule about neighbours, spans more

@@ -3,10 +3,12 @@
 import gzip
 import json
 
+import kinds
 import numpy as np
 import pytest
 from small import assert_refused, flexolmo, with_defaults
 
+from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 
 EOS = 256
@@ -64,6 +66,29 @@ def test_takes_the_format_that_is_said(texts, tmp_path):
     (texts / "lines.bak").write_text('{"text": "good"}\n')
     arguments = [f"--input={texts}/lines.bak", f"--out={tmp_path}/corpus", "--format=jsonl"]
     assert " 1 documents, 5 tokens" in flexolmo("tokenize", *arguments).out
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_takes_every_kind_of_tokenizer_and_says_what_text_is_lost(kind, tmp_path):
+    file = kinds.write(kind, tmp_path)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*kinds.TEXTS, "zoë ☃"]))
+    arguments = [f"--input={tmp_path}/a.jsonl", f"--tokenizer={file}", f"--out={tmp_path}/corpus"]
+    result = flexolmo("tokenize", *arguments)
+    if kind == "wordpiece_without_unknown":
+        assert_refused(result, "tokenize", "--tokenizer=", "has no token for", "unk_token")
+        assert not (tmp_path / "corpus").exists()
+        return
+    assert (result.status, result.err) == (0, "")
+    corpus = Corpus.open(tmp_path / "corpus")
+    tokenizer = corpus.tokenizer()
+    assert [document[-1] for document in corpus] == 6 * [tokenizer.eos_id]
+    unknown = sum(np.count_nonzero(document == tokenizer.unknown_id) for document in corpus)
+    lines = result.out.splitlines()[1:]
+    if kind == "bpe_without_unknown":
+        lost = "has no token for unknown text; characters that it does not know were left out"
+        assert lines == [f"--tokenizer={file}: {lost}"]
+    else:
+        assert [line.split(" tokens ")[0] for line in lines] == ([f"{unknown} of {corpus.tokens:,}"] if unknown else [])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 
+import kinds
 import numpy as np
 import pytest
 import tokenizers
@@ -166,3 +167,62 @@ def test_file_errors(tmp_path, content, message):
 def test_directory_instead_of_file(tmp_path):
     with pytest.raises(UserError, match=r"is a directory; name the tokenizer\.json in it"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": "2.0"}, "Unknown tokenizer version '2.0'"),
+        ({"model": {"type": "Novel"}}, "ModelUntagged"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "Cannot parse precompiled_charsmap"),
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+            "parenthesis",
+        ),
+    ],
+)
+def test_a_file_that_tokenizers_cannot_read_is_one_line(changes, reason, tmp_path, capfd):
+    """One of them panics, and would write a stack to standard error."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(word_tokenizer("?", "</s>").to_str()) | changes))
+    with pytest.raises(UserError, match=reason) as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+    assert "save_pretrained(OUT)" in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(UserError, match=r"too large for a tokenizer\.json \(1,073,741,824 bytes\)"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "piece"),
+    [
+        (models.WordLevel({"a": 0, "</s>": 1}), "a a wörd b", "'wörd'"),
+        (models.WordPiece({"a": 0, "##a": 1, "</s>": 2}), "aa wörd", "'wörd'"),
+        (models.Unigram([("a", -1.0), ("</s>", 0.0)]), "aaöa", "'ö'"),
+    ],
+)
+def test_text_that_has_no_token_is_named(model, text, piece, tmp_path):
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = write(tmp_path / "tokenizer.json", backend)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("a").tolist() == [0]
+    with pytest.raises(UserError, match=rf"^--tokenizer={path}: has no token for {piece}, in the text '{text}', nor"):
+        tokenizer.encode_batch(["a", text])
+    assert (tokenizer.unknown_id, tokenizer.drops_unknown) == (None, False)
+
+
+def test_what_stands_for_unknown_text(tmp_path):
+    names = {"unigram": "<unk>", "wordpiece": "[UNK]", "word_level": "[UNK]", "bpe_with_suffix": "<unk>"}
+    for kind in kinds.KINDS:
+        tokenizer = kinds.load(kind, tmp_path)
+        if kind in names:
+            assert tokenizer.unknown_id == tokenizer.backend.token_to_id(names[kind])
+        assert tokenizer.drops_unknown == (kind == "bpe_without_unknown")

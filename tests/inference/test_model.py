@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 import small
@@ -284,3 +286,38 @@ def test_a_model_knows_the_token_that_closes_its_documents(home, tmp_path):
     manifest = tmp_path / "model" / "model.json"
     manifest.write_text(manifest.read_text().replace('"eos_id": 256', '"eos_id": 10'))
     assert flexolmo_jax.load(tmp_path / "model").tokenizer.eos_id == 10
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose vocabulary is larger than that of any tokenizer of `kinds`: it writes ids without a token too."""
+    architecture = dataclasses.replace(small.ARCHITECTURE, vocab_size=640)
+    return flexolmo_jax.load(small.anchor(tmp_path_factory.mktemp("wide") / "anchor", architecture=architecture))
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_text_is_what_all_tokens_decode_to_without_the_prompts(kind, wide, tmp_path):
+    tokenizer = kinds.load(kind, tmp_path)
+    model = Model(dataclasses.replace(wide.manifest, eos_id=tokenizer.eos_id), wide.params, tokenizer)
+    prompts = ["", "the quick", kinds.ids(tokenizer, kinds.TEXTS[3])[:-1] or [5]]
+    if kind != "wordpiece_without_unknown":
+        prompts.append("A naïve café, 日本")
+    pieces = {index: "" for index in range(len(prompts))}
+
+    def on_text(index, text):
+        pieces[index] += text
+
+    sampling = {"temperature": 1.0, "seed": 1}
+    found = model.generate(prompts, NEW, on_text=on_text, **sampling)
+    for index, (prompt, continuation) in enumerate(zip(prompts, found, strict=True)):
+        ids = model.encode(prompt)
+        before, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *continuation.token_ids])
+        # New bytes may break the characters at the end of a prompt, and new text change all of it.
+        assert whole.startswith(before) or kind in kinds.WHOLE or "\ufffd" in whole
+        assert continuation.text == whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071
+        assert continuation.text == pieces[index]
+    stop = [continuation.text[5:8] for continuation in found if continuation.text[5:8]][:2]
+    stopped = model.generate(prompts, NEW, stop=stop, **sampling)
+    for whole, continuation in zip(found, stopped, strict=True):
+        ends = [whole.text.find(text) for text in stop if text in whole.text]
+        assert continuation.text == whole.text[: min(ends, default=len(whole.text))]

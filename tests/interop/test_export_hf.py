@@ -319,7 +319,7 @@ def test_the_model_card(home, tmp_path):
     assert "Changed since: `blocks/mixture/experts/row`" in page
     assert "flexolmo opt-out --model=model --expert=code" in page
     assert 'AutoTokenizer.from_pretrained("DIRECTORY")' in page
-    assert "tokenizer(tokenizer.eos_token + text)" in page
+    assert "[tokenizer.eos_token_id] + tokenizer(text, add_special_tokens=False).input_ids" in page
     assert "were not compared with those of transformers" in page
 
 
@@ -328,7 +328,7 @@ def test_a_text_begins_as_the_card_says(home, tmp_path):
     run("export-hf", f"--model={home}/anchor", f"--out={tmp_path}/out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ("naïve", " two  words\n"):
-        ids = tokenizer(tokenizer.eos_token + text)["input_ids"]
+        ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
         assert ids == flexolmo_jax.load(home / "anchor").encode(text)
 
 

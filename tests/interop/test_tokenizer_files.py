@@ -1,0 +1,53 @@
+"""Tokenizers of every kind in Hugging Face's form: transformers gives the same ids and texts, and they come back."""
+
+import dataclasses
+import types
+
+import kinds
+import pytest
+import small
+from etils import epath
+
+from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.interop.tokenizer_files import export_tokenizer, import_tokenizer, read_tokenizer
+
+ARCHITECTURE = dataclasses.replace(small.ARCHITECTURE, vocab_size=640)
+FAILS = ("strip_both_ends", "strip_each_token", "byte_level_stripped")  # decoders that panic on short texts
+
+
+def exported(kind, tmp_path):
+    """Exports a tokenizer as it lies in a model directory; returns (it, the manifest, the directory made)."""
+    model, directory = tmp_path / "model", tmp_path / "exported"
+    model.mkdir()
+    directory.mkdir()
+    tokenizer = kinds.load(kind, model)
+    anchor = directories.Expert(directories.ANCHOR_NAME, {}, {})
+    manifest = directories.Model(
+        dataclasses.asdict(ARCHITECTURE), (anchor,), {}, 1, tokenizer_digest=tokenizer.digest, eos_id=tokenizer.eos_id
+    )
+    assert export_tokenizer(epath.Path(model), epath.Path(directory), manifest)
+    return tokenizer, manifest, directory
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_transformers_gives_the_same_ids_and_texts(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer, _, directory = exported(kind, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert theirs.eos_token_id == tokenizer.eos_id
+    texts = kinds.TEXTS if kind == "wordpiece_without_unknown" else (*kinds.TEXTS, *kinds.HARD)
+    for text in texts:
+        ids = [tokenizer.eos_id, *tokenizer.encode(text).tolist()]
+        assert [theirs.eos_token_id, *theirs(text, add_special_tokens=False).input_ids] == ids
+        if kind not in FAILS:
+            assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_it_comes_back(kind, tmp_path):
+    tokenizer, manifest, directory = exported(kind, tmp_path)
+    config = types.SimpleNamespace(eos_id=tokenizer.eos_id, architecture=ARCHITECTURE)
+    assert read_tokenizer(directory, config) == (tokenizer.digest, tokenizer.eos_id)
+    (tmp_path / "again").mkdir()
+    import_tokenizer(directory, epath.Path(tmp_path / "again"), manifest)
+    assert small.files(tmp_path / "again") == small.files(tmp_path / "model")
