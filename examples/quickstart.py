@@ -23,12 +23,12 @@ import local_texts
 from rich.console import Console
 
 import flexolmo_jax
+from flexolmo_jax.checkpoint.directories import CERTIFICATE_FILE
 from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.evaluation.loss import evaluate_shown
 from flexolmo_jax.evaluation.report import read_curve, write_report
 from flexolmo_jax.evaluation.tables import bits_per_byte_table, show
-from flexolmo_jax.merging.opt_out import CERTIFICATE_FILE
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PUBLIC, OWNERS = "public", ("code", "headers", "legal")

@@ -1,0 +1,1 @@
+DTYPES = ("float32", "bfloat16", "float16")  # of leaves on disk, and what they can be cast to

@@ -1,25 +1,37 @@
 """Model and contribution directories: what their manifests say and where their leaves lie.
 
-A model directory holds `model.json`, `params/` and `tokenizer.json`; a contribution directory holds
-`contribution.json` and `params/`. Weights are known by digests of their content: one for each leaf of each
-expert, and one for each leaf that all experts share. An expert's digests are the same in its contribution
-and in every model it is merged into.
+`HOLDS` lists what a model and a contribution directory hold (docs/formats.md). Weights are known by digests of their
+content: one for each leaf of each expert, and one for each leaf that all experts share. An expert's digests are the
+same in its contribution and in every model it is merged into; where a leaf was cast, the digest of what is stored
+stands beside.
 """
 
 import dataclasses
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from flexolmo_jax.checkpoint.tree import Slice, combined_digest, open_tree, write_tree
+from flexolmo_jax.checkpoint.files import FILE, Described, Names, check_files, is_system_file
+from flexolmo_jax.checkpoint.roster import (
+    ANCHOR_NAME,
+    CONTRIBUTION_TYPES,
+    NAME_RULE,
+    Casts,
+    Expert,
+    check_types,
+    is_expert_name,
+    read_casts,
+    stored_digests,
+)
+from flexolmo_jax.checkpoint.tree import Slice, combined_digest, open_tree
+from flexolmo_jax.checkpoint.zarr import TREE
 from flexolmo_jax.errors import UserError
 
 FORMAT = 1
-ANCHOR_NAME = "anchor"
 MIXTURE = "blocks/mixture/"
 PARAMS = "params"
 MODEL_FILE = "model.json"
@@ -27,40 +39,45 @@ CONTRIBUTION_FILE = "contribution.json"
 TOKENIZER_FILE = "tokenizer.json"
 DEFAULT_LENGTH = 4096  # tokens in a sequence, where a data card does not say
 TOKENIZER_FOLDER = "hugging_face"  # what an imported model had beside it: settings of the tokenizer, of generation
+TOKENIZER_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CERTIFICATE_FILE = "certificate.json"  # what an opt-out guarantees
+PUBLIC = "public"  # the sample of public data that came with an anchor, a corpus
 # A model that was tuned after its merge keeps the router as the merge made it, in a tree of its own.
 MERGED_ROUTER = "merged_router"
 ROUTER_LEAVES = (MIXTURE + "experts/row", MIXTURE + "experts/bias")
+_ROUTER = ("bias", "row")  # the same, as an expert's own
 
-NAME_RULE = f"use lower-case letters, digits, - and _, and not '{ANCHOR_NAME}'"
+
+def _held_in_corpus(description: epath.Path) -> Names | None:
+    try:
+        files = [file["name"] for file in json.loads(description.read_bytes())["files"]]
+        return dict.fromkeys(["corpus.json", TOKENIZER_FILE, *files], FILE)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+# By kind, what a directory holds at most.
+HOLDS = {
+    "model": {
+        MODEL_FILE: FILE,
+        PARAMS: TREE,
+        MERGED_ROUTER: TREE,
+        TOKENIZER_FILE: FILE,
+        TOKENIZER_FOLDER: dict.fromkeys(TOKENIZER_FILES, FILE),
+        PUBLIC: Described("corpus.json", _held_in_corpus),
+        CERTIFICATE_FILE: FILE,
+    },
+    "contribution": {CONTRIBUTION_FILE: FILE, PARAMS: TREE},
+}
 
 # What a manifest holds: {key: type}.
 _MODEL = {"architecture": dict, "experts": list, "shared": dict, "top_k": int, "tokenizer_digest": str, "eos_id": int}
 _TUNED = {"leaves": list, "merged_router": dict}
-_EXPERT = {"name": str, "leaves": dict, "card": dict}
-_CONTRIBUTION = {"expert": str, "leaves": dict, "card": dict, "anchor_digest": str, "architecture": dict}
-
-
-def is_expert_name(name: str) -> bool:
-    """Whether a contributed expert can have that name (`NAME_RULE`)."""
-    return re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) is not None and name != ANCHOR_NAME
 
 
 def digest_name(path: str) -> str:
     """The name under which a leaf is digested: an expert's leaf has the same one in every layout."""
     return path.rsplit("/", 1)[1] if path.startswith(MIXTURE) else path
-
-
-@dataclasses.dataclass(frozen=True)
-class Expert:
-    """One line of the roster: name, {leaf: digest}, and the data card its owner wrote."""
-
-    name: str
-    leaves: Mapping[str, str]
-    card: Mapping[str, Any]
-
-    @property
-    def digest(self) -> str:
-        return combined_digest(self.leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +92,9 @@ class Model:
       tokenizer_digest: digest of the `tokenizer.json` it was trained with.
       eos_id: the token that closes a document.
       tuned: None, or what was trained after the merge: {"leaves": [paths], "merged_router": {expert: {leaf: digest}
-        of the router as merged, which lies in `merged_router/`}, "card": of the data}.
+        of the router as merged, which lies in `merged_router/`}, "card": of the data, and, where leaves of that
+        router were cast, "casts": {expert: casts}}.
+      casts: of the shared leaves that are stored in another dtype than they were published in.
     """
 
     architecture: Mapping[str, Any]
@@ -85,10 +104,51 @@ class Model:
     tokenizer_digest: str
     eos_id: int
     tuned: Mapping[str, Any] | None = None
+    casts: Casts = dataclasses.field(default_factory=dict)
 
     @property
     def roster(self) -> list[str]:
         return [expert.name for expert in self.experts]
+
+    @property
+    def stored(self) -> dict[str, dict[str, str]]:
+        """{expert: {leaf: digest of what is stored}}, and under "" the shared leaves'."""
+        return {"": stored_digests(self.shared, self.casts), **{e.name: e.stored for e in self.experts}}
+
+    @property
+    def content_digest(self) -> str:
+        """Of all that is stored, whatever the path of the directory."""
+        shared, *experts = self.stored.values()
+        return combined_digest({**shared, **dict(zip(self.roster, map(combined_digest, experts), strict=True))})
+
+    @property
+    def merged_router(self) -> dict[str, dict[str, str]]:
+        """{expert: {leaf: digest}} of the router as it was published and merged, whatever was trained since."""
+        if self.tuned:
+            return {name: dict(self.tuned["merged_router"][name]) for name in self.roster}
+        return {e.name: {leaf: e.leaves[leaf] for leaf in _ROUTER} for e in self.experts}
+
+    @property
+    def merged_router_casts(self) -> dict[str, Casts]:
+        """{expert: casts} of the router as merged; an expert without any has no entry."""
+        if self.tuned:
+            casts = self.tuned.get("casts", {})
+        else:
+            casts = {e.name: {leaf: e.casts[leaf] for leaf in _ROUTER if leaf in e.casts} for e in self.experts}
+        return {name: casts[name] for name in self.roster if casts.get(name)}
+
+    def tuned_in(self, leaves: Iterable[str], card: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What `tuned` is when these leaves were trained since the merge; `card` of the data, by default as it was."""
+        tuned = {**(self.tuned or {}), "leaves": sorted(leaves), "merged_router": self.merged_router}
+        tuned |= {"card": card} if card is not None else {}
+        casts = self.merged_router_casts
+        return {k: v for k, v in tuned.items() if k != "casts"} | ({"casts": casts} if casts else {})
+
+    @property
+    def stored_router(self) -> dict[str, dict[str, str]]:
+        """{expert: {leaf: digest of what is stored}} of the router as merged."""
+        casts = self.merged_router_casts
+        return {name: stored_digests(leaves, casts.get(name, {})) for name, leaves in self.merged_router.items()}
 
     @property
     def sequence_length(self) -> int | None:
@@ -105,7 +165,8 @@ class Model:
     def anchor_digest(self) -> str:
         """The digest that contributions name: of all leaves of the anchor they were trained against.
 
-        A router tuned after the merge does not change it; training the shared leaves does, as that anchor is gone.
+        A router tuned after the merge does not change it, nor does a cast; training the shared leaves does, as that
+        anchor is gone.
         """
         leaves = {**self.experts[0].leaves, **(self.tuned["merged_router"][ANCHOR_NAME] if self.tuned else {})}
         anchor = {f"{ANCHOR_NAME}/{leaf}": digest for leaf, digest in leaves.items()}
@@ -113,34 +174,41 @@ class Model:
 
     def write(self, directory: epath.Path) -> None:
         """Writes the manifest into a directory that already holds its parameters."""
-        fields = dataclasses.asdict(self)
-        for expert, record in zip(self.experts, fields["experts"], strict=True):
-            record["digest"] = expert.digest
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        casts = fields.pop("casts")
+        fields["experts"] = [expert.document() for expert in self.experts]
         document = {"format": FORMAT, "kind": "model", "anchor_digest": self.anchor_digest, **fields}
+        document |= {"casts": dict(sorted(casts.items()))} if casts else {}
         (directory / MODEL_FILE).write_text(json.dumps(document, indent=2) + "\n")
 
     @classmethod
-    def read(cls, directory: epath.PathLike, *, flag: str) -> "Model":
-        """Reads a manifest; `flag` names the flag that asked for the directory.
+    def read(cls, directory: epath.PathLike, *, flag: str, strict: bool = False) -> "Model":
+        """Reads a manifest.
+
+        Args:
+          directory: the model directory.
+          flag: names the flag that asked for it, in errors.
+          strict: whether nothing else may be in the directory, and no link may lead out of it.
 
         Raises:
-          UserError: not a model directory, or a damaged or newer manifest.
+          UserError: not a model directory, or a damaged or newer manifest, or what `strict` refuses.
         """
-        document = _read_manifest(epath.Path(directory), MODEL_FILE, "model", flag)
+        document = _read_manifest(epath.Path(directory), MODEL_FILE, "model", flag, strict)
         try:
-            _check_types(document, _MODEL)
-            for record in document["experts"]:
-                _check_types(record, _EXPERT)
-            experts = tuple(Expert(e["name"], e["leaves"], e["card"]) for e in document["experts"])
+            check_types(document, _MODEL)
+            experts = tuple(map(Expert.read, document["experts"]))
             names = [expert.name for expert in experts]
             if names[:1] != [ANCHOR_NAME] or len(set(names)) < len(names) or not all(map(is_expert_name, names[1:])):
                 raise ValueError(f"a roster of {names}")
             if document["top_k"] < 1:
                 raise ValueError(f"top_k {document['top_k']}")
             if document["tuned"] is not None:
-                _check_types(document["tuned"], _TUNED)
+                check_types(document["tuned"], _TUNED)
                 for name in names:
-                    _check_types({"leaves": document["tuned"]["merged_router"][name]}, {"leaves": dict})
+                    leaves = document["tuned"]["merged_router"][name]
+                    check_types({"leaves": leaves}, {"leaves": dict})
+                    casts = document["tuned"].get("casts", {}).get(name, {})
+                    read_casts({"leaves": leaves, "casts": casts}, "leaves")
             return cls(
                 architecture=document["architecture"],
                 experts=experts,
@@ -149,8 +217,9 @@ class Model:
                 tokenizer_digest=document["tokenizer_digest"],
                 eos_id=document["eos_id"],
                 tuned=document["tuned"],
+                casts=read_casts(document, "shared"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _damaged(epath.Path(directory) / MODEL_FILE, error) from None
 
 
@@ -163,8 +232,12 @@ class Contribution:
     architecture: Mapping[str, Any]
 
     def write(self, directory: epath.Path) -> None:
-        """Writes the manifest into a directory that already holds its parameters."""
-        document = {
+        """Writes the manifest into a directory that already holds its parameters.
+
+        Keys that its owner wrote and that are not known here are kept; casts stand beside them.
+        """
+        casts = {"casts": dict(sorted(self.expert.casts.items()))} if self.expert.casts else {}
+        document = (self.expert.contribution or {}) | {
             "format": FORMAT,
             "kind": "contribution",
             "expert": self.expert.name,
@@ -174,40 +247,49 @@ class Contribution:
             "leaves": dict(self.expert.leaves),
             "card": dict(self.expert.card),
         }
-        (directory / CONTRIBUTION_FILE).write_text(json.dumps(document, indent=2) + "\n")
+        (directory / CONTRIBUTION_FILE).write_text(json.dumps({**document, **casts}, indent=2) + "\n")
 
     @classmethod
-    def read(cls, directory: epath.PathLike, *, flag: str) -> "Contribution":
-        """Reads a manifest; raises UserError as `Model.read` does."""
-        document = _read_manifest(epath.Path(directory), CONTRIBUTION_FILE, "contribution", flag)
+    def read(cls, directory: epath.PathLike, *, flag: str, strict: bool = False) -> "Contribution":
+        """Reads a manifest; arguments and errors are those of `Model.read`."""
+        document = _read_manifest(epath.Path(directory), CONTRIBUTION_FILE, "contribution", flag, strict)
         try:
-            _check_types(document, _CONTRIBUTION)
+            check_types(document, CONTRIBUTION_TYPES)
             if not is_expert_name(document["expert"]):
                 raise ValueError(f"an expert named '{document['expert']}'; {NAME_RULE}")
-            expert = Expert(document["expert"], document["leaves"], document["card"])
+            casts = read_casts(document, "leaves")
+            written = {key: value for key, value in document.items() if key != "casts"}
+            expert = Expert(document["expert"], document["leaves"], document["card"], casts, written)
             return cls(expert, document["anchor_digest"], document["architecture"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _damaged(epath.Path(directory) / CONTRIBUTION_FILE, error) from None
 
 
 def model_slices(
-    tree: Mapping[str, Any], roster: Sequence[str], source: str
+    tree: Mapping[str, Any], roster: Sequence[str], source: str, dtypes: Mapping[str, np.dtype] | None = None
 ) -> tuple[dict[str, Slice], dict[str, dict[str, Slice]]]:
     """Splits a model's flat tree (stored or in memory) into shared leaves and each expert's own.
+
+    Args:
+      tree: {path: array}.
+      roster: the names of the experts.
+      source: names the tree in errors.
+      dtypes: {path: dtype} that leaves are cast to as they are read; by default they stay as they are.
 
     Returns:
       ({path: slice} of the shared leaves, {expert name: {leaf: slice}} in the order of the roster).
     """
     shared, experts = {}, {name: {} for name in roster}
     for path, array in tree.items():
-        label = f"{source}: leaf {path}"
+        part = Slice(array, None, f"{source}: leaf {path}")
+        part = part.as_dtype(dtypes[path]) if dtypes else part
         if not path.startswith(MIXTURE):
-            shared[path] = Slice(array, None, label)
+            shared[path] = part
         elif len(roster) == 1:
-            experts[roster[0]][digest_name(path)] = Slice(array, None, label)
+            experts[roster[0]][digest_name(path)] = part
         else:
             for i, name in enumerate(roster):
-                experts[name][digest_name(path)] = Slice(array, i, f"{label} of expert {name}")
+                experts[name][digest_name(path)] = part._replace(expert=i, name=f"{part.name} of expert {name}")
     return shared, experts
 
 
@@ -249,12 +331,6 @@ def merged_router(directory: epath.PathLike, manifest: Model) -> dict[str, dict[
     return model_slices(router, manifest.roster, str(path))[1]
 
 
-def write_merged_router(directory: epath.Path, router: Mapping[str, Mapping[str, Slice]]) -> dict[str, dict[str, str]]:
-    """Writes what `merged_router` reads; returns {expert: {leaf: digest}}."""
-    digests = write_tree(directory / MERGED_ROUTER, model_leaves({}, router), digest_name)
-    return dict(zip(router, split_digests(digests, list(router))[1], strict=True))
-
-
 def open_params(directory: epath.PathLike) -> dict[str, ts.TensorStore]:
     """Opens the parameters of a model or a contribution for reading."""
     return open_tree(epath.Path(directory) / PARAMS)
@@ -265,7 +341,7 @@ def copy_files(source: epath.Path, directory: epath.Path) -> None:
     if source.is_dir():
         directory.mkdir()
         for file in source.iterdir():
-            if not file.is_dir():
+            if not file.is_dir() and not is_system_file(file.name):
                 file.copy(directory / file.name)
 
 
@@ -275,13 +351,17 @@ def kind_of(directory: epath.PathLike) -> str | None:
     return next((kind for kind, file in files.items() if (epath.Path(directory) / file).exists()), None)
 
 
-def _read_manifest(directory: epath.Path, file: str, kind: str, flag: str) -> dict[str, Any]:
+def _read_manifest(directory: epath.Path, file: str, kind: str, flag: str, strict: bool) -> dict[str, Any]:
     if not directory.exists():
         raise UserError(f"{flag}={directory}: no such directory; give a {kind} directory")
     if not (directory / file).exists():
         found = kind_of(directory)
         is_a = f"is a {found} directory" if found else f"has no {file}"
         raise UserError(f"{flag}={directory}: {is_a}; give a {kind} directory")
+    if strict:
+        check_files(directory, HOLDS[kind], f"{flag}={directory}")
+    if not (directory / file).is_file():
+        raise UserError(f"{flag}={directory}: {file} is no file; copy the directory again from its source")
     try:
         document = json.loads((directory / file).read_text())
         version = document["format"]
@@ -290,18 +370,6 @@ def _read_manifest(directory: epath.Path, file: str, kind: str, flag: str) -> di
     if version != FORMAT:
         raise UserError(f"{directory / file}: format {version}; this version reads format {FORMAT}")
     return document
-
-
-def _check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Raises KeyError or TypeError unless a record has these keys, with values of these types."""
-    for key, expected in types.items():
-        if not isinstance(record[key], expected):
-            raise TypeError(f"{key} is no {expected.__name__}")
-    for key in ("leaves", "shared"):
-        if types.get(key) is dict and not all(isinstance(digest, str) for digest in record[key].values()):
-            raise TypeError(f"{key}: a digest is no str")
-    if "architecture" in types and not all(isinstance(x, int | float) for x in record["architecture"].values()):
-        raise TypeError("architecture: a size is no number")
 
 
 def _damaged(file: epath.Path, error: Exception) -> UserError:

@@ -22,12 +22,14 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from flexolmo_jax.checkpoint.files import is_system_file
 from flexolmo_jax.checkpoint.zarr import (
     METADATA,
     Index,
     TreeWriter,
     block_folder,
     folder_name,
+    leaf_names,
     read_block_file,
     with_expert,
 )
@@ -90,20 +92,21 @@ def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
     path = epath.Path(path)
     try:
         index = json.loads((path / METADATA).read_text())
-        names = ["/".join(k["key"] for k in e["key_metadata"]) for e in index["tree_metadata"].values()]
+        names = leaf_names(index)
     except FileNotFoundError:
         raise UserError(f"{path}: no parameters here ({METADATA} is missing); is the copy complete?") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / METADATA}: damaged; copy the directory again from its source") from None
     if index.get("use_ocdbt") or not index.get("use_zarr3"):
         raise UserError(f"{path}: not in zarr3 layout without OCDBT, the only one read here")
-    stray = {entry.name for entry in path.iterdir()} - {folder_name(name) for name in names} - {METADATA}
+    held = {entry.name for entry in path.iterdir() if not is_system_file(entry.name)}
+    stray = held - {folder_name(name) for name in names} - {METADATA}
     if stray:
         raise UserError(f"{path}: holds {min(stray)}, which its index does not name; copy the directory again")
     leaves = {}
     for name in names:
         # A block that is missing must not be read as zeros.
-        spec = {"driver": "zarr3", "kvstore": _kvstore(path, name), "open": True}
+        spec = {"driver": "zarr3", "kvstore": _kvstore(path / folder_name(name)), "open": True}
         spec["fill_missing_data_reads"] = False
         try:
             leaves[name] = ts.open(spec, context=_context()).result()
@@ -134,18 +137,22 @@ def read_leaf(leaf: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: np.d
 
 
 class Slice(NamedTuple):
-    """A leaf to be read block by block: a whole array, or one expert's part of a stacked one.
+    """A leaf to be read block by block: a whole array, or one expert's part of a stacked one, cast where asked.
 
     Attributes:
       source: [layers, ...], or [layers, experts, ...] when `expert` is given; as `open_tree` gives it, in memory,
         or anything that reads a block when it is indexed and has `shape` and `dtype`.
       expert: position on the expert axis, or None when there is no such axis.
       name: where it comes from, for errors.
+      cast: the dtype that values are rounded to, once and to nearest even, as they are read; None: that of the source.
+      digest: of the source's content; compared when a cast slice is read whole. None: not known.
     """
 
     source: ts.TensorStore | jax.Array | np.ndarray
     expert: int | None
     name: str
+    cast: np.dtype | None = None
+    digest: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -155,16 +162,48 @@ class Slice(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
+        """The dtype of what is read."""
+        return self.source_dtype if self.cast is None else self.cast
+
+    @property
+    def source_dtype(self) -> np.dtype:
+        """The dtype before the cast."""
         dtype = self.source.dtype
         return dtype.numpy_dtype if isinstance(dtype, ts.dtype) else np.dtype(dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its content."""
+        """Bytes of what is read."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def as_dtype(self, dtype: np.dtype, digest: str | None = None) -> "Slice":
+        """The same leaf, cast to `dtype`; as it is where it has that dtype. `digest` is that of its content before."""
+        cast = None if self.source_dtype == dtype else np.dtype(dtype)
+        return self._replace(cast=cast, digest=digest if cast is not None else None)
+
     def read(self, index: Index) -> np.ndarray:
-        """Reads one block, of `index` into the shape without the expert axis."""
+        """Reads one block, of `index` into the shape without the expert axis, in `dtype`.
+
+        Raises:
+          UserError: it cannot be read, or a value is too large for `dtype`.
+        """
+        return self.rounded(self.read_source(index))
+
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        """Values of the source, cast; raises UserError where one would become infinite."""
+        if self.cast is None:
+            return values
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            rounded = values.astype(self.cast)
+        if not _all_finite(rounded) and _all_finite(values):
+            limit = float(jnp.finfo(self.cast).max)
+            raise UserError(
+                f"{self.name}: holds values beyond {limit:.6g}, the largest of {self.cast.name}; use another dtype"
+            )
+        return rounded
+
+    def read_source(self, index: Index) -> np.ndarray:
+        """Reads one block as it is before the cast."""
         index = with_expert(index, self.expert)
         if isinstance(self.source, ts.TensorStore):
             return read_block(self.source, index, self.name)
@@ -188,10 +227,11 @@ def write_tree(
       advance: called with the number of bytes written, as they are.
 
     Returns:
-      {path: digest}, or {path: [digest of each slice]} for stacked leaves.
+      {path: digest of what was written}, or {path: [digest of each slice]} for stacked leaves.
 
     Raises:
-      UserError: a value is not finite, or a source cannot be read.
+      UserError: a value is not finite or too large for the dtype it is cast to, a source cannot be read, or the
+        content of a cast slice is not what its digest says.
     """
     writer = TreeWriter(path)
     parts = {leaf: [content] if isinstance(content, Slice) else list(content) for leaf, content in leaves.items()}
@@ -218,7 +258,16 @@ def write_tree(
 
 def digest_slice(part: Slice, name: str) -> str:
     """Reads a leaf block by block and returns its digest under `name`; raises UserError as `write_tree` does."""
-    return _copy(part, block_shape(part.shape, part.dtype.itemsize), name)
+    return _copy(part, block_shape(part.shape, part.source_dtype.itemsize), name)
+
+
+def check_digest(name: str, found: str, named: str) -> None:
+    """Raises UserError where the content of a leaf, called `name`, has not the digest that a manifest names."""
+    if found != named:
+        raise UserError(
+            f"{name}: altered (its digest is {found[:12]}, the manifest says {named[:12]}); "
+            "copy it again from its source"
+        )
 
 
 def _skip(index: Index, pieces: Iterable[np.ndarray]) -> None:
@@ -234,20 +283,28 @@ def _copy(
     write: Callable[[Index, Iterable[np.ndarray]], None] = _skip,
 ) -> str:
     """Reads a leaf once, checks and digests it, and gives each block's pieces to `write`; returns the digest."""
-    digest = LeafDigest(digest_name, part.dtype, part.shape)
+    digest, before = (LeafDigest(digest_name, dtype, part.shape) for dtype in (part.dtype, part.source_dtype))
     read = _reader(part, block)
     for index in blocks(part.shape, block):
-        write(index, _examined(read(index), digest, part.name))
+        pieces = _examined(read(index), part, before)
+        write(index, pieces if part.cast is None else _cast(pieces, part, digest))
         advance(math.prod(at.stop - at.start for at in index) * part.dtype.itemsize)
+    if part.cast is None:
+        return before.hexdigest()
+    if part.digest is not None:
+        check_digest(part.name, before.hexdigest(), part.digest)
     return digest.hexdigest()
 
 
 def _reader(part: Slice, block: Sequence[int]) -> Callable[[Index], Iterator[np.ndarray]]:
-    """Returns what yields a block's values, flat in C order, in pieces; one is there until the next is asked for."""
+    """Returns what yields a block's values before a cast, flat in C order, in pieces.
+
+    A piece is there until the next is asked for.
+    """
     stored_block = with_expert(block, None if part.expert is None else 1)
     folder = block_folder(part.source, stored_block) if isinstance(part.source, ts.TensorStore) else None
     # Kept: to be given fresh memory for each piece takes longer than to read it.
-    buffer = np.empty(PIECE_BYTES // part.dtype.itemsize, part.dtype)
+    buffer = np.empty(PIECE_BYTES // part.source_dtype.itemsize, part.source_dtype)
 
     def from_file(index: Index) -> Iterator[np.ndarray]:
         try:
@@ -256,18 +313,25 @@ def _reader(part: Slice, block: Sequence[int]) -> Callable[[Index], Iterator[np.
             raise _unreadable(part.name, error) from None
 
     def at_once(index: Index) -> Iterator[np.ndarray]:
-        values = np.ascontiguousarray(part.read(index)).reshape(-1)
+        values = np.ascontiguousarray(part.read_source(index)).reshape(-1)
         for start in range(0, values.size, buffer.size):
             yield values[start : start + buffer.size]
 
     return at_once if folder is None else from_file
 
 
-def _examined(pieces: Iterable[np.ndarray], digest: LeafDigest, name: str) -> Iterator[np.ndarray]:
-    """Yields the pieces, checked and digested."""
+def _examined(pieces: Iterable[np.ndarray], part: Slice, digest: LeafDigest) -> Iterator[np.ndarray]:
+    """Yields the pieces of a leaf, checked and digested."""
     for values in pieces:
         if not _all_finite(values):
-            raise UserError(f"{name}: holds values that are not finite (NaN or infinity)")
+            raise UserError(f"{part.name}: holds values that are not finite (NaN or infinity)")
+        digest.update(values)
+        yield values
+
+
+def _cast(pieces: Iterable[np.ndarray], part: Slice, digest: LeafDigest) -> Iterator[np.ndarray]:
+    """Yields the pieces of a leaf, cast and digested."""
+    for values in map(part.rounded, pieces):
         digest.update(values)
         yield values
 
@@ -280,9 +344,9 @@ def _all_finite(values: np.ndarray) -> bool:
     return bool((values.view(infinity.dtype) & infinity).max() < infinity)
 
 
-def _kvstore(path: epath.Path, name: str) -> str:
-    folder = path / folder_name(name)
-    return f"{folder}/" if "://" in str(folder) else f"file://{folder.resolve()}/"
+def _kvstore(folder: epath.Path) -> str | dict[str, str]:
+    """Where tensorstore finds a folder; a local one is no URL, in which % and # would mean something else."""
+    return f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder.resolve()}/"}
 
 
 @functools.cache

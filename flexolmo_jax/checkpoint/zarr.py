@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from flexolmo_jax.checkpoint.files import FILE, Chunks, Described, Names
+
 METADATA = "_METADATA"
+LEAF_METADATA = "zarr.json"
 
 Index = tuple[slice, ...]
 
@@ -34,7 +38,7 @@ class TreeWriter:
         stored_block = with_expert(block, None if experts is None else 1)
         folder = self._path / folder_name(name)
         folder.mkdir()
-        (folder / "zarr.json").write_text(json.dumps(_metadata(self._shapes[name], dtype, stored_block)))
+        (folder / LEAF_METADATA).write_text(json.dumps(_metadata(self._shapes[name], dtype, stored_block)))
 
     def write(self, name: str, expert: int | None, index: Index, pieces: Iterable[np.ndarray]) -> None:
         """Writes one block; zeros fill it up where the array ends within it.
@@ -71,9 +75,53 @@ class TreeWriter:
         (self._path / METADATA).write_text(json.dumps(metadata))
 
 
+def leaf_names(index: Any) -> list[str]:
+    """The leaves that a tree's index names.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError: it is no index, or holds a name that could lead out of the tree.
+    """
+    names = []
+    for entry in index["tree_metadata"].values():
+        keys = [key["key"] for key in entry["key_metadata"]]
+        if not keys or not all(re.fullmatch(r"\w[\w.-]*", key, re.ASCII) for key in keys):
+            raise ValueError(f"a leaf named {keys}")
+        names.append("/".join(keys))
+    return names
+
+
 def folder_name(leaf: str) -> str:
     """The name of a leaf's folder."""
     return leaf.replace("/", ".")
+
+
+def _held_in_tree(index: epath.Path) -> Names | None:
+    try:
+        names = leaf_names(json.loads(index.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return {METADATA: FILE, **{folder_name(name): _LEAF for name in names}}
+
+
+def _held_in_leaf(metadata: epath.Path) -> Names | None:
+    """What zarr3 says, `chunk-key-encodings` included."""
+    try:
+        document = json.loads(metadata.read_text())
+        lengths = zip(document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"], strict=True)
+        grid = tuple(-(-int(length) // int(chunk)) for length, chunk in lengths)
+        encoding = document["chunk_key_encoding"]
+        name, settings = (encoding, {}) if isinstance(encoding, str) else (encoding["name"], encoding)
+        prefix, usual = {"default": (("c",), "/"), "v2": ((), ".")}[name]
+        separator = settings.get("configuration", {}).get("separator", usual)
+        if separator not in ("/", "."):
+            return None
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return None
+    return Chunks(LEAF_METADATA, prefix, grid if grid or prefix else (1,), separator)
+
+
+_LEAF = Described(LEAF_METADATA, _held_in_leaf)
+TREE = Described(METADATA, _held_in_tree)
 
 
 def with_expert(axes: Sequence[Any], expert: Any) -> tuple[Any, ...]:

@@ -5,18 +5,22 @@ r"""Exports a model, an anchor, or an anchor with a contribution, in Hugging Fac
 
 transformers and vLLM load the result; its README.md says what is in it. It is read back and compared with the model's
 digests, and its logits with ours where torch and transformers are installed and the model fits in memory twice in
-float32. import-hf makes the model of it again.
+float32. import-hf makes the model of it again. Weights have the dtype that they have in the model, unless --dtype says
+another; then they are rounded to it, once, and the folder flexolmo/ keeps the digests from before.
 """
 
 import math
 
 from absl import flags
 
+from flexolmo_jax.checkpoint import DTYPES
+
 _MODEL = flags.DEFINE_string("model", None, "Anchor or model directory.")
 _CONTRIBUTION = flags.DEFINE_string("contribution", None, "Contribution directory, with --anchor, in place of --model.")
 _ANCHOR = flags.DEFINE_string("anchor", None, "Model directory of the contribution's anchor.")
 _OUT = flags.DEFINE_string("out", None, "Local directory to make.")
 _SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Size of a file of weights at most, GB (1e9 bytes).", 1e-9)
+_DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Of all weights; by default as they are.")
 _DROP_BIAS = flags.DEFINE_bool("drop_bias", False, "Leave out expert biases, and measure what that changes.")
 flags.mark_flags_as_required(["out"])
 
@@ -31,6 +35,9 @@ def run() -> None:
         raise UserError("--model: give either a model directory, or both --contribution and --anchor")
     if math.isnan(_SHARD_SIZE.value):
         raise UserError("--shard_size=nan: is no number; give the size of a file at most, in GB")
-    source = open_source(_MODEL.value) if _MODEL.value else open_pair(_CONTRIBUTION.value, _ANCHOR.value)
+    if _MODEL.value:
+        source = open_source(_MODEL.value, _DTYPE.value)
+    else:
+        source = open_pair(_CONTRIBUTION.value, _ANCHOR.value, _DTYPE.value)
     shard_bytes = int(min(_SHARD_SIZE.value, 1e9) * 1e9)
     print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value)))

@@ -17,7 +17,7 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, digest_slice
-from flexolmo_jax.checkpoint.verify import check_digests, open_model
+from flexolmo_jax.checkpoint.verify import cast_router, cast_slices, check_digests, open_model, with_casts
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
@@ -61,23 +61,44 @@ class Source(NamedTuple):
     pair: bool = False
 
 
-def open_source(model: epath.PathLike) -> Source:
-    """Opens an anchor or a model directory; raises UserError where it is not one."""
-    manifest = directories.Model.read(model, flag="--model")
+def open_source(model: epath.PathLike, dtype: str | None = None) -> Source:
+    """Opens an anchor or a model directory, to be exported in `dtype`, by default as it is.
+
+    Raises:
+      UserError: it is no such directory or damaged, or a value is too large for `dtype`.
+    """
+    manifest = directories.Model.read(model, flag="--model", strict=True)
     label = f"--model={model}"
-    shared, experts = open_model(model, manifest, label)
-    merged_router = directories.merged_router(model, manifest) if manifest.tuned else None
-    return Source(epath.Path(model), label, manifest, shared, experts, merged_router)
+    slices = cast_slices(manifest, *open_model(model, manifest, label), dtype)
+    router = None
+    if manifest.tuned:
+        router = directories.merged_router(model, manifest)
+        manifest, router = cast_router(manifest, router, dtype)
+    return _resolved(Source(epath.Path(model), label, manifest, *slices, router))
 
 
-def open_pair(contribution: epath.PathLike, anchor: epath.PathLike) -> Source:
+def open_pair(contribution: epath.PathLike, anchor: epath.PathLike, dtype: str | None = None) -> Source:
     """Opens an anchor and a contribution as the model that their merge would be.
 
     Raises:
-      UserError: either is damaged, or the contribution was made on another anchor.
+      UserError: either is damaged, the contribution was made on another anchor, or a value is too large for its dtype.
     """
     label = f"--contribution={contribution} with --anchor={anchor}"
-    return Source(epath.Path(anchor), label, *gather(anchor, [contribution], top_k=2), pair=True)
+    return _resolved(Source(epath.Path(anchor), label, *gather(anchor, [contribution], 2, dtype), pair=True))
+
+
+def _resolved(source: Source) -> Source:
+    """The same with a manifest that records the casts; reads the leaves that are cast, and checks them."""
+    groups = {"": source.shared, **source.experts}
+    cast = {name: {leaf: part for leaf, part in leaves.items() if part.cast} for name, leaves in groups.items()}
+    found = {name: dict(digests) for name, digests in source.manifest.stored.items()}
+    with byte_progress("cast", sum(map(size, cast.values()))) as advance:
+        for name, leaves in cast.items():
+            for leaf, part in leaves.items():
+                found[name][leaf] = digest_slice(part, directories.digest_name(leaf))
+                advance(part.nbytes)
+    shared = found.pop("")
+    return source._replace(manifest=with_casts(source.manifest, source.shared, source.experts, shared, found))
 
 
 def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, drop_bias: bool = False) -> list[str]:
@@ -140,14 +161,12 @@ def _without_bias(source: Source) -> Source:
         zeros = Slice(np.zeros(old.shape, old.dtype), None, old.name)
         experts[expert.name] = {**source.experts[expert.name], names.BIAS: zeros}
         digests = {**expert.leaves, names.BIAS: digest_slice(zeros, names.BIAS)}
-        roster.append(dataclasses.replace(expert, leaves=digests))
+        casts = {leaf: cast for leaf, cast in expert.casts.items() if leaf != names.BIAS}
+        roster.append(dataclasses.replace(expert, leaves=digests, casts=casts))
     router = [directories.digest_name(path) for path in directories.ROUTER_LEAVES]
-    tuned = source.manifest.tuned or {
-        "leaves": [],
-        "merged_router": {e.name: {leaf: e.leaves[leaf] for leaf in router} for e in source.manifest.experts},
-        "card": {"description": "expert biases were left out"},
-    }
-    tuned = {**tuned, "leaves": sorted({*tuned["leaves"], directories.MIXTURE + "experts/" + names.BIAS})}
+    before = source.manifest.tuned
+    trained = {*(before["leaves"] if before else ()), directories.MIXTURE + "experts/" + names.BIAS}
+    tuned = source.manifest.tuned_in(trained, None if before else {"description": "expert biases were left out"})
     merged_router = source.merged_router or {
         name: {leaf: leaves[leaf] for leaf in router} for name, leaves in source.experts.items()
     }
@@ -220,9 +239,9 @@ def _check(directory: epath.Path, source: Source) -> parity.Parity:
     sidecar = open_sidecar(opened, "--out")
     manifest = source.manifest
     with byte_progress("compare", size(source.shared) + sum(map(size, source.experts.values()))) as advance:
-        _check_leaves(opened.shared, manifest.shared, advance)
+        _check_leaves(opened.shared, manifest.stored[""], advance)
         for expert, leaves in zip(manifest.experts, opened.experts, strict=True):
-            _check_leaves(leaves | sidecar.leaves[expert.name], expert.leaves, advance)
+            _check_leaves(leaves | sidecar.leaves[expert.name], expert.stored, advance)
     difference = parity.compare_logits(pathlib.Path(directory), manifest, source.shared, source.experts)
     return parity.Parity(len(opened.table), difference)
 

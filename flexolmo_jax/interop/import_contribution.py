@@ -17,7 +17,7 @@ from flexolmo_jax.interop.import_hf import failed, imported_note
 from flexolmo_jax.interop.sidecar import Sidecar, open_sidecar
 from flexolmo_jax.merging.contribution import size
 from flexolmo_jax.merging.merge import read_anchor
-from flexolmo_jax.merging.opt_out import IMPORTED
+from flexolmo_jax.merging.opt_out import IMPORTED, with_merged_router
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.progress import byte_progress
 
@@ -28,8 +28,9 @@ def import_contribution(
     """Makes a contribution of the second expert of a pair.
 
     All that the pair shares with the anchor is compared with it first, bit for bit: the shared leaves, and the first
-    expert's feed-forward, router rows and bias. A directory that `export_hf` wrote gives back the contribution that was
-    exported, also where its bias was left out.
+    expert's feed-forward, router rows and bias. Where a leaf of the pair has another dtype, it must be the anchor's,
+    cast to that. A directory that `export_hf` wrote gives back the contribution that was exported, also where its bias
+    was left out.
 
     Args:
       source: local directory of the pair.
@@ -50,7 +51,8 @@ def import_contribution(
     if opened.config.num_experts != 2:
         raise UserError(f"--source={source}: has {opened.config.num_experts or 1} experts; a contribution comes of two")
     shared, own = open_model(anchor, base, f"--anchor={anchor}")
-    first = own[directories.ANCHOR_NAME]
+    shared = _in_dtypes_of(opened.shared, shared)
+    first = _in_dtypes_of(opened.experts[0], own[directories.ANCHOR_NAME])
     _check_architecture(opened, base, anchor)
     _check_rows(opened, first, anchor)
     same = {key: tensor for key, tensor in opened.table.items() if all(not part.expert for part in tensor.parts)}
@@ -70,7 +72,7 @@ def import_contribution(
         with byte_progress("import", size(leaves)) as advance:
             content = dict(sorted(leaves.items()))
             digests = write_tree(directory / directories.PARAMS, content, lambda leaf: leaf, advance)
-        expert = directories.Expert(name, dict(sorted(digests.items())), {})
+        expert = directories.Expert(name, digests, {})
         written = {
             leaf: Slice(stored, None, f"{label}: leaf {leaf}")
             for leaf, stored in directories.open_params(directory).items()
@@ -86,11 +88,13 @@ def import_contribution(
         pair = dataclasses.replace(base, experts=(base.experts[0], expert), top_k=opened.config.top_k)
         experts = {directories.ANCHOR_NAME: first | without_bias, name: written | without_bias}
         gate = parity.Parity(len(opened.table), parity.compare_logits(opened.path, pair, shared, experts))
-        exported = sidecar is not None and expert.leaves == _exported_leaves(sidecar)
-        card = sidecar.manifest.experts[1].card if exported else {IMPORTED: imported_note(opened, gate)}
-        contribution = directories.Contribution(
-            dataclasses.replace(expert, card=card), base.anchor_digest, base.architecture
-        )
+        merged = with_merged_router(sidecar.manifest).experts[1] if sidecar else None
+        exported = merged is not None and digests == merged.stored
+        if exported:
+            expert = dataclasses.replace(merged, name=name)
+        else:
+            expert = dataclasses.replace(expert, card={IMPORTED: imported_note(opened, gate)})
+        contribution = directories.Contribution(expert, base.anchor_digest, base.architecture)
         contribution.write(directory)
     changed = sidecar is not None and not exported
     lines = [f"{source}: was changed since its export; imported as it is now, without its owner's card"]
@@ -125,10 +129,9 @@ def _bias(sidecar: Sidecar) -> dict[str, Slice]:
     return {names.BIAS: held[name][names.BIAS]}
 
 
-def _exported_leaves(sidecar: Sidecar) -> dict[str, str]:
-    """{leaf: digest} of the expert as it was merged."""
-    expert, tuned = sidecar.manifest.experts[1], sidecar.manifest.tuned
-    return {**expert.leaves, **(tuned["merged_router"][expert.name] if tuned else {})}
+def _in_dtypes_of(theirs: Mapping[str, Slice], ours: Mapping[str, Slice]) -> dict[str, Slice]:
+    """Our leaves, each cast to the dtype of theirs, where there is one."""
+    return {leaf: part.as_dtype(theirs[leaf].dtype) if leaf in theirs else part for leaf, part in ours.items()}
 
 
 def _check_architecture(opened: HuggingFace, base: directories.Model, anchor: epath.PathLike) -> None:

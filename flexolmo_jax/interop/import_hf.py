@@ -79,7 +79,8 @@ def import_model(
         if not restored:
             note = imported_note(opened, gate) | {"experts": order}
             note |= {"public_rows_from": _name(public_rows_from)} if public_rows_from else {}
-            manifest = _with_cards(manifest, sidecar, {SEQUENCE_LENGTH: opened.config.max_length, IMPORTED: note})
+            manifest = _as_known(manifest, sidecar.manifest) if sidecar else manifest
+            manifest = _with_anchor_card(manifest, {SEQUENCE_LENGTH: opened.config.max_length, IMPORTED: note})
         manifest.write(directory)
     return manifest, [*lines, *gate.lines()]
 
@@ -189,9 +190,10 @@ def _check(
 def _changes(now: directories.Model, then: directories.Model) -> list[str]:
     """What of an exported model is no longer what its manifest says."""
     experts = len(now.experts)
-    changes = [leaf for leaf, digest in now.shared.items() if digest != then.shared.get(leaf)]
-    for mine, theirs in zip(now.experts, then.experts, strict=True):
-        changes += [f"{leaf} of {mine.name}" for leaf in mine.leaves if mine.leaves[leaf] != theirs.leaves.get(leaf)]
+    changes = []
+    for name, leaves in now.stored.items():
+        odd = [leaf for leaf, digest in leaves.items() if digest != then.stored[name].get(leaf)]
+        changes += [f"{leaf} of {name}" if name else leaf for leaf in odd]
     changes = [f"{changes[0]} and {len(changes) - 1} more leaves"] if len(changes) > 3 else changes
     settings = (
         ("experts per token", min(now.top_k, experts) != min(then.top_k, experts)),
@@ -201,11 +203,24 @@ def _changes(now: directories.Model, then: directories.Model) -> list[str]:
     return changes + [name for name, changed in settings if changed]
 
 
-def _with_cards(
-    manifest: directories.Model, sidecar: Sidecar | None, anchor_card: Mapping[str, Any]
-) -> directories.Model:
-    """The manifest with the cards that the directory had, and more on the anchor's."""
-    cards = {expert.name: expert.card for expert in sidecar.manifest.experts} if sidecar else {}
-    cards[directories.ANCHOR_NAME] = {**cards.get(directories.ANCHOR_NAME, {}), **anchor_card}
-    experts = (dataclasses.replace(expert, card=cards.get(expert.name, {})) for expert in manifest.experts)
-    return dataclasses.replace(manifest, experts=tuple(experts))
+def _as_known(now: directories.Model, then: directories.Model) -> directories.Model:
+    """The manifest of a changed model with what is still known of it: cards, and all of leaves that are the same."""
+
+    def known(found, published, stored, casts):
+        same = {leaf for leaf, digest in found.items() if digest == stored.get(leaf)}
+        leaves = {leaf: published[leaf] if leaf in same else digest for leaf, digest in found.items()}
+        return leaves, {leaf: cast for leaf, cast in casts.items() if leaf in same}
+
+    experts = []
+    for mine, theirs in zip(now.experts, then.experts, strict=True):
+        leaves, casts = known(mine.leaves, theirs.leaves, theirs.stored, theirs.casts)
+        owners = theirs.contribution if leaves == dict(theirs.leaves) else None
+        experts.append(directories.Expert(mine.name, leaves, theirs.card, casts, owners))
+    shared, casts = known(now.shared, then.shared, then.stored[""], then.casts)
+    return dataclasses.replace(now, experts=tuple(experts), shared=shared, casts=casts)
+
+
+def _with_anchor_card(manifest: directories.Model, more: Mapping[str, Any]) -> directories.Model:
+    """The manifest with more on the anchor's data card."""
+    anchor, *others = manifest.experts
+    return dataclasses.replace(manifest, experts=(dataclasses.replace(anchor, card={**anchor.card, **more}), *others))

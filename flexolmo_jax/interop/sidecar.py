@@ -13,12 +13,11 @@ from etils import epath
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.tree import Slice, open_tree, write_tree
-from flexolmo_jax.checkpoint.verify import check_digests
+from flexolmo_jax.checkpoint.verify import check_digests, write_merged_router
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop.hugging_face import HuggingFace, leaf_shapes
 from flexolmo_jax.interop.names import BIAS, ROW
-from flexolmo_jax.merging.opt_out import CERTIFICATE_FILE
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.training.inputs import PUBLIC
 
@@ -68,10 +67,9 @@ def write_sidecar(
         write_tree(folder / directories.PARAMS, tree, directories.digest_name), manifest.roster
     )[1]
     for expert, found in zip(manifest.experts, digests, strict=True):
-        check_digests(found, expert.leaves, own[expert.name])
+        check_digests(found, expert.stored, own[expert.name])
     if merged_router:
-        for name, found in directories.write_merged_router(folder, merged_router).items():
-            check_digests(found, manifest.tuned["merged_router"][name], merged_router[name])
+        write_merged_router(folder, merged_router, manifest)
     manifest.write(folder)
 
 
@@ -102,8 +100,9 @@ def open_sidecar(opened: HuggingFace, flag: str) -> Sidecar | None:
 
 def copy_beside(source: epath.Path, directory: epath.Path) -> None:
     """Copies what may lie beside a model's parameters: its certificate, and its sample of public data."""
-    if (source / CERTIFICATE_FILE).exists():
-        (source / CERTIFICATE_FILE).copy(directory / CERTIFICATE_FILE)
+    certificate = directories.CERTIFICATE_FILE
+    if (source / certificate).exists():
+        (source / certificate).copy(directory / certificate)
     directories.copy_files(source / PUBLIC, directory / PUBLIC)
 
 
@@ -115,8 +114,7 @@ def restore(sidecar: Sidecar, directory: epath.Path) -> None:
     """
     if sidecar.manifest.tuned:
         routers = directories.merged_router(sidecar.path, sidecar.manifest)
-        for name, found in directories.write_merged_router(directory, routers).items():
-            check_digests(found, sidecar.manifest.tuned["merged_router"][name], routers[name])
+        write_merged_router(directory, routers, sidecar.manifest)
     if (sidecar.path / PUBLIC).exists():
         Corpus.open(sidecar.path / PUBLIC).verify()
     copy_beside(sidecar.path, directory)

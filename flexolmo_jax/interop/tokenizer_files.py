@@ -15,7 +15,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop.config import CONFIG_FILE, Config, generation_document
 
 KEPT = directories.TOKENIZER_FOLDER
-FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = directories.TOKENIZER_FILES
 
 
 def read_tokenizer(source: pathlib.Path, config: Config) -> tuple[str, int]:

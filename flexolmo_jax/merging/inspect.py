@@ -1,5 +1,6 @@
 """What a directory is, and whether its content is what its manifest says."""
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.roster import Casts
 from flexolmo_jax.checkpoint.tree import Slice
 from flexolmo_jax.checkpoint.verify import check_content, check_leaves, check_model, open_model
 from flexolmo_jax.data.corpus import Corpus
@@ -26,6 +28,9 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
     Raises:
       UserError: not one of our directories, or its content is not what its manifest says.
     """
+    if not epath.Path(path).is_dir():
+        state = "is a file" if epath.Path(path).exists() else "no such directory"
+        raise UserError(f"{path}: {state}; give a model, a contribution or a corpus directory")
     kind = directories.kind_of(path)
     if kind is None:
         raise UserError(f"{path}: neither a model, a contribution nor a corpus; give one of these directories")
@@ -34,7 +39,7 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
 
 
 def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
-    manifest = directories.Model.read(path, flag="inspect")
+    manifest = directories.Model.read(path, flag="inspect", strict=True)
     shared, experts = open_model(path, manifest, str(path))
     if check:
         check_model(manifest, shared, experts)
@@ -43,6 +48,8 @@ def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
         "architecture": _architecture(manifest.architecture),
         "anchor digest": manifest.anchor_digest,
         "shared leaves": f"{_parameters(shared):,} parameters",
+        "dtype": _dtypes({"": shared, **experts}),
+        **_casts([(expert.name, expert.casts) for expert in manifest.experts], manifest.casts),
         "experts per token": f"{min(manifest.top_k, len(manifest.experts))} of {len(manifest.experts)}",
         "tuned since": ", ".join(manifest.tuned["leaves"]) if manifest.tuned else "nothing",
     }
@@ -55,19 +62,25 @@ def _check_company(path: epath.Path, manifest: directories.Model) -> None:
     if tokenizer.exists() and load_tokenizer(tokenizer, eos_id=manifest.eos_id).digest != manifest.tokenizer_digest:
         raise UserError(f"{tokenizer}: not the tokenizer that the model was trained with; copy it again")
     if manifest.tuned:
-        check_content(directories.merged_router(path, manifest), manifest.tuned["merged_router"])
+        check_content(directories.merged_router(path, manifest), manifest.stored_router)
     if (path / PUBLIC).exists():
         Corpus.open(path / PUBLIC).verify()
 
 
 def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
-    contribution = directories.Contribution.read(path, flag="inspect")
+    contribution = directories.Contribution.read(path, flag="inspect", strict=True)
+    expert = contribution.expert
     leaves = {leaf: Slice(s, None, f"{path}: leaf {leaf}") for leaf, s in directories.open_params(path).items()}
-    check_leaves(leaves, contribution.expert.leaves, str(path))
+    check_leaves(leaves, expert.leaves, str(path))
     if check:
-        check_content({"expert": leaves}, {"expert": contribution.expert.leaves})
-    facts = {"architecture": _architecture(contribution.architecture), "anchor digest": contribution.anchor_digest}
-    return facts, _roster([(contribution.expert, leaves)])
+        check_content({"expert": leaves}, {"expert": expert.stored})
+    facts = {
+        "architecture": _architecture(contribution.architecture),
+        "anchor digest": contribution.anchor_digest,
+        "dtype": _dtypes({"expert": leaves}),
+        **_casts([(expert.name, expert.casts)]),
+    }
+    return facts, _roster([(expert, leaves)])
 
 
 def _corpus(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], None]:
@@ -90,9 +103,24 @@ def _roster(members: list[tuple[directories.Expert, Mapping[str, Slice]]]) -> Ta
         tokens = card.get("trained_tokens")
         trained = f"{tokens:,}" if isinstance(tokens, int) else "-"
         said = "; ".join(str(card[key]) for key in ("description", "license") if card.get(key)) or "-"
+        name = expert.name if expert.owner_name == expert.name else f"{expert.name} (its owner's {expert.owner_name})"
         # Text: what an owner wrote is no markup.
-        table.add_row(expert.name, expert.digest[:12], f"{_parameters(leaves):,}", trained, Text(said))
+        table.add_row(Text(name), expert.digest[:12], f"{_parameters(leaves):,}", trained, Text(said))
     return table
+
+
+def _dtypes(groups: Mapping[str, Mapping[str, Slice]]) -> str:
+    """The dtypes of leaves, the most frequent first, and how many have each where there are several."""
+    counts = collections.Counter(part.dtype.name for leaves in groups.values() for part in leaves.values())
+    return ", ".join(f"{name} ({n} leaves)" if len(counts) > 1 else name for name, n in counts.most_common())
+
+
+def _casts(experts: list[tuple[str, Casts]], shared: Casts | None = None) -> dict[str, str]:
+    """A line where leaves are stored in another dtype than they were published in."""
+    groups = [*experts, ("shared", shared or {})]
+    counts = collections.Counter((name, " to ".join(c["dtypes"])) for name, casts in groups for c in casts.values())
+    said = "; ".join(f"{name}: {n} leaves from {dtypes}" for (name, dtypes), n in counts.items())
+    return {"cast": said} if said else {}
 
 
 def _parameters(leaves: Mapping[str, Slice]) -> int:

@@ -8,44 +8,52 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, write_tree
-from flexolmo_jax.checkpoint.verify import check_digests, open_model
+from flexolmo_jax.checkpoint.verify import cast_slices, open_model, with_casts
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.merging.contribution import Member, open_contribution, size
+from flexolmo_jax.merging.contribution import Alias, Member, open_contribution, size
 from flexolmo_jax.progress import byte_progress
 
 
 def merge(
-    anchor: epath.PathLike, contributions: Sequence[epath.PathLike], out: epath.PathLike, top_k: int
+    anchor: epath.PathLike,
+    contributions: Sequence[epath.PathLike | Alias],
+    out: epath.PathLike,
+    top_k: int,
+    dtype: str | None = None,
 ) -> directories.Model:
     """Merges contributions into a model directory; the order in which they are given does not matter.
 
     The feed-forwards and router rows of the anchor and of the contributions, sorted by name, are stacked
     (FlexOlmo, arXiv 2507.07024, section 3). Every leaf is digested block by block on its way and
-    compared with what the manifests say.
+    compared with what the manifests say. A contribution's leaf that has another dtype than the anchor's is cast to
+    that, and every leaf to `dtype` where it is given; the manifest records it (docs/formats.md).
 
     Args:
       anchor: model directory of the anchor.
-      contributions: contribution directories.
+      contributions: contribution directories, or aliases of them.
       out: the model directory to make.
       top_k: how many experts compute each token (all of them, where there are fewer).
+      dtype: of all leaves ("float32", "bfloat16" or "float16"), or None: those of the anchor.
 
     Raises:
-      UserError: an input is not what its manifest says, two contributions have one name, or `out` exists.
+      UserError: an input is not what its manifest says, or holds what does not belong in it, two contributions have
+        one name, a value is too large for its dtype, or `out` exists.
     """
-    merged, shared, experts = gather(anchor, contributions, top_k)
+    merged, shared, experts = gather(anchor, contributions, top_k, dtype)
     with atomic_directory(out) as directory:
-        assemble(directory, merged, shared, experts)
+        merged = assemble(directory, merged, shared, experts)
         copy_tokenizer(anchor, directory)
     return merged
 
 
 def gather(
-    anchor: epath.PathLike, contributions: Sequence[epath.PathLike], top_k: int
+    anchor: epath.PathLike, contributions: Sequence[epath.PathLike | Alias], top_k: int, dtype: str | None = None
 ) -> tuple[directories.Model, dict[str, Slice], dict[str, dict[str, Slice]]]:
     """Opens what a merge is made of, without reading a leaf's content.
 
     Returns:
-      (the merge's manifest, {path: slice} of the shared leaves, {expert: {leaf: slice}} in the order of the roster).
+      (the merge's manifest before any cast, {path: slice} of the shared leaves, {expert: {leaf: slice}} in the order
+      of the roster).
 
     Raises:
       UserError: as `merge`, but for what only reading the content shows.
@@ -53,13 +61,18 @@ def gather(
     if top_k < 1:
         raise UserError(f"--top_k={top_k}: must be at least 1")
     manifest = read_anchor(anchor)
-    shared, own = open_model(anchor, manifest, f"--anchor={anchor}")
+    opened = open_model(anchor, manifest, f"--anchor={anchor}")
+    shared, own = cast_slices(manifest, *opened, dtype)
     members, given = [], {}
-    for path in contributions:
-        member = open_contribution(path, manifest, own[directories.ANCHOR_NAME])
+    for contribution in contributions:
+        alias, path = contribution if isinstance(contribution, Alias) else (None, contribution)
+        member = open_contribution(path, manifest, own[directories.ANCHOR_NAME], alias)
         name = member.expert.name
         if name in given:
-            raise UserError(f"--contribution={path}: its expert '{name}' came already, from {given[name]}; give one")
+            raise UserError(
+                f"--contribution={path}: its expert is called '{name}', as that of {given[name]} is; "
+                f"give one of them another name (--contribution=NAME={path})"
+            )
         given[name] = path
         members.append(member)
     members.sort(key=lambda member: member.expert.name)
@@ -74,7 +87,7 @@ def read_anchor(path: epath.PathLike) -> directories.Model:
     Raises:
       UserError: no model directory, or a merged model, or one that was trained on after a merge.
     """
-    manifest = directories.Model.read(path, flag="--anchor")
+    manifest = directories.Model.read(path, flag="--anchor", strict=True)
     if len(manifest.experts) > 1:
         raise UserError(
             f"--anchor={path}: a merged model ({', '.join(manifest.roster)}); give the anchor it was made from"
@@ -89,8 +102,11 @@ def assemble(
     manifest: directories.Model,
     shared: Mapping[str, Slice],
     experts: Mapping[str, Mapping[str, Slice]],
-) -> None:
+) -> directories.Model:
     """Streams these leaves into a model directory and checks every one against the manifest.
+
+    Returns:
+      The manifest that was written, with a record of every cast.
 
     Raises:
       UserError: the content of a leaf is not what its digest says, or is not finite.
@@ -100,10 +116,10 @@ def assemble(
         leaves = directories.model_leaves(shared, experts)
         digests = write_tree(directory / directories.PARAMS, leaves, directories.digest_name, advance)
     found_shared, found_experts = directories.split_digests(digests, manifest.roster)
-    check_digests(found_shared, manifest.shared, shared)
-    for expert, found in zip(manifest.experts, found_experts, strict=True):
-        check_digests(found, expert.leaves, experts[expert.name])
+    found = dict(zip(manifest.roster, found_experts, strict=True))
+    manifest = with_casts(manifest, shared, experts, found_shared, found)
     manifest.write(directory)
+    return manifest
 
 
 def copy_tokenizer(source: epath.PathLike, directory: epath.Path) -> None:

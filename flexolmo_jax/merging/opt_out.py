@@ -9,11 +9,10 @@ from etils import epath
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.verify import check_digests, open_model
+from flexolmo_jax.checkpoint.verify import open_model, write_merged_router
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.merging.merge import assemble, copy_tokenizer
 
-CERTIFICATE_FILE = "certificate.json"
 IMPORTED = "imported"  # in an anchor's data card: where a model came from; "experts" are those that came with it
 EXACT = "exact: every leaf equals, byte for byte, the merge that never had the removed experts"
 ROUTER_RETURNED = EXACT + "; the router is the merge's again, its later tuning was undone"
@@ -47,9 +46,10 @@ def opt_out(
       keep_tuned_router: keep router rows and biases as tuned.
 
     Raises:
-      UserError: a name is not on the roster or is the anchor, the model is damaged, or `out` exists.
+      UserError: a name is not on the roster or is the anchor, the model is damaged or holds what does not belong in
+        it, or `out` exists.
     """
-    manifest = directories.Model.read(model, flag="--model")
+    manifest = directories.Model.read(model, flag="--model", strict=True)
     check_removable(names, manifest.roster, "--expert")
     shared, experts = open_model(model, manifest, f"--model={model}")
     trained = set(manifest.tuned["leaves"]) if manifest.tuned else set()
@@ -57,11 +57,11 @@ def opt_out(
     routers = directories.merged_router(model, manifest) if trained else {}
     if trained and not keep_tuned_router:
         experts = {name: leaves | routers[name] for name, leaves in experts.items()}
-        manifest = _with_merged_router(manifest)
+        manifest = with_merged_router(manifest)
     remaining = _without(manifest, names, together)
     certificate = {
-        "removed": [{"name": e.name, "digest": e.digest} for e in manifest.experts if e.name in names],
-        "remaining": [{"name": e.name, "digest": e.digest} for e in remaining.experts],
+        "removed": [_line(expert) for expert in manifest.experts if expert.name in names],
+        "remaining": [_line(expert) for expert in remaining.experts],
         "anchor_digest": remaining.anchor_digest,
         "guarantee": _guarantee(trained, together, bool(imported_experts(manifest))),
         "trained_together": sorted(together),
@@ -71,10 +71,15 @@ def opt_out(
         copy_tokenizer(model, directory)
         if remaining.tuned:
             routers = {name: routers[name] for name in remaining.roster}
-            for name, found in directories.write_merged_router(directory, routers).items():
-                check_digests(found, remaining.tuned["merged_router"][name], routers[name])
-        (directory / CERTIFICATE_FILE).write_text(json.dumps(certificate, indent=2) + "\n")
+            write_merged_router(directory, routers, remaining)
+        (directory / directories.CERTIFICATE_FILE).write_text(json.dumps(certificate, indent=2) + "\n")
     return certificate
+
+
+def _line(expert: directories.Expert) -> dict[str, str]:
+    """An expert in a certificate; its owner's name for it, where that is another."""
+    line = {"name": expert.name, "digest": expert.digest}
+    return line if expert.owner_name == expert.name else line | {"owner_name": expert.owner_name}
 
 
 def check_removable(names: Sequence[str], roster: Sequence[str], flag: str) -> None:
@@ -107,15 +112,18 @@ def _without(manifest: directories.Model, names: Sequence[str], together: Set[st
     experts = tuple(expert for expert in manifest.experts if expert.name not in names)
     tuned = None
     if together:
-        merged_router = {expert.name: manifest.tuned["merged_router"][expert.name] for expert in experts}
-        tuned = {**manifest.tuned, "leaves": sorted(together), "merged_router": merged_router}
+        tuned = dataclasses.replace(manifest, experts=experts).tuned_in(together)
     # An anchor alone is the anchor again, as it was published.
     top_k = manifest.top_k if len(experts) > 1 else 1
     return dataclasses.replace(manifest, experts=experts, tuned=tuned, top_k=top_k)
 
 
-def _with_merged_router(manifest: directories.Model) -> directories.Model:
+def with_merged_router(manifest: directories.Model) -> directories.Model:
     """The manifest that describes the experts with the merge's router in place of the tuned one."""
-    merged = manifest.tuned["merged_router"]
-    experts = tuple(directories.Expert(e.name, {**e.leaves, **merged[e.name]}, e.card) for e in manifest.experts)
-    return dataclasses.replace(manifest, experts=experts)
+    merged, casts = manifest.merged_router, manifest.merged_router_casts
+    experts = []
+    for expert in manifest.experts:
+        others = {leaf: cast for leaf, cast in expert.casts.items() if leaf not in merged[expert.name]}
+        leaves = {**expert.leaves, **merged[expert.name]}
+        experts.append(dataclasses.replace(expert, leaves=leaves, casts=others | casts.get(expert.name, {})))
+    return dataclasses.replace(manifest, experts=tuple(experts))

@@ -22,7 +22,7 @@ from flexolmo_jax.model.experts import DISPATCH
 from flexolmo_jax.training.partition import trainable_paths
 
 EXPERT = directories.MIXTURE + "expert/"  # where the leaves of the expert in training lie
-PUBLIC = "public"  # in a model directory: the sample of public data that came with an anchor
+PUBLIC = directories.PUBLIC
 _CHOICES = {
     ("compute", "dtype"): ("float32", "bfloat16"),
     ("compute", "frozen_dtype"): ("float32", "bfloat16"),

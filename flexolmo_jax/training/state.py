@@ -101,11 +101,16 @@ def _read(
         return jax.device_put(_new_row(config, like.shape), like.sharding)
     if path == EXPERT + "bias":
         return jax.device_put(np.full(like.shape, config.init.bias, np.float32), like.sharding)
-    source = path.replace(EXPERT, directories.MIXTURE + "anchor/")
+    source = start_leaf(path)
     label = f"--config.start_from={config.start_from}: leaf {source}"
     if source not in stored or tuple(stored[source].shape) != like.shape:
         raise UserError(f"{label} is missing or misshapen; copy the model again from its source")
     return tree.read_leaf(stored[source], like.sharding, like.dtype, label)
+
+
+def start_leaf(path: str) -> str:
+    """The leaf of `start_from` that a leaf starts from, an expert's from the anchor's."""
+    return path.replace(EXPERT, directories.MIXTURE + "anchor/")
 
 
 def _new_row(config: ConfigDict, shape: tuple[int, int]) -> np.ndarray:

@@ -89,5 +89,7 @@ def test_a_data_card_is_text_and_no_markup(home, tmp_path):
 
 def test_refuses_what_is_none_of_ours(home, tmp_path):
     assert_refused(flexolmo("inspect"), "inspect", "no directory given")
-    for path in (tmp_path, tmp_path / "nosuch"):
-        assert_refused(flexolmo("inspect", path), "inspect", path, "neither a model, a contribution nor a corpus")
+    assert_refused(flexolmo("inspect", tmp_path), "inspect", tmp_path, "neither a model, a contribution nor a corpus")
+    assert_refused(flexolmo("inspect", tmp_path / "nosuch"), "inspect", tmp_path / "nosuch", "no such directory")
+    (tmp_path / "file").write_text("")
+    assert_refused(flexolmo("inspect", tmp_path / "file"), "inspect", tmp_path / "file", "is a file", "directory")

@@ -14,7 +14,6 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.merging.opt_out import (
     AS_IMPORTED,
-    CERTIFICATE_FILE,
     EXACT,
     REMOVED_ONLY,
     ROUTER_KEPT,
@@ -23,6 +22,7 @@ from flexolmo_jax.merging.opt_out import (
     opt_out,
 )
 
+CERTIFICATE_FILE = "certificate.json"
 NAMES = ["code", "legal", "news"]
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12))
 GATE = directories.MIXTURE + "experts/gate"

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import ml_dtypes
 import numpy as np
 import pytest
 import small
@@ -90,11 +89,15 @@ REFUSED = {
     "missing leaf": (leaves_with(row=lambda _: None), ["--contribution=", "lacks the leaf row"]),
     "extra leaf": (leaves_with(extra=lambda _: np.ones(3, np.float32)), ["--contribution=", "unknown leaf extra"]),
     "misshapen leaf": (leaves_with(up=lambda up: up[..., :-1]), ["leaf up", "[2, 16, 23]", "[2, 16, 24]"]),
-    "other dtype": (leaves_with(up=lambda up: up.astype(ml_dtypes.bfloat16)), ["leaf up", "bfloat16", "float32"]),
+    "float64": (
+        leaves_with(up=lambda up: up.astype(np.float64)),
+        ["leaf up", "float64", "float32"],
+    ),
+    "whole numbers": (leaves_with(up=lambda up: up.astype(np.int32)), ["leaf up", "int32", "bfloat16"]),
     "not finite": (file_with(GATE, not_a_number), ["--contribution=", "leaf gate", "not finite"]),
     "one byte flipped": (file_with(GATE, flip), ["--contribution=", "leaf gate", "altered", "copy it again"]),
     "truncated file": (file_with(GATE, lambda data: data[:-1]), ["--contribution=", "leaf gate", "truncated"]),
-    "a file besides": (file_with("params/notes", lambda data: b"hello"), ["bad/params", "holds notes", "index"]),
+    "a file besides": (file_with("params/notes", lambda data: b"hello"), ["bad: holds params/notes", "no part of it"]),
     "missing file": (file_with(GATE, lambda data: None), ["--contribution=", "leaf gate", "missing"]),
     "missing index": (file_with("params/_METADATA", lambda data: None), ["bad/params", "no parameters here"]),
     "damaged index": (file_with("params/_METADATA", lambda data: data[:-9]), ["bad/params/_METADATA", "damaged"]),
@@ -124,7 +127,8 @@ def test_a_bad_contribution_is_refused(home, tmp_path, fault):
 def test_two_contributions_of_one_name_are_refused(home, tmp_path):
     small.contribution(tmp_path / "bad", home / "anchor", name="news", seed=3)
     result = merge(tmp_path, home / "anchor", home / "news", tmp_path / "bad")
-    assert_refused(result, "merge", f"--contribution={tmp_path}/bad", "'news'", home / "news")
+    words = [f"--contribution={tmp_path}/bad", "'news'", home / "news", f"--contribution=NAME={tmp_path}/bad"]
+    assert_refused(result, "merge", *words)
 
 
 def test_a_merged_model_is_no_anchor(home, tmp_path):
@@ -144,7 +148,11 @@ def test_only_a_model_is_an_anchor(home, tmp_path, kind):
         ("params/head/c.0.0", flip, ["leaf head", "altered"]),
         ("params/blocks.mixture.anchor.up/c.0.0.0", flip, ["leaf blocks/mixture/anchor/up", "altered"]),
         ("params/head/c.0.0", lambda data: data[:-1], ["leaf head", "truncated"]),
-        ("params/_METADATA", lambda data: data.replace(b'"head"', b'"tail"'), ["holds head", "index"]),
+        (
+            "params/_METADATA",
+            lambda data: data.replace(b'"head"', b'"tail"'),
+            ["holds params/head", "no part of"],
+        ),
         ("model.json", lambda data: data[:-9], ["model.json", "damaged"]),
         ("model.json", lambda data: data.replace(b'"embedding"', b'"embeddings"'), ["leaf embedding", "manifest"]),
     ],
