@@ -172,6 +172,14 @@ def read_params(directory):
     return {path: read_block(leaf, (slice(None),) * len(leaf.shape), path) for path, leaf in stored.items()}
 
 
+def assert_same_leaves(found, expected):
+    """Two {path: array} have the same paths, dtypes, shapes and bytes."""
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert (found[path].dtype, found[path].shape) == (leaf.dtype, leaf.shape), path
+        assert found[path].tobytes() == leaf.tobytes(), path
+
+
 def files(directory):
     """{relative path: SHA-256 of the file} of everything in a directory."""
     root = pathlib.Path(directory)

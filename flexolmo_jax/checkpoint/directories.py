@@ -187,7 +187,7 @@ class Model:
 
         Args:
           directory: the model directory.
-          flag: names the flag that asked for it, in errors.
+          flag: names the flag that asked for it, in errors; "" where none did.
           strict: whether nothing else may be in the directory, and no link may lead out of it.
 
         Raises:
@@ -352,16 +352,17 @@ def kind_of(directory: epath.PathLike) -> str | None:
 
 
 def _read_manifest(directory: epath.Path, file: str, kind: str, flag: str, strict: bool) -> dict[str, Any]:
+    said = f"{flag}={directory}" if flag else str(directory)
     if not directory.exists():
-        raise UserError(f"{flag}={directory}: no such directory; give a {kind} directory")
+        raise UserError(f"{said}: no such directory; give a {kind} directory")
     if not (directory / file).exists():
         found = kind_of(directory)
         is_a = f"is a {found} directory" if found else f"has no {file}"
-        raise UserError(f"{flag}={directory}: {is_a}; give a {kind} directory")
+        raise UserError(f"{said}: {is_a}; give a {kind} directory")
     if strict:
-        check_files(directory, HOLDS[kind], f"{flag}={directory}")
+        check_files(directory, HOLDS[kind], said)
     if not (directory / file).is_file():
-        raise UserError(f"{flag}={directory}: {file} is no file; copy the directory again from its source")
+        raise UserError(f"{said}: {file} is no file; copy the directory again from its source")
     try:
         document = json.loads((directory / file).read_text())
         version = document["format"]

@@ -39,7 +39,7 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
 
 
 def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
-    manifest = directories.Model.read(path, flag="inspect", strict=True)
+    manifest = directories.Model.read(path, flag="", strict=True)
     shared, experts = open_model(path, manifest, str(path))
     if check:
         check_model(manifest, shared, experts)
@@ -68,7 +68,7 @@ def _check_company(path: epath.Path, manifest: directories.Model) -> None:
 
 
 def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
-    contribution = directories.Contribution.read(path, flag="inspect", strict=True)
+    contribution = directories.Contribution.read(path, flag="", strict=True)
     expert = contribution.expert
     leaves = {leaf: Slice(s, None, f"{path}: leaf {leaf}") for leaf, s in directories.open_params(path).items()}
     check_leaves(leaves, expert.leaves, str(path))
