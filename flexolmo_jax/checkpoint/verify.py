@@ -142,5 +142,6 @@ def new_casts(
     return {
         leaf: casts[leaf] if leaf in kept else cast_record(casts, leaf, part, found[leaf])
         for leaf, part in sorted(slices.items())
-        if leaf in casts or leaf not in kept
+        # What has become again what was published needs no record.
+        if found[leaf] != published[leaf]
     }

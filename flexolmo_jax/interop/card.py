@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.roster import Casts
 from flexolmo_jax.interop import parity
 from flexolmo_jax.merging.opt_out import imported_experts
 
@@ -123,7 +124,7 @@ def _roster(manifest: directories.Model, size_of: Mapping[str, int]) -> str:
         card = expert.card
         counts = [_number(card.get(key)) for key in ("tokens", "trained_tokens")]
         said = [_cell(card.get(key)) for key in ("license", "description")]
-        rows.append([expert.name, f"`{expert.digest[:12]}`", _number(size_of[expert.name]), *counts, *said])
+        rows.append([_called(expert), f"`{expert.digest[:12]}`", _number(size_of[expert.name]), *counts, *said])
     return _table(rows) + f"\n\nAll experts share {size_of['']:,} parameters (attention, norms, embeddings)."
 
 
@@ -138,14 +139,27 @@ def _details(manifest: directories.Model) -> list[str]:
     return [_table([["expert", "data card", ""], *rows])] if rows else []
 
 
+def _called(expert: directories.Expert) -> str:
+    """The name in the roster, and its owner's where that is another."""
+    return expert.name if expert.owner_name == expert.name else f"{expert.name} (its owner's {expert.owner_name})"
+
+
+def _all_casts(manifest: directories.Model) -> list[Casts]:
+    return [manifest.casts, *(expert.casts for expert in manifest.experts)]
+
+
 def _merge(manifest: directories.Model) -> str:
     top_k = min(manifest.top_k, len(manifest.experts))
     lines = [
         f"{_how(manifest).merge}; {top_k} of {len(manifest.experts)} compute each token.",
         "",
         f"- anchor: `{manifest.anchor_digest}`",
-        *(f"- {expert.name}: `{expert.digest}`" for expert in manifest.experts[1:]),
+        *(f"- {_called(expert)}: `{expert.digest}`" for expert in manifest.experts[1:]),
     ]
+    dtypes = {" to ".join(c["dtypes"]) for casts in _all_casts(manifest) for c in casts.values()}
+    if dtypes:
+        said = ", ".join(sorted(dtypes))
+        lines += ["", f"Weights were cast from {said}; the digests are those of what was published."]
     if manifest.tuned:
         lines += ["", f"Changed since: {', '.join(f'`{leaf}`' for leaf in manifest.tuned['leaves'])}."]
     return "\n".join(lines)
