@@ -9,6 +9,7 @@ time. Whatever else zarr3 allows is read through tensorstore, a block at a time.
 import collections
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -218,7 +219,7 @@ def write_tree(
 ) -> dict[str, str | list[str]]:
     """Writes a tree piece by piece; memory is a few pieces a thread, whatever the leaves' sizes and their number.
 
-    From a source that is not stored in the blocks that it is written in, a thread reads and holds whole blocks.
+    From a source that is not stored in blocks as they are written here, a thread reads and holds whole blocks.
 
     Args:
       path: directory to make.
@@ -284,11 +285,15 @@ def _copy(
 ) -> str:
     """Reads a leaf once, checks and digests it, and gives each block's pieces to `write`; returns the digest."""
     digest, before = (LeafDigest(digest_name, dtype, part.shape) for dtype in (part.dtype, part.source_dtype))
-    read = _reader(part, block)
-    for index in blocks(part.shape, block):
-        pieces = _examined(read(index), part, before)
-        write(index, pieces if part.cast is None else _cast(pieces, part, digest))
-        advance(math.prod(at.stop - at.start for at in index) * part.dtype.itemsize)
+    # A cast leaf lies in blocks of another shape. Both are ranges of the leaf in C order, so that none is held whole.
+    source_block = block if part.cast is None else block_shape(part.shape, part.source_dtype.itemsize)
+    read = _reader(part, source_block)
+    contents = (_examined(read(index), part, before) for index in blocks(part.shape, source_block))
+    if part.cast is not None:
+        contents = _regrouped(_cast(itertools.chain.from_iterable(contents), part, digest), part.shape, block)
+    for index, pieces in zip(blocks(part.shape, block), contents, strict=True):
+        write(index, pieces)
+        advance(_count(index) * part.dtype.itemsize)
     if part.cast is None:
         return before.hexdigest()
     if part.digest is not None:
@@ -334,6 +339,28 @@ def _cast(pieces: Iterable[np.ndarray], part: Slice, digest: LeafDigest) -> Iter
     for values in map(part.rounded, pieces):
         digest.update(values)
         yield values
+
+
+def _regrouped(
+    pieces: Iterator[np.ndarray], shape: Sequence[int], block: Sequence[int]
+) -> Iterator[Iterator[np.ndarray]]:
+    """Yields for each block the pieces of it, of an array's pieces in C order; to be used up before the next."""
+    rest = np.empty(0)
+
+    def of_block(count: int) -> Iterator[np.ndarray]:
+        nonlocal rest
+        while count:
+            rest = rest if rest.size else next(pieces)
+            values, rest = rest[:count], rest[count:]
+            count -= values.size
+            yield values
+
+    yield from (of_block(_count(index)) for index in blocks(shape, block))
+
+
+def _count(index: Index) -> int:
+    """How many values a block has."""
+    return math.prod(at.stop - at.start for at in index)
 
 
 def _all_finite(values: np.ndarray) -> bool:

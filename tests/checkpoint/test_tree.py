@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import small
 import tensorstore as ts
 
 from flexolmo_jax.checkpoint import tree
@@ -143,6 +144,24 @@ def test_a_tree_that_orbax_wrote_is_read(tmp_path):
     digests = write_tree(tmp_path / "ours", {"x": Slice(values, None, "")}, unnamed)
     stored = Slice(open_tree(tmp_path / "theirs")["x"], None, "leaf x")
     assert write_tree(tmp_path / "again", {"x": stored}, unnamed) == digests
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1]], ids=["shorter", "wider"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_casting_a_stored_leaf_is_numpys_and_checks_it(tmp_path, shape, dtypes):
+    """The blocks of the two dtypes differ; what is written lies as if it had never had another dtype."""
+    source, target = dtypes
+    values = array(shape, source)
+    digests = write_tree(tmp_path / "tree", {"x": Slice(values, None, "")}, unnamed)
+    stored = Slice(open_tree(tmp_path / "tree")["x"], None, "leaf x").as_dtype(target, digests["x"])
+    written = write_tree(tmp_path / "cast", {"x": stored, "y": [stored, stored]}, lambda path: "x")
+    plain = {"x": Slice(values.astype(target), None, "")}
+    assert written["x"] == plain_digest("x", values.astype(target)) == digest_slice(stored, "x")
+    assert written["y"] == [written["x"]] * 2
+    write_tree(tmp_path / "plain", plain | {"y": [plain["x"]] * 2}, unnamed)
+    assert small.files(tmp_path / "cast") == small.files(tmp_path / "plain")
+    with pytest.raises(UserError, match="leaf x: altered"):
+        digest_slice(stored._replace(digest="0" * 64), "x")
 
 
 def test_digest_depends_on_name_dtype_shape_and_every_value():
