@@ -31,7 +31,6 @@ from flexolmo_jax.merging.contribution import size
 from flexolmo_jax.merging.merge import gather
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.progress import byte_progress
-from flexolmo_jax.training.inputs import PUBLIC
 
 SAMPLE_TEXT = (
     "An anchor is trained on public text. Each owner of closed text trains one expert on it, at home, and ships the "
@@ -192,8 +191,8 @@ def _samples(source: Source) -> dict[str, np.ndarray]:
     """{name: token ids [ROWS, LENGTH]}: random ones, and text: the model's public sample, or some words of ours."""
     samples = {"random tokens": parity.random_tokens(source.manifest.architecture["vocab_size"])}
     tokenizer = source.path / directories.TOKENIZER_FILE
-    if (source.path / PUBLIC).exists():
-        corpus = Corpus.open(source.path / PUBLIC)
+    if (source.path / directories.PUBLIC).exists():
+        corpus = Corpus.open(source.path / directories.PUBLIC)
         text, ids = "its public sample", _first_tokens(corpus)
     elif tokenizer.exists():
         encoder = load_tokenizer(tokenizer, eos_id=source.manifest.eos_id, label=str(tokenizer))

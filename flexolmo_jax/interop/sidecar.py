@@ -19,7 +19,6 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop.hugging_face import HuggingFace, leaf_shapes
 from flexolmo_jax.interop.names import BIAS, ROW
 from flexolmo_jax.model.architecture import Architecture
-from flexolmo_jax.training.inputs import PUBLIC
 
 FOLDER = "flexolmo"
 
@@ -103,7 +102,7 @@ def copy_beside(source: epath.Path, directory: epath.Path) -> None:
     certificate = directories.CERTIFICATE_FILE
     if (source / certificate).exists():
         (source / certificate).copy(directory / certificate)
-    directories.copy_files(source / PUBLIC, directory / PUBLIC)
+    directories.copy_files(source / directories.PUBLIC, directory / directories.PUBLIC)
 
 
 def restore(sidecar: Sidecar, directory: epath.Path) -> None:
@@ -115,6 +114,6 @@ def restore(sidecar: Sidecar, directory: epath.Path) -> None:
     if sidecar.manifest.tuned:
         routers = directories.merged_router(sidecar.path, sidecar.manifest)
         write_merged_router(directory, routers, sidecar.manifest)
-    if (sidecar.path / PUBLIC).exists():
-        Corpus.open(sidecar.path / PUBLIC).verify()
+    if (sidecar.path / directories.PUBLIC).exists():
+        Corpus.open(sidecar.path / directories.PUBLIC).verify()
     copy_beside(sidecar.path, directory)

@@ -16,7 +16,6 @@ from flexolmo_jax.checkpoint.verify import check_content, check_leaves, check_mo
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.training.inputs import PUBLIC
 
 
 def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table | None]:
@@ -63,8 +62,8 @@ def _check_company(path: epath.Path, manifest: directories.Model) -> None:
         raise UserError(f"{tokenizer}: not the tokenizer that the model was trained with; copy it again")
     if manifest.tuned:
         check_content(directories.merged_router(path, manifest), manifest.stored_router)
-    if (path / PUBLIC).exists():
-        Corpus.open(path / PUBLIC).verify()
+    if (path / directories.PUBLIC).exists():
+        Corpus.open(path / directories.PUBLIC).verify()
 
 
 def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:

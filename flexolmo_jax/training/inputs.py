@@ -22,7 +22,6 @@ from flexolmo_jax.model.experts import DISPATCH
 from flexolmo_jax.training.partition import trainable_paths
 
 EXPERT = directories.MIXTURE + "expert/"  # where the leaves of the expert in training lie
-PUBLIC = directories.PUBLIC
 _CHOICES = {
     ("compute", "dtype"): ("float32", "bfloat16"),
     ("compute", "frozen_dtype"): ("float32", "bfloat16"),
@@ -164,7 +163,7 @@ def split_paths(value: str) -> list[str]:
 
 def public_path(public: str, start_from: str) -> str:
     """The corpus of public data: as configured, or the sample that came with the start."""
-    return public or os.path.join(start_from, PUBLIC)
+    return public or os.path.join(start_from, directories.PUBLIC)
 
 
 def _training_corpora(config: ConfigDict) -> list[tuple[list[Corpus], float]]:

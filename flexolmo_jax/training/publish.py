@@ -15,7 +15,7 @@ from flexolmo_jax.checkpoint.roster import stored_digests
 from flexolmo_jax.checkpoint.tree import Slice, write_tree
 from flexolmo_jax.checkpoint.verify import check_digests, write_merged_router
 from flexolmo_jax.data.corpus import Corpus, copy_documents
-from flexolmo_jax.training.inputs import EXPERT, PUBLIC, Inputs
+from flexolmo_jax.training.inputs import EXPERT, Inputs
 from flexolmo_jax.training.state import start_leaf
 from flexolmo_jax.training.step import Leaves
 
@@ -102,7 +102,7 @@ def _write_model(
             source = epath.Path(config.start_from)
             directories.copy_files(source / directories.TOKENIZER_FOLDER, directory / directories.TOKENIZER_FOLDER)
         if config.publish.public_documents:
-            _publish_sample(config, inputs.corpora[0][0][0], directory / PUBLIC)
+            _publish_sample(config, inputs.corpora[0][0][0], directory / directories.PUBLIC)
     return product
 
 

@@ -18,7 +18,6 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from configs import base
-from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.tree import combined_digest
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.inputs import Inputs, public_path, split_paths
@@ -44,7 +43,7 @@ def describe(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
     row_file = config.init.row_file and epath.Path(config.init.row_file).read_bytes()
     return {
         **record,
-        _CONTENT + "start_from": _start_digest(inputs.manifest) if inputs.manifest else "",
+        _CONTENT + "start_from": inputs.manifest.content_digest if inputs.manifest else "",
         _CONTENT + "data.train": own,
         _CONTENT + "data.public": list(itertools.chain(*public)),
         _CONTENT + "evaluation.data": [corpus.digest for corpus in inputs.held_out.values()],
@@ -174,8 +173,3 @@ def _old_content(before: dict[str, Any], inputs: Inputs) -> str:
     corpora = [*itertools.chain(*(group for group, _ in inputs.corpora)), *inputs.held_out.values()]
     named = zip(map(epath.Path, paths), corpora, strict=False)
     return combined_digest({f"{path}/{file['name']}": file["sha256"] for path, c in named for file in c.files})
-
-
-def _start_digest(manifest: directories.Model) -> str:
-    """Of all leaves of all experts, whatever the path of the model directory."""
-    return combined_digest({**manifest.shared, **{expert.name: expert.digest for expert in manifest.experts}})
