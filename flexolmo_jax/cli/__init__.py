@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     label, traceback_shown = f"{PROGRAM} {verb}", _TRACEBACK in rest
     try:
         if arguments is None and not traceback_shown:
-            process.hang_up_libraries(label)
+            process.quiet_libraries(label)
         _run(verb, rest, alone=arguments is None)
         _flush()
     except KeyboardInterrupt:

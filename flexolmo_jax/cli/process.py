@@ -16,19 +16,19 @@ from flexolmo_jax.cli import failures
 _SHOWN = {"flexolmo_jax": logging.WARNING, "uvicorn": logging.ERROR, "jax._src.xla_bridge": logging.WARNING}
 
 
-def hang_up_libraries(label: str) -> None:
-    """Keeps to the lines that this program writes: what libraries print or log on standard error is dropped.
+def quiet_libraries(label: str) -> None:
+    """Shows on standard error what this program says, and of libraries only what ends the process.
 
-    File descriptor 2, to which code of C++ and Rust writes, leads nowhere from then on; `sys.stderr` does not. Where
-    such code ends the process, the interpreter still says where.
+    To be called before JAX is imported. `sys.stderr` gets a file descriptor of its own, since `errors.rust_errors` turns
+    the second one elsewhere for a while.
 
     Args:
       label: begins each line of a log.
     """
     own = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.stderr = sys.__stderr__ = own
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of XLA, fatal errors alone
     faulthandler.enable(own, all_threads=False)
     warnings.simplefilter("ignore")
     absl_logging.use_absl_handler()

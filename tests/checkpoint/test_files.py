@@ -237,7 +237,7 @@ def test_a_contribution_holds_nothing_else(home, tmp_path, news, payload, verb):
         (link("hugging_face/chat_template.jinja", "/etc/passwd"), "hugging_face/chat_template.jinja"),
         (moved_out("merged_router/blocks.mixture.experts.row"), "merged_router/blocks.mixture.experts.row"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_model_holds_nothing_else(home, tmp_path, add, word, verb):
     shutil.copytree(home / "tuned", tmp_path / "in" / "model")
