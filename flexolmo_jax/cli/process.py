@@ -19,8 +19,8 @@ _SHOWN = {"flexolmo_jax": logging.WARNING, "uvicorn": logging.ERROR, "jax._src.x
 def quiet_libraries(label: str) -> None:
     """Shows on standard error what this program says, and of libraries only what ends the process.
 
-    To be called before JAX is imported. `sys.stderr` gets a file descriptor of its own, since `errors.rust_errors` turns
-    the second one elsewhere for a while.
+    To be called before JAX is imported. `sys.stderr` gets a file descriptor of its own, since `errors.rust_errors`
+    turns the second one elsewhere for a while.
 
     Args:
       label: begins each line of a log.
