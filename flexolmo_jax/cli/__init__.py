@@ -43,7 +43,7 @@ flags.DEFINE_string(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one verb. Whatever fails ends in one line on standard error, and exit status 2 where a user can mend it.
+    """Runs one verb. Whatever fails ends in one line on standard error, and exit status 2 where a user can fix it.
 
     Args:
       arguments: what to run; None for those of this process, which then is set up for it (see `process`).

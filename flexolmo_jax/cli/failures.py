@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from flexolmo_jax.errors import UserError, first_line
 
-USER, PROGRAM = 2, 1  # exit statuses: a user can mend it; nobody foresaw it
+USER, PROGRAM = 2, 1  # exit statuses: a user can fix it; nobody foresaw it
 _ROOT = Path(__file__).parents[2]
 _ROOM = "make room there, or name a place with more"
 # What the operating system refuses, as {errno: (problem, remedy)}. What is not here is not foreseen.
@@ -72,7 +72,7 @@ def describe(error: BaseException, place: str = "", memory: str = "") -> Failure
 
 
 def _foreseen(error: BaseException, place: str, memory: str) -> str | None:
-    """The line of an error that a user can mend; None for all others."""
+    """The line of an error that a user can fix; None for all others."""
     if isinstance(error, UserError):
         return str(error)
     if _is_out_of_memory(error):

@@ -133,7 +133,7 @@ class _Scanner:
 
     def fail(self, reason: str) -> NoReturn:
         """Raises `BadRecordError` at the current place."""
-        raise BadRecordError(f"is not JSON from character {self._before + self._place} on ({reason}); mend it there")
+        raise BadRecordError(f"is not JSON from character {self._before + self._place} on ({reason}); fix it there")
 
     def _read(self, size: int) -> bool:
         """Reads that many characters more, or a chunk; returns False where there is nothing more."""

@@ -227,7 +227,7 @@ def _check_eos(tokenizer: Tokenizer, eos_label: str, kept: bool) -> None:
         raise UserError(f"{label}: has no token {eos_id}, the EOS; name the right tokenizer.json")
     others = [name for name, id in backend.get_vocab().items() if id == eos_id and name != eos]
     if others:
-        raise UserError(f"{label}: has the id {eos_id} for {eos!r}, its EOS, and for {others[0]!r}; mend its ids")
+        raise UserError(f"{label}: has the id {eos_id} for {eos!r}, its EOS, and for {others[0]!r}; fix its ids")
     named = {*special_ids(backend), *KNOWN_EOS}
     if eos not in named:  # it may be a word, and is not hidden from texts
         if eos_id in (_ids_if_any(tokenizer, eos) or ()) or (not kept and may_come_from_text(backend, eos)):

@@ -139,7 +139,7 @@ def load_chat_template(directory: epath.Path, tokenizer: Tokenizer) -> ChatTempl
     except jinja2.TemplateError as error:
         reason = " ".join(str(error).split())
         return (
-            f"the model's chat template cannot be read ({reason}); use /v1/completions, or mend {kept.name}/{file.name}"
+            f"the model's chat template cannot be read ({reason}); use /v1/completions, or fix {kept.name}/{file.name}"
         )
 
 

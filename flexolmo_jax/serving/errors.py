@@ -8,7 +8,7 @@ class ApiError(Exception):
     """A request that gets no answer, or no whole one.
 
     Attributes:
-      status: of HTTP; 4xx where the client can mend it.
+      status: of HTTP; 4xx where the client can fix it.
       message: one line: the field, what is wrong, and what would be right.
       field: the field of the request that is at fault, if one is.
       code: a word for programs, if there is one.

@@ -47,7 +47,7 @@ def trainable_paths(paths: Iterable[str], partition: Sequence[tuple[str, str]]) 
             trainable.add(path)
     idle = [pattern for pattern, decided in deciding.items() if not decided]
     if idle:
-        raise UserError(f"{flag}: '{idle[0]}' decides no leaf of this model; remove it, or mend or move it")
+        raise UserError(f"{flag}: '{idle[0]}' decides no leaf of this model; remove it, or fix or move it")
     if not trainable:
         raise UserError(f"{flag}: every leaf is frozen; mark at least one pattern '{TRAINABLE}'")
     return trainable

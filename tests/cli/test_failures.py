@@ -1,4 +1,4 @@
-"""What a failed command says: one line for what a user can mend, and for what nobody foresaw."""
+"""What a failed command says: one line for what a user can fix, and for what nobody foresaw."""
 
 import errno
 import shutil

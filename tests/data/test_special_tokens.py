@@ -111,7 +111,7 @@ def test_eos_that_shares_its_id_is_refused(tmp_path):
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens([EOS])  # takes the next id after as many tokens, which is that of "b"
     (tmp_path / "tokenizer.json").write_text(backend.to_str())
-    with pytest.raises(UserError, match="has the id 2 for '</s>', its EOS, and for 'b'; mend its ids"):
+    with pytest.raises(UserError, match="has the id 2 for '</s>', its EOS, and for 'b'; fix its ids"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
