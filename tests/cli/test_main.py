@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
     "train": ["config", "workdir", "verify"],
-    "merge": ["anchor", "contribution", "out", "top_k"],
+    "merge": ["anchor", "contribution", "out", "top_k", "dtype"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
     "evaluate": [
         *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),
@@ -26,14 +26,18 @@ FLAGS = {
     ],
     "generate": [
         *("model", "prompt", "without", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed"),
-        *("layers", "dtype"),
+        *("layers", "dtype", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+        *("stop_token_ids", "ignore_eos", "max_length"),
     ],
-    "serve": ["model", "name", "host", "port", "slots", "queue", "max_length", "dtype", "verbose"],
+    "serve": [
+        *("model", "name", "host", "port", "slots", "queue", "max_length", "dtype", "verbose"),
+        *("api_key_file", "cors_origin"),
+    ],
     "benchmark": ["config", "step", "runs", "versus", "json"],
     "plan": ["config", "topology", "slices", "json"],
     "inspect": ["check"],
     "import-hf": ["source", "out", "expert_names", "public_rows_from", "as_contribution", "anchor", "expert"],
-    "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "drop_bias"],
+    "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "drop_bias", "dtype"],
 }
 
 
