@@ -128,15 +128,23 @@ def test_an_unknown_vocabulary_is_refused():
     assert_refused(flexolmo("benchmark", "--config=configs/benchmark.py:large"), "benchmark", ":large", "ValueError")
 
 
+def assert_refused_after_progress(result, *words):
+    """The last line says why; those before it, what was begun."""
+    *progress, line = result.err.splitlines(keepends=True)
+    assert all(line.endswith(" done)\n") for line in progress)
+    assert_refused(result._replace(err=line), "benchmark", *words)
+
+
 def test_what_a_worker_refuses_is_one_line():
     arguments = ["--step=expert", "--config.mesh.data=3", *OVERRIDES]
-    assert_refused(flexolmo("benchmark", CONFIG, *arguments), "benchmark", "--config.mesh: data=3")
+    assert_refused_after_progress(flexolmo("benchmark", CONFIG, *arguments), "--config.mesh: data=3")
 
 
 def test_a_worker_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(processes, "WORKER", "flexolmo_jax.no_such_module")
     result = flexolmo("benchmark", CONFIG, "--step=anchor")
-    assert_refused(result, "benchmark", "--step=anchor, flexolmo: ", "No module named flexolmo_jax.no_such_module")
+    reason = "No module named flexolmo_jax.no_such_module"
+    assert_refused_after_progress(result, "--step=anchor, flexolmo: ", reason)
 
 
 def test_a_comparison_needs_what_it_compares_with(monkeypatch):
