@@ -1,5 +1,6 @@
 """The one training loop: anchor, expert, router tuning and joint training differ in data and partition alone."""
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable
@@ -107,8 +108,11 @@ def _steps(
     batches = training_batches(inputs.corpora, config.data.sequence_length, config.data.batch_size, config.seed)
     batch_sharding = program.batch["tokens"].sharding
     first = latest_whole_step(workdir / CHECKPOINTS, batches.get_state()) or 0
-    with Checkpoints(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpoints:
-        if inputs.manifest and not first:
+    with (
+        contextlib.ExitStack() as until_saved,
+        Checkpoints(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpoints,
+    ):
+        if inputs.manifest:
             source = f"--config.start_from={config.start_from}"
             check_model(inputs.manifest, *open_model(config.start_from, inputs.manifest, source))
         trainable, frozen = initial_leaves(config, inputs, program.shardings)
@@ -121,7 +125,8 @@ def _steps(
         train_step = compile_step(program.train_step, state, frozen, program.batch)
         loss_step = jax.jit(make_loss_step(inputs.model))
         reporter = Reporter(workdir, config, inputs.roster, first)
-        with reporter, sigterm.waiting(), jax.transfer_guard("disallow"):
+        until_saved.enter_context(sigterm.waiting())
+        with reporter, jax.transfer_guard("disallow"):
             for step in range(first + 1, config.steps + 1):
                 state, metrics = train_step(state, frozen, _place(next(batches), batch_sharding))
                 reporter.step(step, metrics)

@@ -40,15 +40,21 @@ def describe(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
     record = json.loads(config.to_json())
     record["optimizer"]["warmup_steps"] = warmup_steps(config.optimizer, config.steps)
     own, *public = ([corpus.digest for corpus in group] for group, _ in inputs.corpora)
-    row_file = config.init.row_file and epath.Path(config.init.row_file).read_bytes()
     return {
         **record,
         _CONTENT + "start_from": inputs.manifest.content_digest if inputs.manifest else "",
         _CONTENT + "data.train": own,
         _CONTENT + "data.public": list(itertools.chain(*public)),
         _CONTENT + "evaluation.data": [corpus.digest for corpus in inputs.held_out.values()],
-        _CONTENT + "init.row_file": hashlib.sha256(row_file).hexdigest() if row_file else "",
+        _CONTENT + "init.row_file": _file_digest(config.init.row_file, "--config.init.row_file"),
     }
+
+
+def _file_digest(path: str, flag: str) -> str:
+    """The digest of a file's bytes; "" where none is named."""
+    if path and not epath.Path(path).exists():
+        raise UserError(f"{flag}={path}: no such file; check the path")
+    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def finished(workdir: epath.Path, record: dict[str, Any], inputs: Inputs, output: epath.Path) -> bool:

@@ -93,3 +93,9 @@ def test_the_handler_raises_once():
             assert not sigterm.received
             terminate()
         assert sigterm.received
+
+
+def test_a_first_signal_while_the_last_checkpoint_is_written_lets_it_be_written(made, begun):
+    with mock.patch.object(Checkpoints, "__exit__", before(Checkpoints.__exit__)):
+        assert train(made, begun) == begun / "contribution"
+    assert (begun / "checkpoints" / "12").exists()
