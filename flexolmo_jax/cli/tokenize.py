@@ -50,7 +50,7 @@ def run() -> None:
         text_key=_TEXT_KEY.value,
         format=_FORMAT.value,
         bad_records=bad_records,
-        check=tokenizer.piece_ends,
+        check=tokenizer.check,
     )
     corpus = write_corpus(_OUT.value, documents, tokenizer, bad_records=bad_records, progress=True)
     print(f"{_OUT.value}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes:,} bytes of text")

@@ -2,13 +2,14 @@
 
 import glob
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
 from flexolmo_jax.data.bad_records import BadRecordError, BadRecords
 from flexolmo_jax.data.compression import open_unpacked, split_suffix
-from flexolmo_jax.data.formats import FORMATS, Format, format_of
+from flexolmo_jax.data.formats import FORMATS, Format, Records, format_of
 from flexolmo_jax.errors import UserError
 
 AUTO = "auto"
@@ -48,7 +49,7 @@ def read_documents(
       UserError: a pattern matches no file, or a library is missing.
     """
     bad_records = bad_records or BadRecords()
-    for file in dict.fromkeys(itertools.chain.from_iterable(map(_matches, patterns))):
+    for file in _once(itertools.chain.from_iterable(map(_matches, patterns))):
         chosen = format_of(split_suffix(file.name)[0]) if format == AUTO else FORMATS[format]
         try:
             yield from _read(file, chosen, text_key, bad_records, check)
@@ -56,11 +57,28 @@ def read_documents(
             bad_records.add(f"{file}", error)
 
 
+def _once(files: Iterable[epath.Path]) -> list[epath.Path]:
+    """The files, each under the first of its names."""
+    names = {}
+    for file in files:
+        names.setdefault(str(file) if "://" in str(file) else os.path.realpath(file), file)
+    return list(names.values())
+
+
+def _naming(file: epath.Path, records: Records) -> Records:
+    """Names the file in errors of the system that name none."""
+    try:
+        yield from records
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+
+
 def _read(
     file: epath.Path, format: Format, text_key: str, bad_records: BadRecords, check: Callable[[str], object] | None
 ) -> Iterator[str]:
     with open_unpacked(file) as stream:
-        for place, record in format.records(stream, text_key):
+        for place, record in _naming(file, format.records(stream, text_key)):
             try:
                 text = format.text(record, text_key)
                 del record  # it may be huge

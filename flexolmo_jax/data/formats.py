@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flexolmo_jax.data.bad_records import BadRecordError
@@ -71,7 +71,11 @@ def _text_but_not_json(data: bytes, key: str) -> str:
 
 def _lines(stream: io.BufferedReader, key: str) -> Records:
     _refuse_others(stream.peek())
-    for number, line in enumerate(stream, 1):
+    yield from _numbered(stream)
+
+
+def _numbered(lines: Iterable[bytes]) -> Records:
+    for number, line in enumerate(lines, 1):
         line = line.removeprefix(BOM)  # concatenated files have one in the middle
         if line.strip():
             yield f":{number}", line
@@ -94,10 +98,12 @@ def _lines_of(key: str) -> str:
 def _lines_or_values(stream: io.BufferedReader, key: str) -> Records:
     head = stream.peek().removeprefix(BOM)
     _refuse_others(head)
-    if not is_array(head) and are_json_lines(head):
-        yield from ((place, (_text_of_line, line)) for place, line in _lines(stream, key))
+    # A first line that is longer than what can be looked at is read.
+    first = [] if is_array(head) or b"\n" in head else [stream.readline()]
+    if not is_array(head) and are_json_lines(first[0] if first else head):
+        yield from ((place, (_text_of_line, line)) for place, line in _numbered(itertools.chain(first, stream)))
         return
-    chunks = iter(lambda: stream.read1(_CHUNK_BYTES), b"")
+    chunks = itertools.chain(first, iter(lambda: stream.read1(_CHUNK_BYTES), b""))
     for number, value in enumerate(read_values(chunks), 1):
         yield f": value {number}", (_text_of_value, value)
 

@@ -11,6 +11,7 @@ from flexolmo_jax.data.bad_records import BadRecordError
 
 BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
+_BEGUN = re.compile(rb"\s*(\[\s*)?\{\s*\"")  # what hardly anything but JSON begins with
 _READ_CHARACTERS = 1 << 20
 _LONGEST_TOKEN = 16  # "-Infinity", "\ud83d\ude00": a cut one is reported where it begins
 
@@ -70,13 +71,14 @@ def _is_json(head: bytes, whole: bool) -> bool:
                 return False
             found = True
     except BadRecordError:
-        return scanner.cut and not whole
+        return scanner.cut and (not whole or _BEGUN.match(head) is not None)
     return found
 
 
 def _is_object(line: bytes) -> bool:
     try:
-        value = json.loads(line)
+        # Records of text sequences (RFC 7464) and of event streams begin with a mark.
+        value = json.loads(line.strip(b" \t\r\n\x1e").removeprefix(b"data:"))
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and bool(value)

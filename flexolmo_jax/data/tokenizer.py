@@ -11,6 +11,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers
 
+from flexolmo_jax.data.bad_records import BadRecordError
 from flexolmo_jax.data.special_tokens import (
     KNOWN_EOS,
     may_come_from_text,
@@ -103,6 +104,20 @@ class Tokenizer:
         if len(text) <= PIECE_CHARACTERS:
             return [len(text)] if text else []
         return self._splitter.piece_ends(text)
+
+    def check(self, text: str) -> None:
+        """Raises BadRecordError where `text` cannot be encoded: too large at once, or a part of it has no token."""
+        self.piece_ends(text)
+        if self._refuses_unknown:
+            try:
+                self.encode(text)
+            except UserError as error:
+                raise BadRecordError(str(error)) from error
+
+    @functools.cached_property
+    def _refuses_unknown(self) -> bool:
+        """Whether text without a token cannot be encoded at all."""
+        return _ids_if_any(self, _RARE) is None
 
     @functools.cached_property
     def _splitter(self) -> Splitter:

@@ -162,7 +162,6 @@ def test_the_key_of_the_text(tmp_path):
         b"[",
         b'"a string"',
         b"[section]\nkey = 1\n",
-        b'{"text": "cut',
         b"",
     ],
 )
@@ -352,3 +351,35 @@ def test_what_exists_is_no_pattern(tmp_path):
 def test_patterns_that_match_nothing(tmp_path, pattern, message):
     with pytest.raises(UserError, match=f"^--input={tmp_path}/{pattern.replace('*', '.')}: {message}"):
         list(read_documents([f"{tmp_path}/{pattern}"], bad_records=BadRecords(skip=True)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'[\n {"text": "a"},\n {"text": "b"},\n',
+        b'{"text": "a",}',
+        b'{"text": "cut',
+        b'data: {"text": "a"}\n\ndata: {"text": "b"}\n',
+        b'\x1e{"text": "a"}\n\x1e{"text": "b"}\n',
+    ],
+    ids=["cut array", "comma too many", "cut object", "event stream", "text sequence"],
+)
+def test_json_that_is_damaged_or_marked_is_no_text_either(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match="holds JSON"):
+        list(read_documents([str(tmp_path / "a.txt")]))
+
+
+def test_a_file_is_read_once_whatever_its_path(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("once")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    monkeypatch.chdir(tmp_path)
+    assert list(read_documents(["a.txt", str(tmp_path / "a.txt"), "*.txt"])) == ["once"]
+
+
+def test_a_long_first_line_hides_no_json_lines(tmp_path):
+    lines = [json.dumps({"text": "x" * 3_000_000}), '{"text": oops}', '{"text": "kept"}']
+    (tmp_path / "a.json").write_text("\n".join(lines))
+    bad_records = BadRecords(skip=True)
+    texts = list(read_documents([str(tmp_path / "a.json")], bad_records=bad_records))
+    assert (list(map(len, texts)), bad_records.count) == ([3_000_000, 4], 1)
