@@ -9,8 +9,15 @@ import psutil
 
 from flexolmo_jax.errors import UserError
 
-# Of a container, in either version of control groups: the limit, and what is used.
-_CONTAINER = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+# Of a container, in either version of control groups: the limit, what is used, and where it says what of that is files
+# that were read or written, which make room for what is needed.
+_CONTAINER = (
+    ("memory.max", "memory.current", "memory.stat", r"^(?:in)?active_file (\d+)$"),
+    (
+        *("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+        r"^total_(?:in)?active_file (\d+)$",
+    ),
+)
 
 
 def check_fits(needed: int, what: str, remedy: str, device: jax.Device | None = None) -> None:
@@ -33,10 +40,11 @@ def available_bytes(device: jax.Device) -> int:
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
     free = psutil.virtual_memory().available
-    for names in _CONTAINER:
-        limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in names)
-        if limit is not None and used is not None:
-            free = min(free, max(0, limit - used))
+    for *names, files in _CONTAINER:
+        limit, used, statistics = (_text(Path("/sys/fs/cgroup") / name).strip() for name in names)
+        if limit.isdigit() and used.isdigit():
+            cached = sum(map(int, re.findall(files, statistics, re.MULTILINE)))
+            free = min(free, max(0, int(limit) - max(0, int(used) - cached)))
     return free
 
 
@@ -44,7 +52,6 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:,.1f}"
 
 
-def _number(file: Path) -> int | None:
-    """The number in a file of the system; None where there is none."""
-    text = file.read_text() if os.access(file, os.R_OK) else ""
-    return int(text) if re.fullmatch(r"\d+\s*", text) else None
+def _text(file: Path) -> str:
+    """The text of a file of the system; "" where there is none."""
+    return file.read_text() if os.access(file, os.R_OK) else ""

@@ -13,8 +13,12 @@ from flexolmo_jax.errors import UserError
 def test_memory_of_the_host_is_what_a_container_may_still_take(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    monkeypatch.setattr(memory, "_CONTAINER", [[str(tmp_path / name) for name in ("memory.max", "memory.current")]])
+    names = [str(tmp_path / name) for name in ("memory.max", "memory.current", "memory.stat")]
+    monkeypatch.setattr(memory, "_CONTAINER", [[*names, memory._CONTAINER[0][-1]]])
     assert memory.available_bytes(jax.devices()[0]) == 2_000_000
+    # Files that were read make room.
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300000\nactive_file 100000\nworkingset_file 7\n")
+    assert memory.available_bytes(jax.devices()[0]) == 2_400_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_bytes(jax.devices()[0]) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 

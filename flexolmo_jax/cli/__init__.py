@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next((i for i, argument in enumerate(given) if not _is_common(argument)), len(given))
     verb, rest = (given[first:] or ["help"])[0], given[:first] + given[first + 1 :]
     label, traceback_shown = f"{PROGRAM} {verb}", _TRACEBACK in rest
+    if arguments is None:
+        process.open_closed_outputs()
     try:
         if arguments is None and not traceback_shown:
             process.quiet_libraries(label)

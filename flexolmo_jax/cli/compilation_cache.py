@@ -7,7 +7,7 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import filelock
@@ -17,8 +17,9 @@ MAX_BYTES = 2**30  # of a machine's programs; JAX removes those that were not us
 _LOCK_SECONDS = 2  # JAX would wait longer, for each program
 # They say how long compiling takes, or read what was compiled.
 WITHOUT = ("benchmark", "plan")
+_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 _SETTINGS = {
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(MAX_BYTES),
+    _SIZE: str(MAX_BYTES),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
@@ -43,7 +44,7 @@ def keep_compiled(directory: str | None, environment: MutableMapping[str, str] =
     if directory is None and "JAX_COMPILATION_CACHE_DIR" in environment:
         return None
     try:
-        path = directory if directory and "://" in directory else str(_opened(directory))
+        path = directory if directory and "://" in directory else str(_opened(directory, environment))
     except (OSError, RuntimeError) as error:  # of which filelock.Timeout is one; no home is a RuntimeError
         return None if directory is None else str(error)
     environment["JAX_COMPILATION_CACHE_DIR"] = path
@@ -53,7 +54,7 @@ def keep_compiled(directory: str | None, environment: MutableMapping[str, str] =
     return None
 
 
-def _opened(directory: str | None) -> Path:
+def _opened(directory: str | None, environment: Mapping[str, str]) -> Path:
     """This machine's part of a cache, writable and whole."""
     root = Path(directory).absolute() if directory else platformdirs.user_cache_path("flexolmo-jax") / "compiled"
     path = root / machine()
@@ -62,6 +63,8 @@ def _opened(directory: str | None) -> Path:
         raise PermissionError(f"{path} cannot be written")
     if directory is None and path.stat().st_uid != os.geteuid():  # what is loaded from there is run
         raise PermissionError(f"{path} belongs to another user")
+    if int(environment.get(_SIZE, MAX_BYTES)) < 0:  # without a bound JAX keeps no times of use
+        return path
     with filelock.FileLock(path / ".lockfile", timeout=_LOCK_SECONDS):  # JAX's own lock
         # JAX writes a program and then when it was used; a process that ended in between left part of a program.
         for file in path.glob("*-cache"):

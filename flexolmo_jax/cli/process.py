@@ -16,6 +16,14 @@ from flexolmo_jax.cli import failures
 _SHOWN = {"flexolmo_jax": logging.WARNING, "uvicorn": logging.ERROR, "jax._src.xla_bridge": logging.WARNING}
 
 
+def open_closed_outputs() -> None:
+    """Sends to nowhere what a process would print whose standard output or error is closed."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, os.fdopen(number, "w"))
+
+
 def quiet_libraries(label: str) -> None:
     """Shows on standard error what this program says, and of libraries only what ends the process.
 

@@ -87,12 +87,18 @@ def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
 def check_origins(origins: Sequence[str]) -> None:
     """Raises UserError where one is no origin, which no page could ever have."""
     for origin in origins:
-        parts = urlsplit(origin)
-        is_origin = parts.scheme and parts.netloc and origin == f"{parts.scheme}://{parts.netloc}".lower()
-        if origin != "*" and not is_origin:
+        if origin != "*" and not _is_origin(origin):
             raise UserError(
                 f"--cors_origin={origin}: is no origin; give scheme, host and port, such as http://localhost:3000, or *"
             )
+
+
+def _is_origin(origin: str) -> bool:
+    try:
+        parts = urlsplit(origin)
+    except ValueError:  # of an IPv6 address without its end
+        return False
+    return bool(parts.scheme and parts.netloc) and origin == f"{parts.scheme}://{parts.netloc}".lower()
 
 
 def _can_be_sent(key: str) -> bool:

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, rust_errors
 
 _LARGEST = 2**22  # characters that a template may write, and steps that it may count with range()
 _PRIVATE = range(0xE000, 0xF900)  # characters without a meaning
@@ -91,7 +91,12 @@ class ChatTemplate:
 
     def _encode(self, text: str, marks: set[int]) -> list[int]:
         """The ids of a text, in which names of special tokens are plain text where a mark is one character behind."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        try:
+            with rust_errors("the tokenizer cannot encode the conversation", "choose a model with another"):
+                encoding = self._backend.encode(text, add_special_tokens=False)
+        except UserError:
+            self._plain.encode(text)  # which says what of the text has no token
+            raise
         is_named = [id in self._special_ids for id in encoding.ids]
         is_quoted = [
             named and any(place in marks for place in range(start + 1, end + 1))
@@ -114,7 +119,10 @@ def load_chat_template(directory: epath.Path, tokenizer: Tokenizer) -> ChatTempl
     """The chat template of a model directory; or why there is none, in a line."""
     kept = directory / directories.TOKENIZER_FOLDER
     config, file = _read_json(kept / "tokenizer_config.json"), kept / "chat_template.jinja"
-    source = file.read_text() if file.exists() else config.get("chat_template")
+    try:
+        source = file.read_text() if file.exists() else config.get("chat_template")
+    except UnicodeDecodeError as error:
+        return _unreadable(error, file)
     if isinstance(source, list):  # several of them by their names
         source = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}.get("default")
     if not isinstance(source, str):
@@ -136,11 +144,16 @@ def load_chat_template(directory: epath.Path, tokenizer: Tokenizer) -> ChatTempl
         return ChatTemplate(
             source, tokenizer, special, [id for id in dict.fromkeys(ends) if type(id) is int and id >= 0]
         )
-    except jinja2.TemplateError as error:
-        reason = " ".join(str(error).split())
-        return (
-            f"the model's chat template cannot be read ({reason}); use /v1/completions, or fix {kept.name}/{file.name}"
-        )
+    except (jinja2.TemplateError, RecursionError) as error:
+        return _unreadable(error, file)
+
+
+def _unreadable(error: Exception, file: epath.Path) -> str:
+    reason = " ".join(str(error).split())
+    return (
+        f"the model's chat template cannot be read ({reason}); use /v1/completions, or fix "
+        f"{file.parent.name}/{file.name}"
+    )
 
 
 def _read_json(file: epath.Path) -> dict[str, Any]:
@@ -165,14 +178,20 @@ class _Generation(ext.Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     """jinja2 without access to Python, and with bounds: a template comes with a model, from anywhere."""
 
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["+", "%", "*", "**"])
 
     def call_binop(self, context, operator, left, right):
         """Refuses what would fill the memory."""
-        sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
-        if operator == "**" or sizes[0] * sizes[1] > _LARGEST:
-            raise SecurityError(f"a chat template may not compute with {operator} here")
-        return super().call_binop(context, operator, left, right)
+        if operator in ("*", "**"):
+            sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
+            if operator == "**" or sizes[0] * sizes[1] > _LARGEST:
+                raise SecurityError(f"a chat template may not compute with {operator} here")
+        elif operator == "%" and isinstance(left, str):  # a width may be any number
+            raise SecurityError("a chat template may not format with % here")
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, str | list | tuple) and len(result) > _LARGEST:
+            raise SecurityError(f"a chat template may not make what is longer than {_LARGEST}")
+        return result
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -219,6 +238,8 @@ def _environment() -> _Environment:
 
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
     environment.filters["tojson"] = tojson
+    for name in ("lipsum", "cycler", "joiner"):  # jinja2's own, which count without a bound; transformers' have no use
+        environment.globals.pop(name, None)
     environment.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),

@@ -20,7 +20,7 @@ class TokenStrings:
 
     def __init__(self, tokenizer: Tokenizer):
         """Looks at how the tokenizer decodes."""
-        self._backend = tokenizer.backend
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend
         decoder = json.dumps(json.loads(tokenizer.backend.to_str())["decoder"])
         self._special = tokenizer.backend.get_added_tokens_decoder()
         # The byte tokenizer's ids are the bytes, its tokens the characters that stand for them.
@@ -40,8 +40,8 @@ class TokenStrings:
             return bytes(self._byte_of[character] for character in token)
         if self._fallback and (byte := _BYTE.fullmatch(token)):
             return bytes.fromhex(byte[1])
-        once = self._backend.decode([id], skip_special_tokens=False)
-        twice = self._backend.decode([id, id], skip_special_tokens=False)
+        once = self._tokenizer.plain.decode([id], skip_special_tokens=False)
+        twice = self._tokenizer.plain.decode([id, id], skip_special_tokens=False)
         return (twice[len(once) :] if twice.startswith(once) and len(twice) > len(once) else once).encode()
 
     def text(self, id: int) -> str:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.request import Request, Update
 from flexolmo_jax.serving.errors import ApiError
@@ -164,7 +165,11 @@ class Scheduler:
         with self._changed:
             count = min(self._engine.free, len(self._waiting))
             self._entering = [self._waiting.popleft() for _ in range(count)]
-        ids = self._engine.add([place.job.requests[place.index] for place in self._entering])
+        try:
+            ids = self._engine.add([place.job.requests[place.index] for place in self._entering])
+        except UserError as error:  # which it raises before it has taken any
+            self._refuse(error)
+            return
         with self._changed:
             self._running.update(zip(ids, self._entering, strict=True))
             self._entering = []
@@ -175,6 +180,15 @@ class Scheduler:
                 with self._changed:
                     del self._running[update.id]
             place.job.put((place.index, update))
+
+    def _refuse(self, error: UserError) -> None:
+        """Tells those who were about to enter the engine why they cannot."""
+        with self._changed:
+            jobs = {place.job for place in self._entering}
+            self._entering = []
+        for job in jobs:
+            self._give_up(job)
+            job.put(ApiError(400, str(error)))
 
     def _start_over(self) -> None:
         """Breaks off the jobs that were in the engine, and makes another engine."""

@@ -134,7 +134,9 @@ def parse_chat(body: bytes, served: Served) -> Completion:
     top = fields.optional_integer(given, "top_logprobs", 0, TOP_LOGPROBS)
     if top is not None and not fields.boolean(given, "logprobs"):
         raise bad("top_logprobs", given, "it only where logprobs is true")
-    ends = () if fields.boolean(given, "ignore_eos") else served.chat.end_ids[: MAX_STOP_TOKENS - _STOPS]
+    # What came with the model may name tokens that it does not have.
+    ends = [id for id in served.chat.end_ids if id < served.vocab_size][: MAX_STOP_TOKENS - _STOPS]
+    ends = [] if fields.boolean(given, "ignore_eos") else ends
     extra = {
         "logprobs": (top or 0) if fields.boolean(given, "logprobs") else None,
         "stop_token_ids": (*fields.token_ids(given, "stop_token_ids", served.vocab_size, _STOPS), *ends),
@@ -250,7 +252,8 @@ def _messages(given: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _message(message: Mapping[str, Any], label: str) -> dict[str, str]:
-    unknown = [key for key in message if key not in ("role", "content", "name") and message[key] not in (None, [], {})]
+    neutral = (None, [], {}) if "type" not in message else (None, [], {}, "text", "message")
+    unknown = [key for key in message if key not in ("role", "content", "name") and message[key] not in neutral]
     if unknown:
         raise ApiError(400, f"{label}: {shown(unknown[0])} is not supported; give role and content", "messages")
     content = message.get("content")

@@ -113,6 +113,10 @@ class Server(uvicorn.Server):
         )
         if verbose:
             logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+            handler = logging.StreamHandler()  # the command line's own leaves tracebacks out
+            for name in ("uvicorn.access", "uvicorn.error", scheduling.__name__):
+                logging.getLogger(name).handlers = [handler]
+                logging.getLogger(name).propagate = False
         super().__init__(config)
         self._scheduler, self._ready, self._verbose = scheduler, ready, verbose
 

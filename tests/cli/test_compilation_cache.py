@@ -91,6 +91,14 @@ def test_half_a_program_is_removed(tmp_path):
     assert not (path / "half-cache").exists()
 
 
+def test_without_a_bound_no_program_is_taken_for_half_a_one(tmp_path):
+    path = tmp_path / machine()
+    path.mkdir()
+    (path / "whole-cache").write_bytes(b"12345678")
+    keep_compiled(str(tmp_path), {"JAX_COMPILATION_CACHE_MAX_SIZE": "-1"})
+    assert (path / "whole-cache").exists()
+
+
 def locked(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "_LOCK_SECONDS", 0.01)
     (tmp_path / "c" / machine()).mkdir(parents=True)

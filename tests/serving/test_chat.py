@@ -159,6 +159,9 @@ def test_private_characters_are_text_like_any():
         "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
         "{% include '/etc/passwd' %}",
         "{{ nothing() }}",
+        "{% set ns = namespace(s='ab') %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{{ '%99999999s' % 'a' }}",
+        "{{ lipsum(n=9999) }}",
     ],
 )
 def test_a_template_that_fails_or_does_harm_ends_in_one_line(source):
@@ -197,3 +200,9 @@ def test_a_template_stands_in_a_file_of_its_own_or_in_the_tokenizer_config(direc
     assert directory(chat_template="f{{ bos_token }}").encode(messages) == [*b"f"]
     assert directory(tokenizer_config={}).encode(messages) == [*b"f", 256]  # as an exported directory has it
     assert "cannot be read" in directory(chat_template="{% for %}")
+
+
+def test_a_template_that_cannot_be_read_is_named_and_stops_nothing(directory, tmp_path):
+    assert "cannot be read" in directory(chat_template="{{ " + "(" * 5000)
+    (tmp_path / "hugging_face" / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert "cannot be read" in load_chat_template(tmp_path, TOKENIZERS["bytes"])

@@ -1,9 +1,11 @@
 """Jobs through an engine that does as it is told: order, places, cancelling, failing, closing."""
 
 import asyncio
+from unittest import mock
 
 import pytest
 
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.scheduler import Scheduler
@@ -163,3 +165,19 @@ def test_an_engine_that_cannot_be_made_again_closes(engine):
     run(main)
     scheduler.join()
     assert scheduler.closed
+
+
+def test_requests_that_the_engine_refuses_disturb_nobody(engine, scheduler):
+    async def main():
+        engine.gate.clear()
+        running = scheduler.submit(requests(1))
+        await until(lambda: scheduler.load == {"running": 1, "waiting": 0})
+        add, engine.add = engine.add, mock.Mock(side_effect=UserError("too long"))
+        refused = scheduler.submit(requests(2))
+        engine.gate.set()
+        with pytest.raises(ApiError, match=r"^too long$") as caught:
+            await collect(refused)
+        engine.add = add
+        return caught.value.status, await collect(running), await collect(scheduler.submit(requests(3, tokens=1)))
+
+    assert run(main) == (400, ["xxx"], ["x"])
