@@ -82,7 +82,7 @@ def _losses(model, corpora):
     from flexolmo_jax.evaluation.loss import evaluate_shown
     from flexolmo_jax.memory import check_fits
 
-    # Rows longer than any corpus, and more rows than it has, would be padding.
+    # Sequences longer than any corpus, and more of them than it fills, would be padding.
     tokens = max(corpus.tokens for corpus in corpora.values())
     length = min(_LENGTH.value, tokens)
     batch_size = min(_BATCH_SIZE.value, math.ceil(tokens / length))
