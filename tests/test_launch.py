@@ -5,12 +5,12 @@ import shlex
 import subprocess
 
 import pytest
-import small
 
 from flexolmo_jax.benchmark import run
 from flexolmo_jax.benchmark.machine import restored
 from flexolmo_jax.model.architecture import PAIR, Layout
 from flexolmo_jax.training.inputs import build_model
+from tests.support import small
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 

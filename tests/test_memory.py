@@ -3,11 +3,11 @@
 import jax
 import psutil
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 from flexolmo_jax import memory
 from flexolmo_jax.errors import UserError
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 
 def test_memory_of_the_host_is_what_a_container_may_still_take(tmp_path, monkeypatch):

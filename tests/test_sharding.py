@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch, random_leaves
 
 from configs import base
 from flexolmo_jax import sharding
@@ -21,6 +20,7 @@ from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.partition import split, trainable_paths
 from flexolmo_jax.training.state import initial_state, shardings
 from flexolmo_jax.training.step import make_train_step
+from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch, random_leaves
 
 RULES = base.SHARDING_RULES
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)

@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
-import small
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.directories import Contribution, Expert, Model
 from flexolmo_jax.errors import UserError
+from tests.support import small
 
 MODEL = Model(
     architecture=dataclasses.asdict(small.ARCHITECTURE),

@@ -7,8 +7,6 @@ import shutil
 import socket
 
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 from flexolmo_jax.checkpoint import directories, tree
 from flexolmo_jax.checkpoint import files as tree_files
@@ -17,6 +15,8 @@ from flexolmo_jax.checkpoint.tree import Slice, open_tree, write_tree
 from flexolmo_jax.checkpoint.zarr import TREE
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import parity
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import small
 import tensorstore as ts
 
 from flexolmo_jax.checkpoint import tree
 from flexolmo_jax.checkpoint.tree import Slice, digest_slice, open_tree, read_block, read_leaf, write_tree
 from flexolmo_jax.checkpoint.zarr import block_folder
 from flexolmo_jax.errors import UserError
+from tests.support import small
 
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (5, 1, 3, 2), (1, 40), (2, 1, 33)]

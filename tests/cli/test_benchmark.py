@@ -6,11 +6,11 @@ import pathlib
 import statistics
 
 import pytest
-from small import assert_refused, flexolmo
 
 from flexolmo_jax.benchmark import processes, run
 from flexolmo_jax.model.architecture import PAIR, Architecture, Layout
 from flexolmo_jax.model.flops import decode_step_flops, train_step_flops
+from tests.support.small import assert_refused, flexolmo
 
 # ml_collections loads configuration files by a method that Python is about to lose.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

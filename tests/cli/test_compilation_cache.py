@@ -8,10 +8,10 @@ import sys
 
 import filelock
 import pytest
-import small
 
 from flexolmo_jax.cli import compilation_cache
 from flexolmo_jax.cli.compilation_cache import keep_compiled, machine
+from tests.support import small
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-import small
 
 from flexolmo_jax.cli.failures import describe
 from flexolmo_jax.errors import UserError
+from tests.support import small
 
 
 def raised(error):

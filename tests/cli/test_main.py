@@ -7,10 +7,10 @@ import sys
 from unittest import mock
 
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 from flexolmo_jax import cli
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 # ml_collections loads configuration files by a method that Python is about to lose.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

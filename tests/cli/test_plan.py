@@ -3,7 +3,8 @@
 import importlib.util
 
 import pytest
-from small import assert_refused, flexolmo
+
+from tests.support.small import assert_refused, flexolmo
 
 # ml_collections loads configuration files by a method that Python is about to lose.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import small
+
+from tests.support import small
 
 TOKENIZER = {
     "version": "1.0",

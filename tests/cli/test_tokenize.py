@@ -3,13 +3,13 @@
 import gzip
 import json
 
-import kinds
 import numpy as np
 import pytest
-from small import assert_refused, flexolmo, with_defaults
 
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
+from tests.support import kinds
+from tests.support.small import assert_refused, flexolmo, with_defaults
 
 EOS = 256
 

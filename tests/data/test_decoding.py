@@ -1,10 +1,10 @@
 """Decoding a few tokens at a time: its cost, and what waits for the end."""
 
-import kinds
 import pytest
 
 from flexolmo_jax.data.decoding import IncrementalDecoder
 from flexolmo_jax.data.tokenizer import Tokenizer
+from tests.support import kinds
 
 
 @pytest.mark.parametrize("kind", [kind for kind in kinds.KINDS if kind not in kinds.WHOLE])

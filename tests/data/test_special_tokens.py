@@ -1,6 +1,5 @@
 """Names of special tokens in a text are text, for every kind of tokenizer, and nothing else changes."""
 
-import kinds
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -8,6 +7,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from flexolmo_jax.data.special_tokens import special_ids
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
+from tests.support import kinds
 
 EOS = "</s>"
 

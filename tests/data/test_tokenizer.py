@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 
-import kinds
 import numpy as np
 import pytest
 import tokenizers
@@ -12,6 +11,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from flexolmo_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
+from tests.support import kinds
 
 EOS = "<|endoftext|>"
 TEXTS = [

@@ -7,14 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 import flexolmo_jax
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 LENGTH, EOS = 16, 256
 

@@ -3,11 +3,9 @@
 import dataclasses
 import functools
 
-import golden
 import jax
 import numpy as np
 import pytest
-import small
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
@@ -19,6 +17,7 @@ from flexolmo_jax.inference.model import Model
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.model.decoder import separate_layers
+from tests.support import golden, small
 
 REQUESTS = [
     Request([256, *b"hello"], 12),

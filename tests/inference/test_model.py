@@ -6,17 +6,16 @@ import os
 import shutil
 
 import jax.numpy as jnp
-import kinds
 import numpy as np
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 import flexolmo_jax
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.model.decoder import separate_layers
+from tests.support import kinds, small
+from tests.support.small import assert_refused, flexolmo
 
 PROMPTS = ["", "hello", "naïve", "a prompt that is a little longer than the others"]
 NEW, EOS, PADDED = 14, 256, 64

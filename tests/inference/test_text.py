@@ -4,12 +4,12 @@ import functools
 import itertools
 import random
 
-import kinds
 import pytest
 import tokenizers
 
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.inference.text import TextStream
+from tests.support import kinds
 
 TEXT = "naïve — 日本 🙂 done"
 PANICS = ("strip_both_ends", "strip_each_token", "byte_level_stripped")  # where `tokenizers` strips what is too short

@@ -6,12 +6,12 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.interop import parity
 from flexolmo_jax.merging.merge import merge
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 DTYPES = {
     "float32": np.dtype(np.float32),

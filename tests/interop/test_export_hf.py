@@ -3,17 +3,17 @@
 import json
 import shutil
 
-import hf_directories as hf
 import numpy as np
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.interop import parity
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.merging.opt_out import AS_IMPORTED
+from tests.support import hf_directories as hf
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 BIAS = directories.MIXTURE + "anchor/bias"
 

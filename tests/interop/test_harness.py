@@ -3,10 +3,10 @@
 import json
 import sys
 
-import harness_tasks
 import pytest
-import small
-from small import assert_refused, flexolmo
+
+from tests.support import harness_tasks, small
+from tests.support.small import assert_refused, flexolmo
 
 pytest.importorskip("lm_eval")
 

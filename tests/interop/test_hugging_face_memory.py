@@ -7,18 +7,17 @@ import subprocess
 import sys
 import types
 
-import golden
 import numpy as np
 import psutil
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.tree import Slice
 from flexolmo_jax.interop import config, names, parity
 from flexolmo_jax.interop.safetensors_io import write_tensors
 from flexolmo_jax.model.architecture import Architecture
+from tests.support import golden, small
+from tests.support.small import assert_refused, flexolmo
 
 RUN = """
 import re, sys

@@ -3,15 +3,10 @@
 import contextlib
 import types
 
-import golden
-import hf_directories as hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
-from small import assert_refused, flexolmo
-from tiny import COMPILE_FAST
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
@@ -20,6 +15,10 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import parity
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.decoder import Decoder
+from tests.support import golden, small
+from tests.support import hf_directories as hf
+from tests.support.small import assert_refused, flexolmo
+from tests.support.tiny import COMPILE_FAST
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -3,15 +3,14 @@
 import json
 import shutil
 
-import golden
-import hf_directories as hf
 import numpy as np
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.interop import parity
+from tests.support import golden, small
+from tests.support import hf_directories as hf
+from tests.support.small import assert_refused, flexolmo
 
 NORM = "model.layers.1.post_attention_layernorm.weight"
 UP = "model.layers.0.mlp.experts.1.up_proj.weight"

@@ -5,10 +5,10 @@ import pathlib
 import subprocess
 import sys
 
-import harness_tasks
 import numpy as np
 import pytest
-import small
+
+from tests.support import harness_tasks, small
 
 pytest.importorskip("lm_eval")
 

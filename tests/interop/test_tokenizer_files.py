@@ -3,13 +3,12 @@
 import dataclasses
 import types
 
-import kinds
 import pytest
-import small
 from etils import epath
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.interop.tokenizer_files import export_tokenizer, import_tokenizer, read_tokenizer
+from tests.support import kinds, small
 
 ARCHITECTURE = dataclasses.replace(small.ARCHITECTURE, vocab_size=640)
 FAILS = ("strip_both_ends", "strip_each_token", "byte_level_stripped")  # decoders that panic on short texts

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 from flexolmo_jax.merging.contribution import Alias
 from flexolmo_jax.merging.merge import merge
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 
 @pytest.fixture(scope="module")

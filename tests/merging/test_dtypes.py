@@ -6,13 +6,13 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.merging.opt_out import EXACT, ROUTER_RETURNED, opt_out
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 DTYPES = {
     "float32": np.dtype(np.float32),

@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-import small
-from small import assert_refused, flexolmo
+
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-import small
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories, tree
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.model.architecture import Architecture
+from tests.support import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ["code", "legal", "news"]
@@ -91,7 +91,7 @@ def test_untouched_copies_compute_what_the_anchor_computes(home, tmp_path, top_k
 
 KILLED = """
 import sys, time
-import small
+from tests.support import small
 from flexolmo_jax.checkpoint import tree
 from flexolmo_jax.merging.merge import merge
 

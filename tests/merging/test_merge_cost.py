@@ -6,12 +6,12 @@ import weakref
 
 import numpy as np
 import pytest
-import small
 
 from flexolmo_jax.checkpoint import tree
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.merging.opt_out import opt_out
 from flexolmo_jax.model.architecture import Architecture
+from tests.support import small
 
 ARCHITECTURE = Architecture(
     vocab_size=300, num_layers=3, d_model=64, num_heads=2, num_kv_heads=1, d_ff=160, rope_theta=1e4, norm_eps=1e-6

@@ -5,8 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import small
-from small import flexolmo
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
@@ -21,6 +19,8 @@ from flexolmo_jax.merging.opt_out import (
     UNKNOWN,
     opt_out,
 )
+from tests.support import small
+from tests.support.small import flexolmo
 
 CERTIFICATE_FILE = "certificate.json"
 NAMES = ["code", "legal", "news"]

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-from tiny import ARCHITECTURE
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, Architecture, Layout
+from tests.support.tiny import ARCHITECTURE
 
 
 @pytest.mark.parametrize(

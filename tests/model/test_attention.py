@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tiny import ARCHITECTURE, COMPILE_FAST, random_batch
 
 from flexolmo_jax.model import attention_blockwise
 from flexolmo_jax.model.attention import Attention, Rotation
 from flexolmo_jax.model.attention_kernels import KERNELS
+from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, random_batch
 
 
 def rotate(x_SxHxC, positions_S, theta):

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_interpreter import interpreted
-from tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch
 
 from configs.base import SHARDING_RULES
 from flexolmo_jax import sharding
@@ -16,6 +14,8 @@ from flexolmo_jax.model import attention_accelerators
 from flexolmo_jax.model.attention_accelerators import cudnn, splash
 from flexolmo_jax.model.attention_kernels import attend
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
+from tests.support.pallas_interpreter import interpreted
+from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 16, 256
 # A row of one document; of three, whose ends are no multiples of a block, and padding; of one token and padding.

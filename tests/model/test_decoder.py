@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import (
+
+from configs import anchor
+from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
+from flexolmo_jax.model.decoder import Compute, Decoder
+from tests.support.tiny import (
     ARCHITECTURE,
     COMPILE_FAST,
     LAYOUTS,
@@ -20,10 +24,6 @@ from tiny import (
     stack,
     with_experts,
 )
-
-from configs import anchor
-from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
-from flexolmo_jax.model.decoder import Compute, Decoder
 
 TOKENS = random_batch([[9], [9]], 9)["tokens"]
 ROUTER = ("row", "bias")

@@ -4,9 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mixtures import masked_sum
-from pallas_interpreter import hopper_stand_ins
-from tiny import COMPILE_FAST, assert_trees_close
 
 from configs.base import SHARDING_RULES
 from flexolmo_jax import sharding
@@ -14,6 +11,9 @@ from flexolmo_jax.model import grouped_matmul
 from flexolmo_jax.model.expert_parallel import stacked_experts
 from flexolmo_jax.model.experts import KERNEL_AXES
 from flexolmo_jax.model.mixture import chosen_weights
+from tests.support.mixtures import masked_sum
+from tests.support.pallas_interpreter import hopper_stand_ins
+from tests.support.tiny import COMPILE_FAST, assert_trees_close
 
 LAYERS, BATCH, LENGTH, D_MODEL, D_FF, EXPERTS, TOP_K = 2, 8, 6, 16, 24, 8, 4
 MESHES = [

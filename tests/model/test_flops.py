@@ -8,12 +8,12 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 from jax.interpreters import partial_eval
-from tiny import ARCHITECTURE, LAYOUTS
 
 from flexolmo_jax.model.architecture import Layout
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
 from flexolmo_jax.model.flops import decode_step_flops, recomputed_flops, train_step_flops
 from flexolmo_jax.training.partition import PARTITIONS, trainable_paths
+from tests.support.tiny import ARCHITECTURE, LAYOUTS
 
 BATCH, LENGTH = 2, 5
 TIED = dataclasses.replace(ARCHITECTURE, tied_embeddings=True)

@@ -2,16 +2,16 @@
 
 import types
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import COMPILE_FAST
 
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.training.head_loss import head_loss
 from flexolmo_jax.training.objective import load_balancing
+from tests.support import golden
+from tests.support.tiny import COMPILE_FAST
 
 WIDTH = 33  # tokens in a row of `input_ids`; everything is padded to it, for one compilation
 

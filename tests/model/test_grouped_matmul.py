@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_interpreter import hopper_interpreted, hopper_stand_ins, interpreted
-from tiny import COMPILE_FAST
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model import grouped_matmul
+from tests.support.pallas_interpreter import hopper_interpreted, hopper_stand_ins, interpreted
+from tests.support.tiny import COMPILE_FAST
 
 ROWS, D, F = 150, 20, 140
 HERE = ("ragged", "blocks", "megablox", "mosaic")  # those that run without an accelerator; the last is blocks then

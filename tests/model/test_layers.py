@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tiny import ARCHITECTURE, COMPILE_FAST
 
 from flexolmo_jax.model.layers import INIT_STDDEV, RMSNorm
 from flexolmo_jax.model.mixture import ROW_STDDEV, ExpertLeaves
+from tests.support.tiny import ARCHITECTURE, COMPILE_FAST
 
 
 @pytest.mark.parametrize("axes", [("embed",), ("heads", None)])

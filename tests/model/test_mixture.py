@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, plain_sum, random_mixture, to_float32
-from tiny import COMPILE_FAST
 
 from flexolmo_jax.model.mixture import route, separate_experts
+from tests.support.mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, plain_sum, random_mixture, to_float32
+from tests.support.tiny import COMPILE_FAST
 
 jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
 router = jit(route)

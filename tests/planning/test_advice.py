@@ -2,7 +2,6 @@
 
 import math
 
-import planned
 import pytest
 
 from flexolmo_jax.model.architecture import ANCHOR, PAIR, Layout
@@ -11,6 +10,7 @@ from flexolmo_jax.planning.advice import advice
 from flexolmo_jax.planning.memory import Memory
 from flexolmo_jax.planning.roofline import Roofline
 from flexolmo_jax.sharding import MESH_AXES
+from tests.support import planned
 
 GIB = 2**30
 EIGHT = Layout("stacked", 8, 4)

@@ -3,15 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import planned
 import pytest
-import small
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import PAIR
 from flexolmo_jax.planning import program as programs
 from flexolmo_jax.planning.memory import Memory, device_bytes, kept_bytes, memory
 from flexolmo_jax.planning.program import TooLargeError, compile_program, make_program
+from tests.support import planned, small
 
 MESHES = {"pair": {"data": 2, "fsdp": 2, "tensor": 2}, "stacked": {"fsdp": 2, "expert": 4}}
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-import planned
 import pytest
 
 from flexolmo_jax import sharding
@@ -17,6 +16,7 @@ from flexolmo_jax.planning.collectives import DCN, ICI, Collective
 from flexolmo_jax.planning.program import make_program
 from flexolmo_jax.planning.roofline import Roofline, block_work, computed_again, hbm_bytes, network_seconds, roofline
 from flexolmo_jax.training.partition import PARTITIONS
+from tests.support import planned
 
 D, F, V, N, LAYERS, TOKENS = 32, 24, 64, 16, 2, 16 * 32  # N: width of keys, two heads of 8
 # Elements of a block.

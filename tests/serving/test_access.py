@@ -5,10 +5,10 @@ import json
 from urllib.parse import urlsplit
 
 import pytest
-import small
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.serving.access import check_origins, read_keys
+from tests.support import small
 
 KEYS, ORIGIN = ("first-key", "second-key"), "http://localhost:3000"
 ASK = {"model": "tiny", "prompt": "hi", "max_tokens": 1}

@@ -6,13 +6,13 @@ import threading
 import time
 
 import pytest
-import small
 
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
 from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.serving.chat import ChatTemplate
 from flexolmo_jax.serving.logprobs import TokenStrings
+from tests.support import small
 
 openai = pytest.importorskip("openai")
 

@@ -1,8 +1,8 @@
 """A served model, scored by the harness's own `local-completions`, has the figures of the model in this process."""
 
-import harness_tasks
 import pytest
-import small
+
+from tests.support import harness_tasks, small
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")

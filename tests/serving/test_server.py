@@ -9,11 +9,11 @@ import sys
 from urllib.parse import urlsplit
 
 import pytest
-import small
-from small import assert_refused, flexolmo
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.serving.server import address, listen
+from tests.support import small
+from tests.support.small import assert_refused, flexolmo
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-import runs
 
 from flexolmo_jax.checkpoint.manager import Checkpoints
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import loop
+from tests.support import runs
 
 
 @pytest.fixture(scope="module")

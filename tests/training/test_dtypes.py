@@ -3,8 +3,6 @@
 import ml_dtypes
 import numpy as np
 import pytest
-import runs
-import small
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.errors import UserError
@@ -13,6 +11,7 @@ from flexolmo_jax.merging.opt_out import opt_out
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.training.inputs import read_inputs
 from flexolmo_jax.training.publish import publish
+from tests.support import runs, small
 
 MIXTURE = "blocks/mixture/"
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}

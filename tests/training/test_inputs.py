@@ -3,8 +3,6 @@
 import re
 
 import pytest
-import runs
-import small
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
@@ -12,6 +10,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR
 from flexolmo_jax.training.inputs import build_model, open_corpora, read_inputs, split_paths
+from tests.support import runs, small
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import runs
 from tensorboardX.proto.event_pb2 import Event
 
 import flexolmo_jax
@@ -25,6 +24,7 @@ from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop
 from flexolmo_jax.training import workdir as workdirs
 from flexolmo_jax.training.metrics import Reporter
+from tests.support import runs
 
 GOLDEN_LOSSES = {1: 5.768819, 4: 5.530999, 8: 5.097897, 12: 4.891057}
 TOKENS = runs.TINY["data.batch_size"] * runs.TINY["data.sequence_length"]

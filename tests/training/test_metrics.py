@@ -5,10 +5,10 @@ import threading
 
 import jax.numpy as jnp
 import pytest
-import runs
 from etils import epath
 
 from flexolmo_jax.training.metrics import Reporter
+from tests.support import runs
 
 ROSTER = ("anchor", "news")
 

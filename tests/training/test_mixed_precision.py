@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core
-from tiny import ARCHITECTURE, random_batch
 
 from configs import base
 from flexolmo_jax.model.architecture import PAIR, Layout
@@ -14,6 +13,7 @@ from flexolmo_jax.training.objective import LossWeights, objective
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.partition import PARTITIONS, split, trainable_paths
 from flexolmo_jax.training.step import TrainState, make_train_step
+from tests.support.tiny import ARCHITECTURE, random_batch
 
 BATCH = random_batch([[16], [3, 9]], 16)
 STEPS = {"expert": PAIR, "router": Layout("stacked", 4, 2)}

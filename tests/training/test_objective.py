@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import ARCHITECTURE, COMPILE_FAST, STACKED, random_batch, random_leaves
 
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.training.objective import LossWeights, load_balancing, objective
+from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, STACKED, random_batch, random_leaves
 
 WEIGHTS = LossWeights(z_loss=0.3, router_z_loss=0.2, load_balancing=0.7)
 

@@ -6,8 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-import runs
-import small
 
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories
@@ -19,6 +17,7 @@ from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.training.inputs import read_inputs
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.state import initial_leaves, shardings
+from tests.support import runs, small
 
 MIXTURE = "blocks/mixture/"
 LEAVES = ("bias", "down", "gate", "row", "up")

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import runs
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import loop
+from tests.support import runs
 
 # What befalls a run of 12 steps with a checkpoint every 3: (event, step, signal, step of a checkpoint that is there).
 STRIKES = (

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny import ARCHITECTURE, expert_leaves, random_leaves
 
 from configs import base
 from flexolmo_jax import sharding
@@ -17,6 +16,7 @@ from flexolmo_jax.training.inputs import Inputs
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.partition import trainable_paths
 from flexolmo_jax.training.state import initial_leaves, initial_state, shardings
+from tests.support.tiny import ARCHITECTURE, expert_leaves, random_leaves
 
 EXPERT_ONLY = (("blocks/mixture/expert/.*", "trainable"), (".*", "frozen"))
 HEAD_ONLY = (("head", "trainable"), (".*", "frozen"))

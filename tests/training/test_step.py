@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import ARCHITECTURE, COMPILE_FAST, STACKED, assert_trees_close, random_batch, random_leaves
 
 from configs import base
 from flexolmo_jax.model import block_scan, decoder
@@ -17,6 +16,7 @@ from flexolmo_jax.training.objective import LossWeights, objective
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.partition import split, trainable_paths
 from flexolmo_jax.training.step import TrainState, make_loss_step, make_train_step
+from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, STACKED, assert_trees_close, random_batch, random_leaves
 
 EXPERT_ONLY = (("blocks/mixture/expert/.*", "trainable"), (".*", "frozen"))
 EVERYTHING = ((".*", "trainable"),)

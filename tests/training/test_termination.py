@@ -6,11 +6,11 @@ import signal
 from unittest import mock
 
 import pytest
-import runs
 
 from flexolmo_jax.checkpoint.manager import Checkpoints
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.termination import Terminated, handle_sigterm
+from tests.support import runs
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import runs
-import small
 from etils import epath
 
 from flexolmo_jax.checkpoint.tree import combined_digest
@@ -24,6 +22,7 @@ from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import loop
 from flexolmo_jax.training import workdir as workdirs
+from tests.support import runs, small
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.metrics import Reporter
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS, EVERY = 12, 3
 
 # Over configs/*.py:tiny, as the command line would give them.
@@ -205,11 +205,10 @@ def journey(base: pathlib.Path) -> Runs:
 
 def run_program(arguments, environment) -> subprocess.CompletedProcess:
     """Runs Python on as many devices as the tests have."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, **environment, "JAX_NUM_CPU_DEVICES": str(jax.device_count()), "PYTHONPATH": paths},
+        env={**os.environ, **environment, "JAX_NUM_CPU_DEVICES": str(jax.device_count()), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

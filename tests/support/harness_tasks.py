@@ -4,11 +4,11 @@ import contextlib
 import pathlib
 
 import pytest
-import small
 
 from flexolmo_jax.merging.merge import merge
+from tests.support import small
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TASKS = ROOT / "tests" / "data_files" / "tasks"
 NAMES = ("local_choice", "local_generate", "local_last_word", "local_rolling")
 EXPERTS = ("code", "news")

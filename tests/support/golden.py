@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from flexolmo_jax.model.architecture import ANCHOR, Architecture, Layout
 
-GOLDEN = pathlib.Path(__file__).parent / "data_files" / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "data_files" / "golden"
 DENSE, MIXTURE = "olmo2_dense", "flex_e4k2"
 
 

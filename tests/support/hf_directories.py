@@ -4,10 +4,11 @@ import json
 import pathlib
 import shutil
 
-import golden
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from tests.support import golden
 
 INDEX = "model.safetensors.index.json"
 

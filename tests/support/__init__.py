@@ -1,0 +1,1 @@
+"""What tests share: small models, runs, directories, and golden values."""
