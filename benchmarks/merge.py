@@ -33,7 +33,7 @@ from flexolmo_jax.model.decoder import Decoder
 VERB = """
 import json, re, sys, time
 from flexolmo_jax import cli
-from flexolmo_jax.merging import merge, opt_out
+from flexolmo_jax.combine import merge, opt_out
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -6,7 +6,7 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
 usage: bash launch/test.sh [--interop] [--plan] [PYTEST ARGUMENTS]
 
 Installs what it needs into .venv (once), then checks style (ruff) and the order of imports (import-linter),
-and runs the tests on two processes. Arguments go to pytest: `bash launch/test.sh tests/merging -k order`.
+and runs the tests on two processes. Arguments go to pytest: `bash launch/test.sh tests/combine -k order`.
 
   --interop      also installs torch, transformers, lm-eval and openai; without them the tests that compare with
                  these libraries are skipped

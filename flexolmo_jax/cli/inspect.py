@@ -10,9 +10,9 @@ _CHECK = flags.DEFINE_bool("check", True, "Read everything and compare with the 
 
 def run(*paths: str) -> None:
     """Prints one description for each directory."""
+    from flexolmo_jax.combine.inspect import describe
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.evaluation.tables import show
-    from flexolmo_jax.merging.inspect import describe
 
     if not paths:
         raise UserError("no directory given; write `flexolmo inspect DIR`")

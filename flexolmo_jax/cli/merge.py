@@ -26,9 +26,9 @@ flags.mark_flags_as_required(["anchor", "out"])
 
 def run() -> None:
     """Merges, and says what the model holds."""
+    from flexolmo_jax.combine.contribution import parse_contribution
+    from flexolmo_jax.combine.stack import merge
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.merging.contribution import parse_contribution
-    from flexolmo_jax.merging.merge import merge
 
     if not _CONTRIBUTIONS.value:
         raise UserError("--contribution: none given; give the flag once for each contribution directory")

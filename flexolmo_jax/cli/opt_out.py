@@ -16,8 +16,8 @@ flags.mark_flags_as_required(["model", "out"])
 
 def run() -> None:
     """Removes the experts, and prints the guarantee."""
+    from flexolmo_jax.combine.opt_out import opt_out
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.merging.opt_out import opt_out
 
     if not _EXPERTS.value:
         raise UserError("--expert: none given; give the flag once for each expert to remove")

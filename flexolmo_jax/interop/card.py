@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.roster import Casts
+from flexolmo_jax.combine.opt_out import imported_experts
 from flexolmo_jax.interop import parity
-from flexolmo_jax.merging.opt_out import imported_experts
 
 CARD_FILE = "README.md"
 # Of a data card, the keys that have a column or a sentence of their own.

@@ -18,6 +18,8 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, digest_slice
 from flexolmo_jax.checkpoint.verify import cast_router, cast_slices, check_digests, open_model, with_casts
+from flexolmo_jax.combine.contribution import size
+from flexolmo_jax.combine.stack import gather
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
@@ -27,8 +29,6 @@ from flexolmo_jax.interop.hugging_face import open_hugging_face
 from flexolmo_jax.interop.safetensors_io import write_tensors
 from flexolmo_jax.interop.sidecar import FOLDER, copy_beside, open_sidecar, write_sidecar
 from flexolmo_jax.interop.tokenizer_files import export_tokenizer
-from flexolmo_jax.merging.contribution import size
-from flexolmo_jax.merging.merge import gather
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.progress import byte_progress
 

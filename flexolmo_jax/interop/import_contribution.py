@@ -10,14 +10,14 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, write_tree
 from flexolmo_jax.checkpoint.verify import open_model
+from flexolmo_jax.combine.contribution import size
+from flexolmo_jax.combine.opt_out import IMPORTED, with_merged_router
+from flexolmo_jax.combine.stack import read_anchor
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import names, parity
 from flexolmo_jax.interop.hugging_face import HuggingFace, absent_leaves, open_hugging_face, same_bytes
 from flexolmo_jax.interop.import_hf import failed, imported_note
 from flexolmo_jax.interop.sidecar import Sidecar, open_sidecar
-from flexolmo_jax.merging.contribution import size
-from flexolmo_jax.merging.merge import read_anchor
-from flexolmo_jax.merging.opt_out import IMPORTED, with_merged_router
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.progress import byte_progress
 

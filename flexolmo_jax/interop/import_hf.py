@@ -15,14 +15,14 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, write_tree
 from flexolmo_jax.checkpoint.verify import open_model
+from flexolmo_jax.combine.contribution import size
+from flexolmo_jax.combine.opt_out import IMPORTED
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import names, parity
 from flexolmo_jax.interop.config import CLASSES, DENSE, MIXTURE, SEQUENCE_LENGTH
 from flexolmo_jax.interop.hugging_face import HuggingFace, absent_leaves, open_hugging_face
 from flexolmo_jax.interop.sidecar import FOLDER, Sidecar, open_sidecar, restore
 from flexolmo_jax.interop.tokenizer_files import import_tokenizer, read_tokenizer, unused_eos
-from flexolmo_jax.merging.contribution import size
-from flexolmo_jax.merging.opt_out import IMPORTED
 from flexolmo_jax.progress import byte_progress
 
 Experts = dict[str, dict[str, Slice]]

@@ -97,7 +97,7 @@ def test_traceback_shows_where_an_error_comes_from():
 
 
 def test_what_nobody_foresaw_ends_with_status_1_and_its_place(monkeypatch):
-    monkeypatch.setattr("flexolmo_jax.merging.inspect.describe", mock.Mock(side_effect=KeyError("odd")))
+    monkeypatch.setattr("flexolmo_jax.combine.inspect.describe", mock.Mock(side_effect=KeyError("odd")))
     result = flexolmo("inspect", "x")
     assert (result.status, result.out, result.err.count("\n")) == (1, "", 1)
     assert re.search(r"^flexolmo inspect: KeyError: 'odd' \(flexolmo_jax/cli/inspect.py:\d+\); ", result.err)

@@ -9,13 +9,13 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference import decoding
 from flexolmo_jax.inference import engine as engine_module
 from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.inference.request import Request
-from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.model.decoder import separate_layers
 from tests.support import golden, small
 

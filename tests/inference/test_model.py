@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
+from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
-from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.model.decoder import separate_layers
 from tests.support import kinds, small
 from tests.support.small import assert_refused, flexolmo

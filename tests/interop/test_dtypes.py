@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.interop import parity
-from flexolmo_jax.merging.merge import merge
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
 

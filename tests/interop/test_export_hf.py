@@ -8,9 +8,9 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.combine.opt_out import AS_IMPORTED
+from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.interop import parity
-from flexolmo_jax.merging.merge import merge
-from flexolmo_jax.merging.opt_out import AS_IMPORTED
 from tests.support import hf_directories as hf
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo

@@ -9,8 +9,8 @@ import pytest
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.verify import check_model, open_model
+from flexolmo_jax.combine.opt_out import AS_IMPORTED
 from flexolmo_jax.interop import parity
-from flexolmo_jax.merging.opt_out import AS_IMPORTED
 from tests.support import golden, small
 from tests.support import hf_directories as hf
 from tests.support.small import assert_refused, flexolmo

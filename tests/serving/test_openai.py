@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
-from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.serving.chat import ChatTemplate
 from flexolmo_jax.serving.logprobs import TokenStrings
 from tests.support import small

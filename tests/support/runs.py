@@ -22,9 +22,9 @@ from flexolmo_jax import cli
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.manager import Checkpoints
 from flexolmo_jax.checkpoint.tree import read_block
+from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
-from flexolmo_jax.merging.merge import merge
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.metrics import Reporter
 

@@ -51,7 +51,7 @@ def struck(made, tmp_path_factory):
     """The workdir of a run that every one of `STRIKES` befell, and the result of each start."""
     workdir, results = tmp_path_factory.mktemp("struck") / "run", []
     for (event, at, signum, checkpoint), last in zip(STRIKES, LAST_CHECKPOINTS, strict=True):
-        program = f"import runs; runs.interrupt({event!r}, {at}, {int(signum)}, {checkpoint})"
+        program = f"from tests.support import runs; runs.interrupt({event!r}, {at}, {int(signum)}, {checkpoint})"
         results.append(runs.run_program(["-c", program, *command(made, workdir)], made.environment))
         assert not (workdir / "contribution").exists()
         assert last in (None, last_checkpoint(workdir)), results[-1].stderr

@@ -10,8 +10,8 @@ from etils import epath
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.verify import open_model, write_merged_router
+from flexolmo_jax.combine.stack import assemble, copy_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.merging.merge import assemble, copy_tokenizer
 
 IMPORTED = "imported"  # in an anchor's data card: where a model came from; "experts" are those that came with it
 EXACT = "exact: every leaf equals, byte for byte, the merge that never had the removed experts"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from flexolmo_jax.merging.contribution import Alias
-from flexolmo_jax.merging.merge import merge
+from flexolmo_jax.combine.contribution import Alias
+from flexolmo_jax.combine.stack import merge
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
 

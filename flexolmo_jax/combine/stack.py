@@ -9,8 +9,8 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.tree import Slice, write_tree
 from flexolmo_jax.checkpoint.verify import cast_slices, open_model, with_casts
+from flexolmo_jax.combine.contribution import Alias, Member, open_contribution, size
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.merging.contribution import Alias, Member, open_contribution, size
 from flexolmo_jax.progress import byte_progress
 
 

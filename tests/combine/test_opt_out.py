@@ -8,9 +8,7 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.errors import UserError
-from flexolmo_jax.merging.merge import merge
-from flexolmo_jax.merging.opt_out import (
+from flexolmo_jax.combine.opt_out import (
     AS_IMPORTED,
     EXACT,
     REMOVED_ONLY,
@@ -19,6 +17,8 @@ from flexolmo_jax.merging.opt_out import (
     UNKNOWN,
     opt_out,
 )
+from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.errors import UserError
 from tests.support import small
 from tests.support.small import flexolmo
 
