@@ -77,7 +77,7 @@ def _measure(home: pathlib.Path, experts: int, options: argparse.Namespace) -> l
     shutil.rmtree(home / "inputs")
     # What opting out reads and writes: the model without the files of an expert. Links to them take no room.
     shutil.copytree(home / "model", home / "rest", copy_function=os.link)
-    for part in (home / "rest" / directories.PARAMS).glob("blocks.mixture.experts.*/c.*"):
+    for part in (home / "rest" / directories.PARAMS).glob("blocks.moe.experts.*/c.*"):
         if part.name.split(".")[2] == str(experts - 1):
             part.unlink()
     opt_out = ["opt-out", f"--model={home}/model", f"--expert={names[-1]}", f"--out={home}/out"]
@@ -107,7 +107,7 @@ def _write_inputs(home: pathlib.Path, experts: int, options: argparse.Namespace)
     fields = dataclasses.asdict(architecture)
     anchor = directories.Model(fields, (directories.Expert(directories.ANCHOR_NAME, own, {}),), shared, 1, "", 0)
     anchor.write(home / "anchor")
-    expert = {directories.digest_name(path): leaf for path, leaf in leaves.items() if directories.MIXTURE in path}
+    expert = {directories.digest_name(path): leaf for path, leaf in leaves.items() if directories.MOE in path}
     names = [f"owner-{i:03}" for i in range(1, experts)]
     for name in names:
         for leaf in expert.values():

@@ -40,15 +40,15 @@ def get_config() -> ConfigDict:
     config.model.tied_embeddings = False  # whether the head is the embedding, transposed
     config.model.norm_topk_prob = False  # whether the weights of a token's top-k experts are made to sum to 1
 
-    config.mixture = ConfigDict()  # of fresh weights, which `benchmark` and `plan` take; start_from brings its own
-    config.mixture.num_experts = 1  # stacked experts, the anchor included; 1: none to route between
-    config.mixture.top_k = 1  # experts that compute each token
+    config.moe = ConfigDict()  # of fresh weights, which `benchmark` and `plan` take; start_from brings its own
+    config.moe.num_experts = 1  # stacked experts, the anchor included; 1: none to route between
+    config.moe.top_k = 1  # experts that compute each token
 
     config.init = ConfigDict()  # of fresh weights, and of a new expert's leaves beside its copy of the anchor's
     config.init.embedding_stddev = 0.02  # of fresh embeddings; every other matrix has 0.02
-    config.init.row_file = ""  # .npy of [d_model] or [layers, d_model]: the router row; "": truncated normal
-    config.init.row_stddev = 0.002  # of a new expert's truncated normal row
-    config.init.bias = -0.1  # b of every layer; its effect on the logit is -|b|, and at exactly 0 it stays 0
+    config.init.router_weight_file = ""  # .npy of [d_model] or [layers, d_model]: a new expert's; "": truncated normal
+    config.init.router_weight_stddev = 0.002  # of a new expert's truncated normal
+    config.init.router_bias = -0.1  # b of every layer; its effect on the logit is -|b|, and at exactly 0 it stays 0
 
     config.compute = ConfigDict()  # how steps are computed
     config.compute.dtype = "float32"  # activations and matmuls: "float32" or "bfloat16"
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     config.data.public = ""  # corpus directory of public data; "": the sample that came with start_from
     config.data.sequence_length = 0  # tokens in a row
     config.data.batch_size = 0  # rows in a step, over all devices
-    config.data.accumulate = 1  # parts a step's rows are computed in, one after another
+    config.data.grad_accum_steps = 1  # parts a step's rows are computed in, one after another
 
     config.evaluation = ConfigDict()  # held-out losses while training
     config.evaluation.data = ""  # held-out corpus directories, commas between; "": no evaluation while training
@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
     config.optimizer.beta2 = 0.95  # decay of the mean of squared gradients, per step
     config.optimizer.epsilon = 1e-8  # added to the root of the mean of squares
     config.optimizer.weight_decay = 0.0  # per step, times the learning rate
-    config.optimizer.no_decay = (".*(scale|bias|row)", "embedding")  # patterns of paths that never decay
+    config.optimizer.no_decay = (".*scale", ".*/router/.*", "embedding")  # patterns of paths that never decay
     config.optimizer.clip_norm = 1.0  # global norm of the gradient of trainable leaves; 0: no clipping
 
     config.loss = ConfigDict()  # weights of the terms beside the cross-entropy, per token

@@ -4,7 +4,7 @@ r"""A size at which steps and decoding are compared with those of other programs
 
 The default fits two CPU cores: a step of any kind takes a few seconds there, in float32. The argument is the number of
 token ids; with `configs/benchmark.py:50304` the head is as large a part of the work as in models of that width.
-Training steps take the rows in two parts; with --config.data.accumulate=1 they take them at once, or a single one.
+Training steps take two micro-batches; with --config.data.grad_accum_steps=1 they take one.
 """
 
 from ml_collections import ConfigDict
@@ -20,11 +20,11 @@ def get_config(vocab_size: str = "512") -> ConfigDict:
     config.model.d_model = 512
     config.model.num_heads = config.model.num_kv_heads = 8
     config.model.d_ff = 1376
-    config.mixture.num_experts, config.mixture.top_k = 4, 2
+    config.moe.num_experts, config.moe.top_k = 4, 2
     config.data.sequence_length = 512
     config.data.batch_size = 4
     config.compute.remat = "dots"
-    config.data.accumulate = 2  # in parts, what is kept for the backward pass takes half the memory
+    config.data.grad_accum_steps = 2  # in parts, what is kept for the backward pass takes half the memory
     config.steps = 1000
     config.loss.router_z_loss = 1e-3
     return config

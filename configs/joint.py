@@ -19,7 +19,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config = base.get_config()
     models.set_size(config, size)
     config.partition = PARTITIONS["joint"]
-    config.mixture.num_experts, config.mixture.top_k = (4, 2) if size == "tiny" else (8, 4)
+    config.moe.num_experts, config.moe.top_k = (4, 2) if size == "tiny" else (8, 4)
     config.optimizer.weight_decay = 0.1
     config.loss.router_z_loss = 1e-3
     if size == "tiny":

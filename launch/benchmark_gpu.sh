@@ -59,4 +59,4 @@ run "$python" benchmarks/kernels.py
 benchmark expert_tiny --config=configs/expert.py:tiny --step=expert
 benchmark expert_7b --config=configs/expert.py:7b --step=expert --config.data.batch_size=2
 benchmark joint_1b --config=configs/joint.py:1b --step=joint --config.data.batch_size=8 \
-  --config.mixture.num_experts=4 --config.mixture.top_k=2
+  --config.moe.num_experts=4 --config.moe.top_k=2

@@ -24,9 +24,9 @@ SIZES = tuple(models._SIZES)
 STACKED = Layout("stacked", 3, 2)
 # The layout each one trains, the leaves it trains, and the tokens of its published setting (docs/method.md).
 TRAINS = {
-    "anchor": (ANCHOR, lambda path: not re.search("mixture/anchor/(row|bias)", path), 1e12),
-    "expert": (PAIR, lambda path: path.startswith("blocks/mixture/expert/"), 50e9),
-    "router": (STACKED, lambda path: path.endswith(("experts/row", "experts/bias")), 5e9),
+    "anchor": (ANCHOR, lambda path: not re.search("moe/anchor/router/.*", path), 1e12),
+    "expert": (PAIR, lambda path: path.startswith("blocks/moe/expert/"), 50e9),
+    "router": (STACKED, lambda path: path.endswith(("experts/router/weight", "experts/router/bias")), 5e9),
     "joint": (STACKED, lambda path: True, 50e9),
 }
 # What a command needs besides `--config`, `--workdir` and data.

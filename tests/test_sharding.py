@@ -25,10 +25,10 @@ from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees
 RULES = base.SHARDING_RULES
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 PARTITIONS = {
-    "anchor": (("blocks/mixture/anchor/(row|bias)", "frozen"), (".*", "trainable")),
-    "pair": (("blocks/mixture/expert/.*", "trainable"), (".*", "frozen")),
+    "anchor": (("blocks/moe/anchor/router/.*", "frozen"), (".*", "trainable")),
+    "pair": (("blocks/moe/expert/.*", "trainable"), (".*", "frozen")),
     "stacked": ((".*", "trainable"),),
-    "router": (("blocks/mixture/experts/(row|bias)", "trainable"), (".*", "frozen")),
+    "router": (("blocks/moe/experts/router/.*", "trainable"), (".*", "frozen")),
 }
 BATCH = random_batch([[16], [3], [2, 9], [1], [5, 5], [1], [8, 8], [16]], 16)
 

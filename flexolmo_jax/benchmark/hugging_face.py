@@ -114,7 +114,7 @@ class Generation(TrainStep):
 
 def random_model(spec: Spec) -> transformers.PreTrainedModel:
     """With fresh weights: a dense OLMo-2 for the anchor, a FlexOlmo for all else."""
-    model, mixture = spec.config["model"], spec.config["mixture"]
+    model, mixture = spec.config["model"], spec.config["moe"]
     sizes = dict(
         vocab_size=model["vocab_size"],
         hidden_size=model["d_model"],
@@ -164,7 +164,7 @@ def check_memory(spec: Spec, rows: int) -> None:
 
     The copies of all layers are kept for the backward pass; generation keeps those of one layer.
     """
-    model, top_k = spec.config["model"], 2 if spec.step == "expert" else spec.config["mixture"]["top_k"]
+    model, top_k = spec.config["model"], 2 if spec.step == "expert" else spec.config["moe"]["top_k"]
     layers = 1 if spec.step == "decode" else model["num_layers"]
     needed = 4 * layers * rows * top_k * 3 * model["d_model"] * model["d_ff"]
     if spec.experts == "batched_mm" and needed > psutil.virtual_memory().available / 2:

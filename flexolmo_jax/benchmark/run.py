@@ -95,16 +95,16 @@ def prepared(config: ConfigDict, step: str) -> dict[str, Any]:
     if config.start_from or config.expert:
         key = "start_from" if config.start_from else "expert"
         raise UserError(f"--config.{key}={config[key]}: a benchmark takes fresh weights; leave it empty")
-    if step in ("joint", "router") and config.mixture.num_experts < 2:
+    if step in ("joint", "router") and config.moe.num_experts < 2:
         raise UserError(
-            f"--config.mixture.num_experts={config.mixture.num_experts}: --step={step} needs 2 at least; "
+            f"--config.moe.num_experts={config.moe.num_experts}: --step={step} needs 2 at least; "
             "give them, or name other steps"
         )
     config = config.copy_and_resolve_references()
     if step in ("anchor", "expert"):
-        config.mixture.num_experts = config.mixture.top_k = 1
+        config.moe.num_experts = config.moe.top_k = 1
     if step == "decode":
-        config.data.accumulate = 1  # of training steps alone
+        config.data.grad_accum_steps = 1  # of training steps alone
     config.partition = PARTITIONS.get(step, PARTITIONS["joint"])
     build_model(config, ANY_PLATFORM)  # to check it; the devices are for the workers
     return json.loads(config.to_json())
@@ -113,14 +113,14 @@ def prepared(config: ConfigDict, step: str) -> dict[str, Any]:
 def _specs(step: str, config: dict[str, Any], versus: bool) -> dict[str, Spec]:
     """What to measure, by name; ours first.
 
-    Where `data.accumulate` has our step take its rows in parts, transformers takes them at once, and uncompiled in as
-    many parts too; with all that is compiled besides, the processes would take twice the memory.
+    Where `data.grad_accum_steps` has our step take micro-batches, transformers takes the batch at once, and uncompiled
+    in as many micro-batches too; with all that is compiled besides, the processes would take twice the memory.
     """
     specs = {OURS: Spec(OURS, step, config)}
     if versus:
         parts = config["data"]["accumulate"]
         at_once = {**config, "data": {**config["data"], "accumulate": 1}}
-        dense = step == "anchor" or (step == "decode" and config["mixture"]["num_experts"] == 1)
+        dense = step == "anchor" or (step == "decode" and config["moe"]["num_experts"] == 1)
         variants = DENSE if dense else VARIANTS
         for experts, compiled in variants:
             name = (experts or "dense") + (", compiled" if compiled else "")

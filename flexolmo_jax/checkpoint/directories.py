@@ -32,7 +32,7 @@ from flexolmo_jax.checkpoint.zarr import TREE
 from flexolmo_jax.errors import UserError
 
 FORMAT = 1
-MIXTURE = "blocks/mixture/"
+MOE = "blocks/moe/"
 PARAMS = "params"
 MODEL_FILE = "model.json"
 CONTRIBUTION_FILE = "contribution.json"
@@ -44,8 +44,8 @@ CERTIFICATE_FILE = "certificate.json"  # what an opt-out guarantees
 PUBLIC = "public"  # the sample of public data that came with an anchor, a corpus
 # A model that was tuned after its merge keeps the router as the merge made it, in a tree of its own.
 MERGED_ROUTER = "merged_router"
-ROUTER_LEAVES = (MIXTURE + "experts/row", MIXTURE + "experts/bias")
-_ROUTER = ("bias", "row")  # the same, as an expert's own
+ROUTER_LEAVES = (MOE + "experts/router/weight", MOE + "experts/router/bias")
+_ROUTER = ("router/bias", "router/weight")  # the same, as an expert's own
 
 
 def _held_in_corpus(description: epath.Path) -> Names | None:
@@ -77,7 +77,7 @@ _TUNED = {"leaves": list, "merged_router": dict}
 
 def digest_name(path: str) -> str:
     """The name under which a leaf is digested: an expert's leaf has the same one in every layout."""
-    return path.rsplit("/", 1)[1] if path.startswith(MIXTURE) else path
+    return path.removeprefix(MOE).split("/", 1)[1] if path.startswith(MOE) else path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +283,7 @@ def model_slices(
     for path, array in tree.items():
         part = Slice(array, None, f"{source}: leaf {path}")
         part = part.as_dtype(dtypes[path]) if dtypes else part
-        if not path.startswith(MIXTURE):
+        if not path.startswith(MOE):
             shared[path] = part
         elif len(roster) == 1:
             experts[roster[0]][digest_name(path)] = part
@@ -301,9 +301,9 @@ def model_leaves(
     members = list(experts.values())
     for leaf in members[0]:
         if len(members) == 1:
-            leaves[f"{MIXTURE}anchor/{leaf}"] = members[0][leaf]
+            leaves[f"{MOE}anchor/{leaf}"] = members[0][leaf]
         else:
-            leaves[f"{MIXTURE}experts/{leaf}"] = [expert[leaf] for expert in members]
+            leaves[f"{MOE}experts/{leaf}"] = [expert[leaf] for expert in members]
     return leaves
 
 
@@ -311,7 +311,7 @@ def split_digests(
     digests: Mapping[str, str | list[str]], roster: Sequence[str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Splits what `write_tree` returned for a model: ({shared path: digest}, [{leaf: digest} per expert])."""
-    shared = {path: digest for path, digest in digests.items() if not path.startswith(MIXTURE)}
+    shared = {path: digest for path, digest in digests.items() if not path.startswith(MOE)}
     experts: list[dict[str, str]] = [{} for _ in roster]
     for path in digests.keys() - shared.keys():
         values = digests[path] if isinstance(digests[path], list) else [digests[path]]

@@ -9,9 +9,9 @@ them (formula in flexolmo_jax/model/flops.py). The limit is that of this machine
 large matmul in its dtype or, of decoding, the rate at which memory is read. Figures are medians.
 
 With --versus=transformers the same sizes run there too, in turns, with each implementation of experts it has, compiled
-and not. Where data.accumulate has a step take its rows in parts, transformers takes them at once and, uncompiled, in
-parts too. Peak memory is that of a process, with libraries and compiling; on a device, what it had in use. Both sides
-have their memory in huge pages, unless GLIBC_TUNABLES in the environment says otherwise, for both.
+and not. With data.grad_accum_steps above 1, transformers takes the batch at once and, uncompiled, in micro-batches too.
+Peak memory is that of a process, with libraries and compiling; on a device, what it had in use. Both sides have their
+memory in huge pages, unless GLIBC_TUNABLES in the environment says otherwise, for both.
 """
 
 from absl import flags

@@ -1,9 +1,9 @@
 r"""Compiles a run's train step for TPUs or GPUs that need not be there, and says what it needs and how long it takes.
 
     flexolmo plan --config=configs/expert.py:tiny --topology=v5e:2x4
-    flexolmo plan --config=configs/expert.py:7b --topology=v5e:4x4 --config.data.accumulate=32 \
+    flexolmo plan --config=configs/expert.py:7b --topology=v5e:4x4 --config.data.grad_accum_steps=32 \
         --config.compute.remat=kernels --json=plan.json
-    flexolmo plan --config=configs/expert.py:7b --topology=h200:1 --config.data.accumulate=512
+    flexolmo plan --config=configs/expert.py:7b --topology=h200:1 --config.data.grad_accum_steps=512
 
 No anchor, data or accelerator is needed: a configuration without --config.start_from is planned with fresh weights.
 Memory and collectives are those of the compiled program; times are a roofline estimate, not a measurement.

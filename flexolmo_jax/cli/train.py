@@ -27,7 +27,7 @@ _VERIFY = flags.DEFINE_bool(
 )
 flags.mark_flags_as_required(["config", "workdir"])
 MEMORY_REMEDY = (
-    "lower --config.data.batch_size or --config.data.sequence_length, raise --config.data.accumulate, "
+    "lower --config.data.batch_size or --config.data.sequence_length, raise --config.data.grad_accum_steps, "
     "or set --config.compute.remat=full"
 )
 

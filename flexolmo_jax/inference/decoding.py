@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flexolmo_jax.inference.sampling import Sampling, Scored, penalize, sample, score
 from flexolmo_jax.model.attention import KVCache
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.model.mixture import chosen_weights
+from flexolmo_jax.model.moe import chosen_weights
 
 CHUNK = 256  # tokens of a prompt that are read at once
 SCORED_AT_ONCE = 256  # places of prompts whose logits are in memory at a time

@@ -149,22 +149,23 @@ def _biased_experts(source: Source) -> list[str]:
     """Experts of a merged model whose bias is not zero; an anchor alone has no one to be weighed against."""
     if len(source.experts) == 1:
         return []
-    return [name for name, leaves in source.experts.items() if np.any(leaves[names.BIAS].read((slice(None),)) != 0)]
+    biases = {name: leaves[names.ROUTER_BIAS].read((slice(None),)) for name, leaves in source.experts.items()}
+    return [name for name, bias in biases.items() if np.any(bias != 0)]
 
 
 def _without_bias(source: Source) -> Source:
     """The same with biases of zero: a change after the merge, so that the router as merged is kept beside."""
     experts, roster = {}, []
     for expert in source.manifest.experts:
-        old = source.experts[expert.name][names.BIAS]
+        old = source.experts[expert.name][names.ROUTER_BIAS]
         zeros = Slice(np.zeros(old.shape, old.dtype), None, old.name)
-        experts[expert.name] = {**source.experts[expert.name], names.BIAS: zeros}
-        digests = {**expert.leaves, names.BIAS: digest_slice(zeros, names.BIAS)}
-        casts = {leaf: cast for leaf, cast in expert.casts.items() if leaf != names.BIAS}
+        experts[expert.name] = {**source.experts[expert.name], names.ROUTER_BIAS: zeros}
+        digests = {**expert.leaves, names.ROUTER_BIAS: digest_slice(zeros, names.ROUTER_BIAS)}
+        casts = {leaf: cast for leaf, cast in expert.casts.items() if leaf != names.ROUTER_BIAS}
         roster.append(dataclasses.replace(expert, leaves=digests, casts=casts))
     router = [directories.digest_name(path) for path in directories.ROUTER_LEAVES]
     before = source.manifest.tuned
-    trained = {*(before["leaves"] if before else ()), directories.MIXTURE + "experts/" + names.BIAS}
+    trained = {*(before["leaves"] if before else ()), directories.MOE + "experts/" + names.ROUTER_BIAS}
     tuned = source.manifest.tuned_in(trained, None if before else {"description": "expert biases were left out"})
     merged_router = source.merged_router or {
         name: {leaf: leaves[leaf] for leaf in router} for name, leaves in source.experts.items()
@@ -181,7 +182,7 @@ def _measure_dropping(source: Source) -> dict[str, parity.Difference]:
     model = parity.in_memory(source.manifest, source.shared, source.experts)
     samples = _samples(source)
     before = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
-    biases = [path for path in model.params if path.endswith(f"experts/{names.BIAS}")]
+    biases = [path for path in model.params if path.endswith(f"experts/{names.ROUTER_BIAS}")]
     model.params |= {path: jnp.zeros_like(model.params[path]) for path in biases}
     after = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
     return {name: parity.compare(before[name], after[name]) for name in samples}

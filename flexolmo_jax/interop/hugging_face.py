@@ -70,8 +70,8 @@ def leaf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 def absent_leaves(leaves: dict[str, Slice], architecture: Architecture, label: str) -> dict[str, Slice]:
     """Zeros for the leaves of an expert that a Hugging Face directory does not hold, in the dtype of its others."""
-    shapes, dtype = leaf_shapes(architecture), leaves.get(names.ROW, leaves["gate"]).dtype
-    missing = {names.ROW, names.BIAS} - leaves.keys()
+    shapes, dtype = leaf_shapes(architecture), leaves.get(names.ROUTER_WEIGHT, leaves["gate"]).dtype
+    missing = {names.ROUTER_WEIGHT, names.ROUTER_BIAS} - leaves.keys()
     return {leaf: Slice(np.zeros(shapes[leaf], dtype), None, f"{label}: {leaf}") for leaf in sorted(missing)}
 
 

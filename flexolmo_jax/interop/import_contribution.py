@@ -114,7 +114,7 @@ def _check_anchor(
             f"--source={source}: was made on the anchor {sidecar.manifest.anchor_digest[:12]}, and --anchor={anchor} "
             f"is {base.anchor_digest[:12]}, which differs in its bias; give the anchor that the pair was trained on"
         )
-    if not sidecar and first[names.BIAS].read((slice(None),)).any():
+    if not sidecar and first[names.ROUTER_BIAS].read((slice(None),)).any():
         raise UserError(
             f"--source={source}: says nothing of biases, and that of --anchor={anchor} is not zero; "
             "give the anchor that the pair was trained on"
@@ -126,7 +126,7 @@ def _bias(sidecar: Sidecar) -> dict[str, Slice]:
     name, held = sidecar.manifest.roster[1], sidecar.leaves
     if sidecar.manifest.tuned:
         held = directories.merged_router(sidecar.path, sidecar.manifest)
-    return {names.BIAS: held[name][names.BIAS]}
+    return {names.ROUTER_BIAS: held[name][names.ROUTER_BIAS]}
 
 
 def _in_dtypes_of(theirs: Mapping[str, Slice], ours: Mapping[str, Slice]) -> dict[str, Slice]:
@@ -148,7 +148,10 @@ def _check_architecture(opened: HuggingFace, base: directories.Model, anchor: ep
 
 def _check_rows(opened: HuggingFace, first: Mapping[str, Slice], anchor: epath.PathLike) -> None:
     """The anchor's rows are its own: a pair that was trained against others cannot be merged with it."""
-    theirs, ours = (part.read((slice(None), slice(None))) for part in (opened.experts[0][names.ROW], first[names.ROW]))
+    theirs, ours = (
+        part.read((slice(None), slice(None)))
+        for part in (opened.experts[0][names.ROUTER_WEIGHT], first[names.ROUTER_WEIGHT])
+    )
     if same_bytes(theirs, ours):
         return
     if not ours.any():

@@ -140,7 +140,7 @@ def _public_rows(opened: HuggingFace, path: str | None) -> Slice | None:
     other = open_hugging_face(pathlib.Path(path), "--public_rows_from")
     if not other.config.num_experts:
         raise UserError(f"--public_rows_from={path}: a dense model has no router rows; give a FlexOlmo directory")
-    rows = other.experts[0][names.ROW]
+    rows = other.experts[0][names.ROUTER_WEIGHT]
     arch = opened.config.architecture
     if rows.shape != (arch.num_layers, arch.d_model):
         raise UserError(
@@ -157,7 +157,7 @@ def _experts(opened: HuggingFace, order: Sequence[str], sidecar: Sidecar | None,
     for name, leaves in zip(order, opened.experts, strict=True):
         absent = absent_leaves(leaves, opened.config.architecture, label)
         if public_rows and name == directories.ANCHOR_NAME:
-            absent[names.ROW] = public_rows
+            absent[names.ROUTER_WEIGHT] = public_rows
         experts[name] = leaves | absent | (sidecar.leaves[name] if sidecar else {})
     return {name: experts[name] for name in [order[0], *sorted(order[1:])]}
 

@@ -26,10 +26,10 @@ _BLOCK = {
     "blocks/attention/query_norm/scale": ("self_attn.q_norm", False),
     "blocks/attention/key_norm/scale": ("self_attn.k_norm", False),
     "blocks/attention_norm/scale": ("post_attention_layernorm", False),
-    "blocks/mixture_norm/scale": ("post_feedforward_layernorm", False),
+    "blocks/moe_norm/scale": ("post_feedforward_layernorm", False),
 }
 _EXPERT = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-ROW, BIAS = "row", "bias"
+ROUTER_WEIGHT, ROUTER_BIAS = "router/weight", "router/bias"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -106,7 +106,7 @@ def each_tensor(arch: Architecture, num_experts: int | None) -> Iterator[tuple[s
                 name = f"{prefix}mlp.experts.{expert}.{stem}" if num_experts else f"{prefix}mlp.{stem}"
                 yield f"{name}.weight", Tensor(shapes[stem], True, (Part(expert, leaf, layer),))
         if num_experts:
-            rows = tuple(Part(expert, ROW, layer) for expert in range(num_experts))
+            rows = tuple(Part(expert, ROUTER_WEIGHT, layer) for expert in range(num_experts))
             yield f"{prefix}mlp.gate.weight", Tensor((num_experts, d_model), False, rows)
     yield "model.norm.weight", Tensor((d_model,), False, (Part(None, "final_norm/scale", None),))
     if not arch.tied_embeddings:

@@ -17,7 +17,7 @@ from flexolmo_jax.checkpoint.verify import check_digests, write_merged_router
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop.hugging_face import HuggingFace, leaf_shapes
-from flexolmo_jax.interop.names import BIAS, ROW
+from flexolmo_jax.interop.names import ROUTER_BIAS, ROUTER_WEIGHT
 from flexolmo_jax.model.architecture import Architecture
 
 FOLDER = "flexolmo"
@@ -39,7 +39,7 @@ class Sidecar(NamedTuple):
 
 def unplaced(manifest: directories.Model) -> tuple[str, ...]:
     """The leaves of an expert for which Hugging Face's form of that model has no tensor."""
-    return (BIAS,) if len(manifest.experts) > 1 else (BIAS, ROW)
+    return (ROUTER_BIAS,) if len(manifest.experts) > 1 else (ROUTER_BIAS, ROUTER_WEIGHT)
 
 
 def write_sidecar(

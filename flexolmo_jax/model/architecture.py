@@ -59,8 +59,8 @@ class Architecture:
 class Layout:
     """How the experts' leaves are laid out in the parameters.
 
-    `anchor`: one set of leaves, `blocks/mixture/anchor/*`. `pair`: two sets, `anchor` and `expert`.
-    `stacked`: one set, `blocks/mixture/experts/*`, with an expert axis after the layer axis, anchor first.
+    `anchor`: one set of leaves, `blocks/moe/anchor/*`. `pair`: two sets, `anchor` and `expert`.
+    `stacked`: one set, `blocks/moe/experts/*`, with an expert axis after the layer axis, anchor first.
 
     Attributes:
       kind: "anchor", "pair" or "stacked".

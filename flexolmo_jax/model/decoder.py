@@ -19,7 +19,7 @@ from flexolmo_jax.model.block_scan import scan_blocks
 from flexolmo_jax.model.experts import KEPT, choose_dispatch
 from flexolmo_jax.model.experts_cpu import SUMMED
 from flexolmo_jax.model.layers import FED, RMSNorm, parameter
-from flexolmo_jax.model.mixture import Mixture
+from flexolmo_jax.model.moe import MoE
 
 _POLICIES = jax.checkpoint_policies
 _KERNELS = _POLICIES.save_from_both_policies(
@@ -100,9 +100,9 @@ class Block(nn.Module):
         attended, cache = attention(x_BxSxD, segment_ids_BxS, positions_BxS, rotation, cache)
         x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="attention_norm")(attended)
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
-        mixture = Mixture(arch, self.layout, dtype, rules, self.compute.dispatch, name="mixture")
-        mixed, routing = mixture(x_BxSxD, expert_mask)
-        x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="mixture_norm")(mixed)
+        moe = MoE(arch, self.layout, dtype, rules, self.compute.dispatch, name="moe")
+        mixed, routing = moe(x_BxSxD, expert_mask)
+        x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="moe_norm")(mixed)
         return sharding.constrain(x_BxSxD, ("batch", "length", None), rules), (*routing, cache)
 
 

@@ -114,7 +114,8 @@ def _block(arch: Architecture, layout: Layout, trainable: Collection[str], x: bo
     for name in layout.sets:
         experts = layout.num_experts if layout.kind == "stacked" else 1
         computed = layout.top_k if layout.kind == "stacked" else 1
-        gate, up, down, row, bias = (trains(f"mixture/{name}/{leaf}") for leaf in ("gate", "up", "down", "row", "bias"))
+        gate, up, down = (trains(f"moe/{name}/{leaf}") for leaf in ("gate", "up", "down"))
+        row, bias = (trains(f"moe/{name}/router/{leaf}") for leaf in ("weight", "bias"))
         if layout != ANCHOR:  # alone, its weight is 1 whatever the router says
             total += experts * _matmul(width, x, row)
             mixed = mixed or row or bias
@@ -122,7 +123,7 @@ def _block(arch: Architecture, layout: Layout, trainable: Collection[str], x: bo
         total += computed * _matmul(width * arch.d_ff, x, up)
         total += computed * _matmul(arch.d_ff * width, x or gate or up, down)
         mixed = mixed or gate or up or down
-    return total, mixed or trains("mixture_norm/scale")
+    return total, mixed or trains("moe_norm/scale")
 
 
 def _matmul(multiply_adds: float, left: bool, right: bool) -> float:

@@ -99,11 +99,11 @@ def _for_speed(
         # "none" computes no matmul less than "dots".
         keep_more = [remat for remat in POLICIES[1 : max(1, POLICIES.index(now))] if fits(remat, 1)]
         return [_flags(config, remat, 1) for remat in keep_more[:1]]
-    if config.data.accumulate > 1:
+    if config.data.grad_accum_steps > 1:
         # Weights are gathered and read once for each part, however many rows it has.
-        factor = _divisors(config.data.accumulate)[1]
+        factor = _divisors(config.data.grad_accum_steps)[1]
         if fits(now, 1 / factor):
-            changes.append(f"--config.data.accumulate={config.data.accumulate // factor}")
+            changes.append(f"--config.data.grad_accum_steps={config.data.grad_accum_steps // factor}")
     if bound == "interconnect":
         factor = _divisors(mesh["tensor"])[1] if mesh["tensor"] > 1 else 1
         if factor > 1 and _rows(config, mesh) % factor == 0:
@@ -128,7 +128,7 @@ def _flags(config: ConfigDict, remat: str, parts: int) -> str:
     """Flags that change the policy, and the number of parts by that factor; "" where there is nothing to change."""
     flags = []
     if parts > 1:
-        flags.append(f"--config.data.accumulate={config.data.accumulate * parts}")
+        flags.append(f"--config.data.grad_accum_steps={config.data.grad_accum_steps * parts}")
     if remat != config.compute.remat:
         flags.append(f"--config.compute.remat={remat}")
     return " ".join(flags)
@@ -136,7 +136,7 @@ def _flags(config: ConfigDict, remat: str, parts: int) -> str:
 
 def _rows(config: ConfigDict, mesh: Mapping[str, int]) -> int:
     """Rows of a part of the batch that a device has."""
-    return config.data.batch_size // config.data.accumulate // (mesh["data"] * mesh["fsdp"] * mesh["expert"])
+    return config.data.batch_size // config.data.grad_accum_steps // (mesh["data"] * mesh["fsdp"] * mesh["expert"])
 
 
 def _divisors(number: int) -> list[int]:

@@ -72,7 +72,7 @@ def kept_bytes(config: ConfigDict, program: Program) -> dict[str, int]:
         "dots": heads + keys + width,
         "none": 6 * width + rows * hidden,
     }
-    tokens = program.device_tokens // config.data.accumulate
+    tokens = program.device_tokens // config.data.grad_accum_steps
     itemsize = jnp.dtype(config.compute.dtype).itemsize
     totals = dict(zip(elements, itertools.accumulate(elements.values()), strict=True))
     return {p: tokens * itemsize * (arch.num_layers * t + totals["none"]) for p, t in totals.items()}

@@ -123,7 +123,7 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
     Returns:
       (FLOPs, bytes that go through its memory); zeros where experts are computed in another way.
     """
-    model, parts, ways = program.model, config.data.accumulate, program.ways
+    model, parts, ways = program.model, config.data.grad_accum_steps, program.ways
     arch, layout, dispatch = model.architecture, model.layout, model.compute.dispatch
     if layout.kind != "stacked" or layout.top_k == layout.num_experts or dispatch not in ("blocks", "mosaic"):
         return 0.0, 0.0
@@ -133,7 +133,7 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
     kernels = (experts, arch.d_model, arch.d_ff // ways("mlp"))
     kernel = math.prod(kernels[1:])
     products = 2 + ("experts" in computed_again(config.compute.remat, layout))
-    trained = "blocks/mixture/experts/gate" in program.trainable
+    trained = "blocks/moe/experts/gate" in program.trainable
     times = parts * arch.num_layers * 3  # gate, up, down
     if dispatch == "mosaic" and mosaic_fits(room, rows, kernels, config.compute.dtype):
         visited = room + (experts - 1) * MOSAIC_TILE
@@ -149,7 +149,7 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
 
 def hbm_bytes(config: ConfigDict, program: Program) -> float:
     """Bytes that go through a device's memory in a step, as the head of this module says."""
-    model, parts = program.model, config.data.accumulate
+    model, parts = program.model, config.data.grad_accum_steps
     width = jnp.dtype(config.compute.dtype).itemsize
     pieces = -(-config.data.sequence_length // choose_piece(model.compute.platform))
     again = computed_again(config.compute.remat, model.layout)
@@ -162,7 +162,7 @@ def hbm_bytes(config: ConfigDict, program: Program) -> float:
         size = width * math.prod(lies.shard_shape(leaf.shape))
         is_gathered = size > width * math.prod(leaf.sharding.shard_shape(leaf.shape))
         if path.startswith("blocks/"):
-            passes = 2 + (("experts" if path.startswith("blocks/mixture/") else "projections") in again)
+            passes = 2 + (("experts" if path.startswith("blocks/moe/") else "projections") in again)
             moved += parts * passes * size * (1 + is_gathered)
         else:
             moved += parts * size * ((2 * pieces if path == head else 0) + is_gathered)

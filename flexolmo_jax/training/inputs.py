@@ -21,7 +21,7 @@ from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
 from flexolmo_jax.model.experts import DISPATCH
 from flexolmo_jax.training.partition import trainable_paths
 
-EXPERT = directories.MIXTURE + "expert/"  # where the leaves of the expert in training lie
+EXPERT = directories.MOE + "expert/"  # where the leaves of the expert in training lie
 _CHOICES = {
     ("compute", "dtype"): ("float32", "bfloat16"),
     ("compute", "frozen_dtype"): ("float32", "bfloat16"),
@@ -41,13 +41,13 @@ ANY_PLATFORM = "any"
 _POSITIVE = (
     ("data", "sequence_length"),
     ("data", "batch_size"),
-    ("data", "accumulate"),
+    ("data", "grad_accum_steps"),
     ("compute", "unroll"),
     ("checkpoint", "every"),
     ("checkpoint", "keep"),
     ("log", "every"),
-    ("mixture", "num_experts"),
-    ("mixture", "top_k"),
+    ("moe", "num_experts"),
+    ("moe", "top_k"),
 )
 _NOT_NEGATIVE = (("evaluation", "every"), ("evaluation", "batches"), ("publish", "public_documents"))
 
@@ -221,9 +221,9 @@ def _check_values(config: ConfigDict) -> None:
             raise UserError(f"--config.{key}={value}: must be a finite number")
     if config.steps < 1:
         raise UserError(f"--config.steps={config.steps}: must be at least 1")
-    if config.data.batch_size % config.data.accumulate:
+    if config.data.batch_size % config.data.grad_accum_steps:
         raise UserError(
-            f"--config.data.accumulate={config.data.accumulate}: must divide --config.data.batch_size="
+            f"--config.data.grad_accum_steps={config.data.grad_accum_steps}: must divide --config.data.batch_size="
             f"{config.data.batch_size}"
         )
 
@@ -243,9 +243,9 @@ def _names_expert(config: ConfigDict) -> bool:
 
 def _fresh_layout(config: ConfigDict) -> Layout:
     """The layout of fresh weights: a mixture, the pair whose expert the partition names, or an anchor."""
-    if config.mixture.num_experts == 1 and _names_expert(config):
+    if config.moe.num_experts == 1 and _names_expert(config):
         return PAIR
-    return Layout.of_roster(config.mixture.num_experts, config.mixture.top_k)
+    return Layout.of_roster(config.moe.num_experts, config.moe.top_k)
 
 
 def _check_fresh(config: ConfigDict, layout: Layout) -> None:

@@ -10,9 +10,9 @@ TRAINABLE, FROZEN = "trainable", "frozen"
 # By what is trained: an anchor; an owner's expert; a merged model's router; all of a merged model.
 PARTITIONS = {
     # The router row and bias of an anchor wait for its experts: alone, it has nothing to route.
-    "anchor": ((r"blocks/mixture/anchor/(row|bias)", FROZEN), (r".*", TRAINABLE)),
-    "expert": ((r"blocks/mixture/expert/.*", TRAINABLE), (r".*", FROZEN)),
-    "router": ((r"blocks/mixture/experts/(row|bias)", TRAINABLE), (r".*", FROZEN)),
+    "anchor": ((r"blocks/moe/anchor/router/.*", FROZEN), (r".*", TRAINABLE)),
+    "expert": ((r"blocks/moe/expert/.*", TRAINABLE), (r".*", FROZEN)),
+    "router": ((r"blocks/moe/experts/router/.*", TRAINABLE), (r".*", FROZEN)),
     "joint": ((r".*", TRAINABLE),),
 }
 
@@ -21,7 +21,7 @@ def trainable_paths(paths: Iterable[str], partition: Sequence[tuple[str, str]]) 
     """The paths a partition marks trainable; the first pattern that matches a whole path decides.
 
     Args:
-      paths: every leaf's path, such as `blocks/mixture/expert/gate`.
+      paths: every leaf's path, such as `blocks/moe/expert/gate`.
       partition: (regular expression, "trainable" or "frozen") in order.
 
     Raises:

@@ -26,7 +26,7 @@ def configured_step(config: ConfigDict, model: Decoder) -> tuple[optax.GradientT
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     weights = LossWeights(**config.loss)
-    return optimizer, make_train_step(model, optimizer, schedule, weights, config.data.accumulate)
+    return optimizer, make_train_step(model, optimizer, schedule, weights, config.data.grad_accum_steps)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -37,7 +37,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     """
     shape = (config.data.batch_size, config.data.sequence_length)
     where = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
-    rows, ways = config.data.batch_size // config.data.accumulate, sharding.ways(mesh, where.spec[0])
+    rows, ways = config.data.batch_size // config.data.grad_accum_steps, sharding.ways(mesh, where.spec[0])
     if rows % ways:
         raise UserError(
             f"--config.data.batch_size={config.data.batch_size}: its parts of {rows} rows do not divide over "

@@ -125,7 +125,7 @@ def _trained(
         digests = {leaf: found[leaf] if leaf in trained else digest for leaf, digest in published.items()}
         return digests, {leaf: cast for leaf, cast in casts.items() if leaf not in trained}
 
-    own = {directories.digest_name(path) for path in trainable if path.startswith(directories.MIXTURE)}
+    own = {directories.digest_name(path) for path in trainable if path.startswith(directories.MOE)}
     roster = []
     for e in before.experts:
         leaves, casts = of(e.leaves, e.casts, experts[e.name], found_experts[e.name], own)

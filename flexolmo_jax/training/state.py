@@ -97,10 +97,10 @@ def _read(
     like: jax.ShapeDtypeStruct,
 ) -> jax.Array:
     """One leaf, from `start_from`; a new expert's come from the anchor's, but for its row and its bias."""
-    if path == EXPERT + "row":
+    if path == EXPERT + "router/weight":
         return jax.device_put(_new_row(config, like.shape), like.sharding)
-    if path == EXPERT + "bias":
-        return jax.device_put(np.full(like.shape, config.init.bias, np.float32), like.sharding)
+    if path == EXPERT + "router/bias":
+        return jax.device_put(np.full(like.shape, config.init.router_bias, np.float32), like.sharding)
     source = start_leaf(path)
     label = f"--config.start_from={config.start_from}: leaf {source}"
     if source not in stored or tuple(stored[source].shape) != like.shape:
@@ -110,16 +110,16 @@ def _read(
 
 def start_leaf(path: str) -> str:
     """The leaf of `start_from` that a leaf starts from, an expert's from the anchor's."""
-    return path.replace(EXPERT, directories.MIXTURE + "anchor/")
+    return path.replace(EXPERT, directories.MOE + "anchor/")
 
 
 def _new_row(config: ConfigDict, shape: tuple[int, int]) -> np.ndarray:
-    if not config.init.row_file:
+    if not config.init.router_weight_file:
         # The name enters the seed: owners who never talk must not start from the same row.
         key = jax.random.fold_in(jax.random.key(config.seed), crc32(config.expert.encode()))
-        return np.asarray(config.init.row_stddev * jax.random.truncated_normal(key, -2, 2, shape))
-    file = epath.Path(config.init.row_file)
-    flag = f"--config.init.row_file={file}"
+        return np.asarray(config.init.router_weight_stddev * jax.random.truncated_normal(key, -2, 2, shape))
+    file = epath.Path(config.init.router_weight_file)
+    flag = f"--config.init.router_weight_file={file}"
     if not file.exists():
         raise UserError(f"{flag}: no such file; give a .npy of shape [{shape[1]}] or {list(shape)}")
     with file.open("rb") as stream:

@@ -29,7 +29,7 @@ DAMAGED_FILE = "damaged_corpus.txt"  # why no output may ever come of this run
 # What may differ when a run is resumed: where it runs, what it keeps, and what its owner says of the data.
 MAY_CHANGE = ("mesh", "sharding_rules", "checkpoint", "log", "card")
 # Paths: what they name is compared by its content.
-PATHS = ("start_from", "data.train", "data.public", "evaluation.data", "init.row_file")
+PATHS = ("start_from", "data.train", "data.public", "evaluation.data", "init.router_weight_file")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 _CONTENT = "content of "
 _OLD_CONTENT = _CONTENT + "the corpora"  # of records that digest the corpora together with their paths
@@ -46,7 +46,9 @@ def describe(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
         _CONTENT + "data.train": own,
         _CONTENT + "data.public": list(itertools.chain(*public)),
         _CONTENT + "evaluation.data": [corpus.digest for corpus in inputs.held_out.values()],
-        _CONTENT + "init.row_file": _file_digest(config.init.row_file, "--config.init.row_file"),
+        _CONTENT + "init.router_weight_file": _file_digest(
+            config.init.router_weight_file, "--config.init.router_weight_file"
+        ),
     }
 
 

@@ -82,7 +82,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
     norms = []
     for parts in (1, 2):
         fixed = {"optimizer.learning_rate": 0.0, "optimizer.clip_norm": 0.0}
-        subject = TrainStep(spec("joint", "grouped_mm", **{"data.accumulate": parts, **fixed}))
+        subject = TrainStep(spec("joint", "grouped_mm", **{"data.grad_accum_steps": parts, **fixed}))
         subject.build()
         zero_grad = subject._optimizer.zero_grad
         subject._optimizer.zero_grad = lambda: None

@@ -56,7 +56,7 @@ def asked(monkeypatch):
 
 def measure(accumulate=1):
     config = config_file.get_config()
-    config.data.accumulate = accumulate
+    config.data.grad_accum_steps = accumulate
     (result,) = run.benchmark(config, ["expert"], 2, versus=True)
     return result
 
@@ -139,7 +139,7 @@ def test_where_ours_takes_rows_in_parts_others_take_them_at_once_and_in_parts(as
 
 def test_decoding_has_rows_that_do_not_divide_into_parts():
     config = config_file.get_config()
-    config.data.batch_size, config.data.accumulate = 1, 2
+    config.data.batch_size, config.data.grad_accum_steps = 1, 2
     assert run.prepared(config, "decode")["data"]["accumulate"] == 1
     with pytest.raises(UserError, match="accumulate=2: must divide"):
         run.prepared(config, "joint")

@@ -17,15 +17,15 @@ SIZES = {
     "model.d_ff": 24,
     "data.sequence_length": 16,
     "data.batch_size": 8,
-    "data.accumulate": 1,
+    "data.grad_accum_steps": 1,
     "compute.frozen_dtype": "bfloat16",
 }
 # Paths that a step trains. The bias of a fresh expert is 0, where |b| has no gradient.
 TRAINED = {
-    "anchor": lambda path: not path.endswith(("/row", "/bias")),
+    "anchor": lambda path: not path.endswith(("/router/weight", "/router/bias")),
     "expert": lambda path: "/expert/" in path,
     "joint": lambda path: True,
-    "router": lambda path: path.endswith(("/row", "/bias")),
+    "router": lambda path: path.endswith(("/router/weight", "/router/bias")),
 }
 
 
@@ -49,7 +49,7 @@ def test_a_step_trains_the_leaves_of_its_kind(step):
     subject.wait()
     assert int(subject._state.step) == 2
     still = {path for path, leaf in subject._state.trainable.items() if np.array_equal(leaf, before[path])}
-    assert all(path.endswith("/bias") for path in still)
+    assert all(path.endswith("/router/bias") for path in still)
 
 
 def test_decoding_writes_half_of_each_row():

@@ -20,7 +20,7 @@ MODEL = Model(
     eos_id=256,
     tuned={
         "leaves": list(small.ROUTER),
-        "merged_router": {"anchor": {"row": "5"}, "news": {"row": "6"}},
+        "merged_router": {"anchor": {"router/weight": "5"}, "news": {"router/weight": "6"}},
         "card": {"tokens": 7},
     },
 )
@@ -69,7 +69,7 @@ def test_the_anchor_digest_is_that_of_the_anchor_alone():
 
 
 def test_the_anchor_digest_is_that_of_the_router_before_its_tuning():
-    merged = Expert("anchor", {"gate": "1", "row": "5"}, {})
+    merged = Expert("anchor", {"gate": "1", "router/weight": "5"}, {})
     untuned = dataclasses.replace(MODEL, experts=(merged, MODEL.experts[1]), tuned=None)
     assert MODEL.anchor_digest == untuned.anchor_digest
 
@@ -142,15 +142,15 @@ def test_taking_a_model_apart_and_putting_it_together_gives_the_same(count):
     roster = ["anchor", "code", "news"][:count]
     name = "anchor" if count == 1 else "experts"
     shape = (2, 4) if count == 1 else (2, count, 4)
-    tree = {f"blocks/mixture/{name}/up": np.arange(np.prod(shape)).reshape(shape), "head": np.ones((3, 3))}
+    tree = {f"blocks/moe/{name}/up": np.arange(np.prod(shape)).reshape(shape), "head": np.ones((3, 3))}
     shared, experts = directories.model_slices(tree, roster, "the test")
     assert list(experts) == roster
     rebuilt = directories.model_leaves(shared, experts)
     assert rebuilt.keys() == tree.keys()
-    parts = rebuilt[f"blocks/mixture/{name}/up"]
+    parts = rebuilt[f"blocks/moe/{name}/up"]
     whole = (slice(None), slice(None))
     values = parts.read(whole) if count == 1 else np.stack([part.read(whole) for part in parts], axis=1)
-    np.testing.assert_array_equal(values, tree[f"blocks/mixture/{name}/up"])
+    np.testing.assert_array_equal(values, tree[f"blocks/moe/{name}/up"])
     np.testing.assert_array_equal(rebuilt["head"].read(whole), tree["head"])
 
 

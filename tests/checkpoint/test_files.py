@@ -31,14 +31,14 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("files")
     small.corpus(home / "corpus")
     leaves = small.random_leaves(0)
-    leaves[directories.MIXTURE + "anchor/bias"][:] = 0
+    leaves[directories.MOE + "anchor/router/bias"][:] = 0
     small.anchor(home / "anchor", leaves=leaves)
     small.corpus(home / "anchor" / "public")
     (home / "anchor" / "hugging_face").mkdir()
     (home / "anchor" / "hugging_face" / "tokenizer_config.json").write_text("{}")
     for seed, name in enumerate(["code", "news"], 1):
         leaves = small.expert_leaves(home / "anchor", seed)
-        small.contribution(home / name, home / "anchor", leaves=leaves | {"bias": 0 * leaves["bias"]})
+        small.contribution(home / name, home / "anchor", leaves=leaves | {"router/bias": 0 * leaves["router/bias"]})
     assert run("merge", home, home, home / "merged").status == 0
     small.tuned(home / "tuned", home / "merged", home / "corpus", leaves=small.ROUTER[:1])
     return home
@@ -61,9 +61,9 @@ def run(verb, anchor_home, news_home, out, model=None):
 
 SYSTEM = [".DS_Store", "._model.json", "._c.0.0.0", "Thumbs.db", "THUMBS.DB", "desktop.ini", ".nfs000000012", "@eaDir"]
 FOLDERS = {
-    "anchor": ["", "params", "params/head", "params/blocks.mixture.anchor.up", "hugging_face", "public"],
+    "anchor": ["", "params", "params/head", "params/blocks.moe.anchor.up", "hugging_face", "public"],
     "news": ["", "params", "params/up"],
-    "tuned": ["", "params", "merged_router", "merged_router/blocks.mixture.experts.row"],
+    "tuned": ["", "params", "merged_router", "merged_router/blocks.moe.experts.router.weight"],
 }
 
 
@@ -235,7 +235,7 @@ def test_a_contribution_holds_nothing_else(home, tmp_path, news, payload, verb):
         (extra("merged_router/x"), "merged_router/x"),
         (link("tokenizer.json", "/etc/passwd"), "tokenizer.json"),
         (link("hugging_face/chat_template.jinja", "/etc/passwd"), "hugging_face/chat_template.jinja"),
-        (moved_out("merged_router/blocks.mixture.experts.row"), "merged_router/blocks.mixture.experts.row"),
+        (moved_out("merged_router/blocks.moe.experts.router.weight"), "merged_router/blocks.moe.experts.router.weight"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

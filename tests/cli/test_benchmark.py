@@ -23,7 +23,7 @@ SIZES = {
     "model.num_kv_heads": 1,
     "model.d_ff": 48,
     "data.sequence_length": 16,
-    "data.accumulate": 1,
+    "data.grad_accum_steps": 1,
     "data.batch_size": 2,
 }
 OVERRIDES = [f"--config.{key}={value}" for key, value in SIZES.items()]
@@ -55,7 +55,7 @@ def test_shows_a_row_for_each_step_and_writes_all_figures(tmp_path):
     expert, decode = (result["sides"]["flexolmo"] for result in figures["steps"])
     assert [result["step"] for result in figures["steps"]] == ["expert", "decode"]
 
-    trained = {f"blocks/mixture/expert/{leaf}" for leaf in ("gate", "up", "down", "row", "bias")}
+    trained = {f"blocks/moe/expert/{leaf}" for leaf in ("gate", "up", "down", "router/weight", "router/bias")}
     assert expert["tokens"] == 32
     assert expert["flops"] == train_step_flops(ARCHITECTURE, PAIR, trained, batch=2, length=16)
     assert decode["tokens"] == 2 * 8  # half of each row
@@ -112,7 +112,7 @@ def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
         (["--step=sleep"], ["--step=sleep", "anchor|expert|joint|router|decode"]),
         (["--runs=0"], ["--runs=0", "positive integer"]),
         (["--versus=megatron"], ["--versus=megatron", "transformers"]),
-        (["--config.mixture.num_experts=1"], ["--config.mixture.num_experts=1", "--step=joint", "2 at least"]),
+        (["--config.moe.num_experts=1"], ["--config.moe.num_experts=1", "--step=joint", "2 at least"]),
         (["--config.start_from=model"], ["--config.start_from=model", "fresh weights"]),
         (["--config.expert=news"], ["--config.expert=news", "fresh weights"]),
         (["--config.data.batch_size=0"], ["--config.data.batch_size=0", "at least 1"]),

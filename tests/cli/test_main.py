@@ -260,7 +260,7 @@ BAD_RUNS = [
         ["--config=configs/router.py", DATA],
         ["--config.start_from: empty", "a mixture of 4 experts starts from a merge"],
     ),
-    ([ANCHOR, DATA, "--config.mixture.top_k=0"], ["--config.mixture.top_k=0", "at least 1"]),
+    ([ANCHOR, DATA, "--config.moe.top_k=0"], ["--config.moe.top_k=0", "at least 1"]),
     ([*EXPERT, "--config.expert=anchor"], ["--config.expert=anchor", "lower-case"]),
     ([*EXPERT, "--config.expert=A/b"], ["--config.expert=A/b", "lower-case"]),
     (

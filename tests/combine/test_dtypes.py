@@ -21,7 +21,7 @@ DTYPES = {
 }
 CASTS = [None, "float16"]
 OWNERS = {"code": "bfloat16", "legal": "float16", "news": "float32"}
-ANCHOR, EXPERTS = directories.MIXTURE + "anchor/", directories.MIXTURE + "experts/"
+ANCHOR, EXPERTS = directories.MOE + "anchor/", directories.MOE + "experts/"
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12))
 
 
@@ -175,7 +175,7 @@ def test_what_is_too_large_for_a_dtype_is_refused_by_name(tmp_path, dtype, value
     small.contribution(tmp_path / "news", tmp_path / "anchor", leaves=own)
     arguments = [f"--anchor={tmp_path}/anchor", f"--contribution={tmp_path}/news", f"--out={tmp_path}/out"]
     result = flexolmo("merge", *arguments, f"--dtype={dtype}")
-    leaf = "leaf blocks/mixture/anchor/up" if place == "anchor" else "leaf up"
+    leaf = "leaf blocks/moe/anchor/up" if place == "anchor" else "leaf up"
     assert_refused(result, "merge", f"{tmp_path}/{place}: {leaf}", "beyond", dtype)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["anchor", "news"]
     assert flexolmo("merge", *arguments).status == 0
@@ -195,7 +195,7 @@ def test_an_altered_byte_is_found_before_and_after_the_cast(tmp_path, place):
     leaves = {leaf: x.astype(np.float32) for leaf, x in small.expert_leaves(tmp_path / "anchor", 1).items()}
     small.contribution(tmp_path / "news", tmp_path / "anchor", leaves=leaves)
     merge(tmp_path / "anchor", [tmp_path / "news"], tmp_path / "model", top_k=2)
-    chunk = {"merge": "news/params/gate/c.0.0.0", "inspect": "model/params/blocks.mixture.experts.gate/c.0.1.0.0"}
+    chunk = {"merge": "news/params/gate/c.0.0.0", "inspect": "model/params/blocks.moe.experts.gate/c.0.1.0.0"}
     data = bytearray((tmp_path / chunk[place]).read_bytes())
     data[0] ^= 1  # of a float32 a bit that is rounded away
     (tmp_path / chunk[place]).write_bytes(data)

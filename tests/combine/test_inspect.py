@@ -24,7 +24,7 @@ def home(tmp_path_factory):
     [
         ("anchor", ["a model", "d_model 16", "1 of 1", "anchor", "2,338"]),
         ("merged", ["a model", "2 of 2", "news", "data of news; none", "tuned since nothing"]),
-        ("tuned", ["a model", "tuned since blocks/mixture/experts/bias, blocks/mixture/experts/row"]),
+        ("tuned", ["a model", "tuned since blocks/moe/experts/router/bias, blocks/moe/experts/router/weight"]),
         ("news", ["a contribution", "news", "2,338", "20"]),
         ("corpus", ["a corpus", "documents 4 ", "tokens 88 ", "bytes of text 84 "]),
     ],
@@ -46,11 +46,11 @@ def test_describes_several_directories(home):
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        ("merged", "params/blocks.mixture.experts.up/c.0.1.0.0"),
+        ("merged", "params/blocks.moe.experts.up/c.0.1.0.0"),
         ("merged", "params/head/c.0.0"),
         ("news", "params/down/c.0.0.0"),
         ("corpus", "tokens-00000.npy"),
-        ("tuned", "merged_router/blocks.mixture.experts.row/c.0.0.0"),
+        ("tuned", "merged_router/blocks.moe.experts.router.weight/c.0.0.0"),
     ],
 )
 def test_finds_one_altered_byte(home, name, file):

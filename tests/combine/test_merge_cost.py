@@ -66,7 +66,7 @@ def reads(tmp_path, monkeypatch):
 def sizes():
     """Bytes of what is shared, and of an expert."""
     sizes = {path: 4 * math.prod(shape) for path, shape in small.shapes(ARCHITECTURE).items()}
-    expert = sum(size for path, size in sizes.items() if "mixture/" in path)
+    expert = sum(size for path, size in sizes.items() if "moe/" in path)
     return sum(sizes.values()) - expert, expert
 
 

@@ -25,7 +25,7 @@ from tests.support.small import flexolmo
 CERTIFICATE_FILE = "certificate.json"
 NAMES = ["code", "legal", "news"]
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12))
-GATE = directories.MIXTURE + "experts/gate"
+GATE = directories.MOE + "experts/gate"
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +177,8 @@ def test_settings_of_the_tokenizer_come_along(home, tmp_path):
 @pytest.mark.parametrize("kept", ["merged_router", "params"])
 def test_a_damaged_tuned_model_is_refused(home, tmp_path, kept):
     shutil.copytree(home / "tuned", tmp_path / "bad")
-    leaf = "row" if kept == "merged_router" else "up"
-    chunk = min((tmp_path / "bad" / kept / f"blocks.mixture.experts.{leaf}").glob("c.*"))
+    leaf = "router/weight" if kept == "merged_router" else "up"
+    chunk = min((tmp_path / "bad" / kept / f"blocks.moe.experts.{leaf}").glob("c.*"))
     data = bytearray(chunk.read_bytes())
     data[0] ^= 1
     chunk.write_bytes(data)

@@ -87,7 +87,7 @@ REFUSED = {
         lambda home, path: small.contribution(path, home / "wide", seed=3),
         ["--contribution=", "another architecture", "d_ff"],
     ),
-    "missing leaf": (leaves_with(row=lambda _: None), ["--contribution=", "lacks the leaf row"]),
+    "missing leaf": (leaves_with(down=lambda _: None), ["--contribution=", "lacks the leaf down"]),
     "extra leaf": (leaves_with(extra=lambda _: np.ones(3, np.float32)), ["--contribution=", "unknown leaf extra"]),
     "misshapen leaf": (leaves_with(up=lambda up: up[..., :-1]), ["leaf up", "[2, 16, 23]", "[2, 16, 24]"]),
     "float64": (
@@ -147,7 +147,7 @@ def test_only_a_model_is_an_anchor(home, tmp_path, kind):
     ("name", "change", "words"),
     [
         ("params/head/c.0.0", flip, ["leaf head", "altered"]),
-        ("params/blocks.mixture.anchor.up/c.0.0.0", flip, ["leaf blocks/mixture/anchor/up", "altered"]),
+        ("params/blocks.moe.anchor.up/c.0.0.0", flip, ["leaf blocks/moe/anchor/up", "altered"]),
         ("params/head/c.0.0", lambda data: data[:-1], ["leaf head", "truncated"]),
         (
             "params/_METADATA",
@@ -195,7 +195,7 @@ def test_opt_out_of_no_expert_or_the_anchor_is_refused(home, tmp_path, expert, w
 
 def test_opt_out_of_a_damaged_model_is_refused(home, tmp_path):
     shutil.copytree(home / "merged", tmp_path / "bad")
-    chunk = tmp_path / "bad/params/blocks.mixture.experts.gate/c.0.0.0.0"
+    chunk = tmp_path / "bad/params/blocks.moe.experts.gate/c.0.0.0.0"
     chunk.write_bytes(flip(chunk.read_bytes()))
     result = flexolmo("opt-out", f"--model={tmp_path}/bad", "--expert=code", f"--out={tmp_path}/out")
     assert_refused(result, "opt-out", f"--model={tmp_path}/bad", "experts/gate of expert anchor", "altered")

@@ -44,10 +44,10 @@ def test_any_order_gives_the_same_bytes(home, tmp_path, order):
 def test_holds_the_anchor_and_a_plain_stack_of_experts(home):
     anchor, merged = small.read_params(home / "anchor"), small.read_params(home / "merged")
     experts = [small.read_params(home / name) for name in NAMES]
-    expected = {path: leaf for path, leaf in anchor.items() if "mixture/" not in path}
+    expected = {path: leaf for path, leaf in anchor.items() if "moe/" not in path}
     for leaf in experts[0]:
-        parts = [anchor[f"blocks/mixture/anchor/{leaf}"], *(expert[leaf] for expert in experts)]
-        expected[f"blocks/mixture/experts/{leaf}"] = np.stack(parts, axis=1)
+        parts = [anchor[f"blocks/moe/anchor/{leaf}"], *(expert[leaf] for expert in experts)]
+        expected[f"blocks/moe/experts/{leaf}"] = np.stack(parts, axis=1)
     assert merged.keys() == expected.keys()
     for path, leaf in expected.items():
         assert merged[path].dtype == leaf.dtype
@@ -148,7 +148,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_experts(tmp_path):
     )
     leaves = {path: np.ones(shape, np.float32) for path, shape in small.shapes(wide).items()}
     small.anchor(tmp_path / "anchor", architecture=wide, leaves=leaves)
-    leaf_bytes = leaves["blocks/mixture/anchor/gate"].nbytes
+    leaf_bytes = leaves["blocks/moe/anchor/gate"].nbytes
     assert leaf_bytes > 1.4 * tree.BLOCK_BYTES
     small.contribution(tmp_path / "x0", tmp_path / "anchor")
     document = json.loads((tmp_path / "x0" / "contribution.json").read_text())

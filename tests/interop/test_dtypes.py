@@ -27,7 +27,7 @@ def no_transformers(monkeypatch):
 
 
 def unbiased(leaves):
-    return {name: np.zeros_like(x) if name.endswith("bias") else x for name, x in leaves.items()}
+    return {name: np.zeros_like(x) if name.endswith("router/bias") else x for name, x in leaves.items()}
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -128,7 +128,7 @@ def test_a_pair_of_another_dtype_is_a_contribution(home, tmp_path, dtype):
     run("import-hf", *imports, f"--out={tmp_path}/published")
     small.assert_same_leaves(small.read_params(tmp_path / "published"), rounded)
     merge(home / "anchor", [home / "code", tmp_path / "published"], tmp_path / "with-published", top_k=3)
-    found = small.read_params(tmp_path / "with-published")["blocks/mixture/experts/up"][:, 2]
+    found = small.read_params(tmp_path / "with-published")["blocks/moe/experts/up"][:, 2]
     expected = rounded["up"].astype(np.float32).astype(DTYPES[home.name])
     assert found.tobytes() == expected.tobytes()
 
@@ -175,7 +175,7 @@ def test_too_large_a_value_is_refused_by_name(tmp_path):
 
 def test_a_damaged_source_is_refused_though_it_is_cast(home, tmp_path):
     shutil.copytree(home / "merged", tmp_path / "bad")
-    chunk = tmp_path / "bad/params/blocks.mixture.experts.gate/c.0.1.0.0"
+    chunk = tmp_path / "bad/params/blocks.moe.experts.gate/c.0.1.0.0"
     data = bytearray(chunk.read_bytes())
     data[0] ^= 1
     chunk.write_bytes(data)

@@ -15,7 +15,7 @@ from tests.support import hf_directories as hf
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
 
-BIAS = directories.MIXTURE + "anchor/bias"
+BIAS = directories.MOE + "anchor/router/bias"
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def no_transformers(monkeypatch):
 
 
 def unbiased(leaves):
-    return {name: np.zeros_like(x) if name.rsplit("/", 1)[-1] == "bias" else x for name, x in leaves.items()}
+    return {name: np.zeros_like(x) if name.endswith("router/bias") else x for name, x in leaves.items()}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_dropped_biases_are_measured(home, tmp_path):
     run("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/back")
     before, after = small.read_params(home / "biased"), small.read_params(tmp_path / "back")
     for path, leaf in before.items():
-        np.testing.assert_array_equal(after[path], 0 * leaf if path.endswith("bias") else leaf)
+        np.testing.assert_array_equal(after[path], 0 * leaf if path.endswith("router/bias") else leaf)
     # The digests are those of what went out.
     old, new = (directories.Model.read(path, flag="").experts for path in (home / "biased", tmp_path / "back"))
     assert [a.digest == b.digest for a, b in zip(old, new, strict=True)] == [True, True, False]
@@ -215,7 +215,7 @@ def test_a_pair_of_an_anchor_with_another_bias_is_no_contribution(home, tmp_path
         shutil.rmtree(tmp_path / "out" / "flexolmo")
     flags = [f"--source={tmp_path}/out", "--as_contribution", f"--anchor={biased}", "--expert=news"]
     result = flexolmo("import-hf", *flags, f"--out={tmp_path}/news")
-    assert_refused(result, "import-hf", f"--anchor={biased}", "bias", "trained on")
+    assert_refused(result, "import-hf", f"--anchor={biased}", "router/bias", "trained on")
     assert not (tmp_path / "news").exists()
 
 
@@ -228,7 +228,7 @@ def test_a_contribution_gets_its_bias_back(home, tmp_path, monkeypatch):
     assert small.files(tmp_path / "math") == small.files(home / "math")
     assert "changed" not in printed
     # What transformers computes has none.
-    assert [leaves["bias"].read((slice(None),)).any() for leaves in compared] == [False, False]
+    assert [leaves["router/bias"].read((slice(None),)).any() for leaves in compared] == [False, False]
 
 
 def test_a_contribution_that_was_changed_outside_has_another_card(home, tmp_path):
@@ -247,7 +247,7 @@ def test_an_anchor_takes_the_rows_of_published_pairs(home, tmp_path):
     shutil.rmtree(tmp_path / "dense" / "flexolmo")
     shutil.rmtree(tmp_path / "pair" / "flexolmo")
     run("import-hf", f"--source={tmp_path}/dense", f"--out={tmp_path}/zeros")
-    assert not small.read_params(tmp_path / "zeros")["blocks/mixture/anchor/row"].any()
+    assert not small.read_params(tmp_path / "zeros")["blocks/moe/anchor/router/weight"].any()
     flags = [f"--source={tmp_path}/pair", "--as_contribution", "--expert=news", f"--out={tmp_path}/news"]
     result = flexolmo("import-hf", *flags, f"--anchor={tmp_path}/zeros")
     assert_refused(result, "import-hf", "router rows", "zeros", f"--public_rows_from={tmp_path}/pair")
@@ -294,7 +294,7 @@ def test_a_pair_of_another_anchor_is_no_contribution(home, tmp_path, tensor, wor
 
 def test_a_damaged_model_is_not_exported(home, tmp_path):
     shutil.copytree(home / "merged", tmp_path / "bad")
-    chunk = tmp_path / "bad/params/blocks.mixture.experts.gate/c.0.1.0.0"
+    chunk = tmp_path / "bad/params/blocks.moe.experts.gate/c.0.1.0.0"
     data = chunk.read_bytes()
     chunk.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     result = flexolmo("export-hf", f"--model={tmp_path}/bad", f"--out={tmp_path}/out")
@@ -316,7 +316,7 @@ def test_the_model_card(home, tmp_path):
     assert f"- anchor: `{manifest.anchor_digest}`" in page
     assert f"- news: `{news.digest}`" in page
     assert "3 of 3 compute each token" in page
-    assert "Changed since: `blocks/mixture/experts/row`" in page
+    assert "Changed since: `blocks/moe/experts/router/weight`" in page
     assert "flexolmo opt-out --model=model --expert=code" in page
     assert 'AutoTokenizer.from_pretrained("DIRECTORY")' in page
     assert "[tokenizer.eos_token_id] + tokenizer(text, add_special_tokens=False).input_ids" in page

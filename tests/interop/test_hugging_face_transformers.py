@@ -147,7 +147,7 @@ def test_router_gradients_are_equal(case):
     layout = Layout.of_roster(case.experts, manifest.top_k)
     decoder = Decoder(Architecture.from_dict(manifest.architecture, ""), layout)
     params = small.read_params(case.home / "ours")
-    (path,) = (path for path in params if path.endswith("/row"))
+    (path,) = (path for path in params if path.endswith("/router/weight"))
 
     @jax.jit
     def gradient(row):

@@ -182,8 +182,8 @@ def test_experts_are_kept_sorted_by_the_names_they_are_given(tmp_path):
     assert manifest.roster == ["anchor", "code", "math", "news"]
     _, _, expected, outputs = golden.load(golden.MIXTURE)
     found = small.read_params(tmp_path / "model")
-    for leaf in ("gate", "up", "down", "row"):
-        path = f"blocks/mixture/experts/{leaf}"
+    for leaf in ("gate", "up", "down", "router/weight"):
+        path = f"blocks/moe/experts/{leaf}"
         np.testing.assert_array_equal(found[path], expected[path][:, [0, 2, 3, 1]])
     logits = flexolmo_jax.load(tmp_path / "model").logits(outputs["input_ids"])
     np.testing.assert_allclose(logits, outputs["logits"], atol=1e-4, rtol=0)
@@ -209,7 +209,7 @@ def test_one_expert_is_an_anchor_with_a_row(tmp_path):
     imported(source, tmp_path / "model")
     params = small.read_params(tmp_path / "model")
     np.testing.assert_array_equal(
-        params["blocks/mixture/anchor/row"],
+        params["blocks/moe/anchor/router/weight"],
         np.concatenate([tensors[f"model.layers.{layer}.mlp.gate.weight"] for layer in range(2)]),
     )
     exported(tmp_path / "model", tmp_path / "out")

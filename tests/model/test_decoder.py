@@ -26,7 +26,7 @@ from tests.support.tiny import (
 )
 
 TOKENS = random_batch([[9], [9]], 9)["tokens"]
-ROUTER = ("row", "bias")
+ROUTER = ("router/weight", "router/bias")
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def test_every_dimension_of_every_leaf_has_a_logical_axis(layout):
     assert {path: len(names) for path, names in axes.items()} == {p: x.ndim for p, x in model.abstract().items()}
     in_blocks = [path for path in axes if path.startswith("blocks/")]
     assert all(axes[path][0] == "layers" for path in in_blocks)
-    stacked = [path for path in axes if "mixture/experts/" in path]
+    stacked = [path for path in axes if "moe/experts/" in path]
     assert all(axes[path][1] == "experts" for path in stacked)
     assert len(stacked) == 5 * (layout.kind == "stacked")
 

@@ -10,7 +10,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.model import grouped_matmul
 from flexolmo_jax.model.expert_parallel import stacked_experts
 from flexolmo_jax.model.experts import KERNEL_AXES
-from flexolmo_jax.model.mixture import chosen_weights
+from flexolmo_jax.model.moe import chosen_weights
 from tests.support.mixtures import masked_sum
 from tests.support.pallas_interpreter import hopper_stand_ins
 from tests.support.tiny import COMPILE_FAST, assert_trees_close
@@ -38,9 +38,9 @@ def random_arguments(routing, batch=BATCH, dtype=np.float32):
         leaf: rng.normal(0, 0.5, (LAYERS, EXPERTS, *(sizes[axis] for axis in axes))).astype(dtype)
         for leaf, axes in KERNEL_AXES.items()
     }
-    leaves["row"] = np.float32(rng.normal(0, 0.5, (LAYERS, EXPERTS, D_MODEL)))
+    leaves["router/weight"] = np.float32(rng.normal(0, 0.5, (LAYERS, EXPERTS, D_MODEL)))
     # The first element of x is 1, and lets a row prefer its expert for all tokens.
-    leaves["row"][:, EXPERTS // 2, 0] += ROUTINGS[routing]
+    leaves["router/weight"][:, EXPERTS // 2, 0] += ROUTINGS[routing]
     x, toward = rng.normal(size=(2, batch, LENGTH, D_MODEL)).astype(dtype)
     x[..., 0] = 1
     return leaves, x, toward
@@ -48,7 +48,10 @@ def random_arguments(routing, batch=BATCH, dtype=np.float32):
 
 def shards(mesh, leaves, x, toward):
     """The same arguments, laid out on the mesh."""
-    axes = {**{leaf: ("layers", "experts", *axes) for leaf, axes in KERNEL_AXES.items()}, "row": ("layers", None, None)}
+    axes = {
+        **{leaf: ("layers", "experts", *axes) for leaf, axes in KERNEL_AXES.items()},
+        "router/weight": ("layers", None, None),
+    }
     leaves = jax.device_put(leaves, sharding.leaf_shardings(leaves, axes, mesh, SHARDING_RULES))
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, sharding.even_spec(x.shape, ("batch", "length", None), SHARDING_RULES))
@@ -61,7 +64,7 @@ def objective(experts_sum, leaves, x, toward):
     @jax.checkpoint
     def layer(x, leaves):
         leaves = dict(leaves)
-        weights = jax.nn.softmax(jnp.einsum("bsd,ed->bse", x.astype(jnp.float32), leaves.pop("row")))
+        weights = jax.nn.softmax(jnp.einsum("bsd,ed->bse", x.astype(jnp.float32), leaves.pop("router/weight")))
         y = experts_sum(x, leaves, weights)
         first = x[..., :1]  # stays 1
         return jnp.concatenate([first, jnp.tanh(x + y)[..., 1:]], axis=-1), None
@@ -136,7 +139,7 @@ def test_bfloat16_is_summed_as_well_as_on_one_device():
         arguments = shards(mesh, *low)
         (_, out), (leaves, x) = compiled(spread("blocks"), arguments)(*arguments)
     assert out.dtype == x.dtype == leaves["gate"].dtype == jnp.bfloat16
-    assert leaves["row"].dtype == jnp.float32
+    assert leaves["router/weight"].dtype == jnp.float32
     assert_trees_close(out, expected[0][1], 0.03)
 
 

@@ -10,7 +10,7 @@ import pytest
 from flexolmo_jax.model import experts, experts_cpu
 from flexolmo_jax.model.decoder import REMAT_POLICIES
 from flexolmo_jax.model.expert_parallel import stacked_experts
-from flexolmo_jax.model.mixture import chosen_weights
+from flexolmo_jax.model.moe import chosen_weights
 from tests.support.mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, masked_sum, plain_sum, random_mixture, to_float32
 from tests.support.tiny import COMPILE_FAST, assert_trees_close
 

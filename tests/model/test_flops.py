@@ -48,24 +48,26 @@ def plain_loss(leaves, arch, layout, tokens):
         out = out @ block["attention/out"].reshape(-1, arch.d_model)
         x = x + normed(out, block["attention_norm/scale"])
         sets = [
-            {leaf: block[f"mixture/{name}/{leaf}"] for leaf in ("gate", "up", "down", "row", "bias")}
+            {leaf: block[f"moe/{name}/{leaf}"] for leaf in ("gate", "up", "down", "router/weight", "router/bias")}
             for name in layout.sets
         ]
         if layout.kind == "anchor":
             mixed = feed_forward(x, *(sets[0][leaf] for leaf in ("gate", "up", "down")))
         elif layout.kind == "pair":
-            logits = jnp.stack([x @ s["row"] - jnp.abs(s["bias"]) for s in sets], -1)
+            logits = jnp.stack([x @ s["router/weight"] - jnp.abs(s["router/bias"]) for s in sets], -1)
             weights = jax.nn.softmax(logits)
             outs = [feed_forward(x, s["gate"], s["up"], s["down"]) for s in sets]
             mixed = sum(weights[..., i, None] * out for i, out in enumerate(outs))
         else:
             (experts,) = sets
-            weights = jax.nn.softmax(jnp.einsum("bsd,ed->bse", x, experts["row"]) - jnp.abs(experts["bias"]))
+            weights = jax.nn.softmax(
+                jnp.einsum("bsd,ed->bse", x, experts["router/weight"]) - jnp.abs(experts["router/bias"])
+            )
             weights, chosen = jax.lax.top_k(weights, layout.top_k)
             gate, up, down = (experts[leaf][chosen] for leaf in ("gate", "up", "down"))
             hidden = jax.nn.silu(jnp.einsum("bsd,bskdf->bskf", x, gate)) * jnp.einsum("bsd,bskdf->bskf", x, up)
             mixed = jnp.sum(weights[..., None] * jnp.einsum("bskf,bskfd->bskd", hidden, down), axis=2)
-        x = x + normed(mixed, block["mixture_norm/scale"])
+        x = x + normed(mixed, block["moe_norm/scale"])
     x = normed(x, leaves["final_norm/scale"])
     head = leaves["embedding"].T if arch.tied_embeddings else leaves["head"]
     return -jnp.sum(jax.nn.log_softmax(x @ head)[..., 0])
@@ -114,7 +116,9 @@ def test_a_training_step_has_the_matmuls_of_its_gradient(kind, arch):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_so_does_every_leaf_trained_alone(layout):
     for leaf in Decoder(ARCHITECTURE, layout).abstract():
-        if not (layout.kind == "anchor" and leaf.endswith(("row", "bias"))):  # the plain decoder has no use for them
+        if not (
+            layout.kind == "anchor" and leaf.endswith(("router/weight", "router/bias"))
+        ):  # the plain decoder has no use for them
             assert train_step_flops(ARCHITECTURE, layout, {leaf}, BATCH, LENGTH) == counted(
                 ARCHITECTURE, layout, {leaf}
             ), leaf

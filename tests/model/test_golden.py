@@ -54,16 +54,16 @@ def theirs(gradient, arch):
     attention["self_attn.k_norm"] = block["attention/key_norm/scale"].reshape(-1)
     norms = {
         "post_attention_layernorm": block["attention_norm/scale"],
-        "post_feedforward_layernorm": block["mixture_norm/scale"],
+        "post_feedforward_layernorm": block["moe_norm/scale"],
     }
     layer = {f"{name}.weight": leaf for name, leaf in (attention | norms).items()}
-    if "mixture/anchor/gate" in block:
-        layer |= {f"mlp.{leaf}_proj.weight": block[f"mixture/anchor/{leaf}"].T for leaf in ("gate", "up", "down")}
+    if "moe/anchor/gate" in block:
+        layer |= {f"mlp.{leaf}_proj.weight": block[f"moe/anchor/{leaf}"].T for leaf in ("gate", "up", "down")}
     else:
-        gate, up, down = (block[f"mixture/experts/{leaf}"].swapaxes(1, 2) for leaf in ("gate", "up", "down"))
+        gate, up, down = (block[f"moe/experts/{leaf}"].swapaxes(1, 2) for leaf in ("gate", "up", "down"))
         layer["mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
         layer["mlp.experts.down_proj"] = down
-        layer["mlp.gate.weight"] = block["mixture/experts/row"]
+        layer["mlp.gate.weight"] = block["moe/experts/router/weight"]
     return {f"model.layers.0.{name}": leaf for name, leaf in layer.items()} | {
         "model.embed_tokens.weight": gradient["embedding"],
         "model.norm.weight": gradient["final_norm/scale"],

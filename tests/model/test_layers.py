@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from flexolmo_jax.model.layers import INIT_STDDEV, RMSNorm
-from flexolmo_jax.model.mixture import ROW_STDDEV, ExpertLeaves
+from flexolmo_jax.model.moe import ROUTER_STDDEV, ExpertLeaves
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST
 
 
@@ -34,10 +35,12 @@ def test_norm_of_bfloat16_is_computed_in_float32():
 
 def test_fresh_leaves_are_normal_and_truncated_at_two_deviations_on_both_sides():
     module = ExpertLeaves(ARCHITECTURE, (8,))
-    leaves = jax.jit(lambda key: nn.unbox(module.init(key)["params"]), compiler_options=COMPILE_FAST)(jax.random.key(0))
-    assert not leaves.pop("bias").any()
+    leaves = jax.jit(
+        lambda key: flatten_dict(nn.unbox(module.init(key)["params"]), sep="/"), compiler_options=COMPILE_FAST
+    )(jax.random.key(0))
+    assert not leaves.pop("router/bias").any()
     for name, leaf in leaves.items():
-        stddev = ROW_STDDEV if name == "row" else INIT_STDDEV
+        stddev = ROUTER_STDDEV if name == "router/weight" else INIT_STDDEV
         leaf = np.asarray(leaf) / stddev
         assert abs(leaf.mean()) < 4 / np.sqrt(leaf.size), name
         # What is left of the deviation of a normal distribution cut at two of them.

@@ -31,7 +31,7 @@ def advise(
 ):
     """Advice where 10 GiB are available; amounts in GiB, `kept` from "none" on."""
     accumulate = compute.pop("accumulate", 1)
-    config = planned.config(values={"data.batch_size": batch, "data.accumulate": accumulate})
+    config = planned.config(values={"data.batch_size": batch, "data.grad_accum_steps": accumulate})
     config.compute.update({"remat": "dots", "frozen_dtype": "bfloat16"} | compute)
     mesh = dict.fromkeys(MESH_AXES, 1) | (mesh or {"fsdp": 8})
     parts = [round(GIB * size) for size in (state - frozen - optimizer, frozen, optimizer, 0, temporaries)]
@@ -47,17 +47,17 @@ def advise(
     [
         # A device has 8 rows of the part, 9 GiB to fill, and 1 of weights. In two parts there is 1 GiB of gradients,
         # and half of the other 14.
-        (dict(temporaries=15), "16.00 of 10.00 GiB; try --config.data.accumulate=2"),
+        (dict(temporaries=15), "16.00 of 10.00 GiB; try --config.data.grad_accum_steps=2"),
         (dict(temporaries=9), "10.00 of 10.00 GiB"),
         # Without attention's and the feed-forward's 6 GiB there are 1 + 1 + 5.
         (
             dict(temporaries=12, kept=(9, 6, 6, 0, 0)),
-            "13.00 of 10.00 GiB; try --config.data.accumulate=2 or --config.compute.remat=kernels",
+            "13.00 of 10.00 GiB; try --config.data.grad_accum_steps=2 or --config.compute.remat=kernels",
         ),
         # An eighth of 59 GiB is too much beside 1 + 1; of those that kernels do not keep, 11, the half fits.
         (
             dict(temporaries=60, kept=(48, 48, 48, 0, 0)),
-            "61.00 of 10.00 GiB; try --config.data.accumulate=2 --config.compute.remat=kernels",
+            "61.00 of 10.00 GiB; try --config.data.grad_accum_steps=2 --config.compute.remat=kernels",
         ),
         # One row already: keep less.
         (
@@ -71,7 +71,7 @@ def advise(
         ),
         (
             dict(temporaries=100, remat="kernels"),
-            "101.00 of 10.00 GiB; try --config.data.accumulate=8 --config.compute.remat=full "
+            "101.00 of 10.00 GiB; try --config.data.grad_accum_steps=8 --config.compute.remat=full "
             "--config.mesh.fsdp=4 --config.mesh.tensor=2",
         ),
         (
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_told_how_it_might(situation, sentence):
         ),
         (dict(remat="full", kept=(20, 9, 8, 8, 0)), ["bound by arithmetic"]),
         (dict(bound="HBM"), ["bound by HBM"]),
-        (dict(bound="HBM", accumulate=4), ["bound by HBM", "may be faster with --config.data.accumulate=2"]),
+        (dict(bound="HBM", accumulate=4), ["bound by HBM", "may be faster with --config.data.grad_accum_steps=2"]),
         (dict(bound="HBM", accumulate=4, temporaries=6), ["bound by HBM"]),  # 1 + 1 + twice 5
         (
             dict(bound="interconnect", mesh={"fsdp": 2, "tensor": 4}),
@@ -158,7 +158,7 @@ def test_changes_can_be_made(layout, accumulate, mesh, temporaries, bound):
             if section == "mesh":
                 sizes[name] = int(value)
         assert math.prod(sizes.values()) == math.prod(mesh.values()), change
-        assert changed.data.batch_size % changed.data.accumulate == 0, change
-        rows = changed.data.batch_size // changed.data.accumulate
+        assert changed.data.batch_size % changed.data.grad_accum_steps == 0, change
+        rows = changed.data.batch_size // changed.data.grad_accum_steps
         assert rows % (sizes["data"] * sizes["fsdp"] * sizes["expert"]) == 0, change
         assert layout.kind != "stacked" or layout.num_experts % sizes["expert"] == 0, change

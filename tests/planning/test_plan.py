@@ -133,7 +133,7 @@ def test_a_step_that_does_not_fit_says_so(tmp_path_factory):
     assert made["collectives"] is None
     assert made["roofline"]["network_seconds"] is None
     assert made["advice"][0].startswith("does not fit: ")
-    assert "try --config.mesh.data=1 --config.mesh.fsdp=8 or --config.data.accumulate=" in made["advice"][0]
+    assert "try --config.mesh.data=1 --config.mesh.fsdp=8 or --config.data.grad_accum_steps=" in made["advice"][0]
     assert made["advice"][0] in shown
 
 

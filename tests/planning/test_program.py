@@ -65,7 +65,7 @@ def test_a_model_directory_gives_architecture_and_layout(tmp_path):
     ("mesh", "values", "words"),
     [
         ({"data": 8}, {"data.batch_size": 12}, "--config.data.batch_size=12: its parts of 12 rows do not divide"),
-        ({"data": 8}, {"data.accumulate": 4}, "its parts of 4 rows do not divide over the 8 devices"),
+        ({"data": 8}, {"data.grad_accum_steps": 4}, "its parts of 4 rows do not divide over the 8 devices"),
         ({"data": 3}, {}, "--config.mesh: data=3, fsdp=1, expert=1, tensor=1 does not fit 8 devices"),
         ({"tensor": 8}, {}, "--config.mesh: dimension"),  # two heads of keys do not divide by 8
         ({"data": 8}, {"compute.remat": "some"}, "--config.compute.remat=some: must be one of none, dots"),
@@ -135,7 +135,7 @@ def test_memory_has_closed_forms():
 
 def test_what_is_kept_has_a_closed_form():
     """2 layers of d_model 32, 4 heads and 2 of keys and values, 24 hidden units; float32; 16 rows of 32 tokens."""
-    pair = planned.config("pair", {"data": 4, "tensor": 2}, {"data.accumulate": 2})
+    pair = planned.config("pair", {"data": 4, "tensor": 2}, {"data.grad_accum_steps": 2})
     full, kernels = 32, 32 + 16
     feed_forward = kernels + 2 * (2 * 12 + 32)
     dots = feed_forward + 16 + 2 * 8 + 32

@@ -138,7 +138,7 @@ def test_what_is_computed_again_depends_on_policy_and_layout(layout, remat, agai
 def test_blocks_copy_kernels_and_the_last_of_each_expert_is_in_part_in_vain(length, near, partition, remat):
     """4 experts, top-2, on 4 devices, by half of the hidden units: one expert each, which half of the tokens choose."""
     values = {"compute.dispatch": "blocks", "compute.dtype": "bfloat16", "compute.remat": remat}
-    values |= {"data.accumulate": 2, "data.sequence_length": length, "partition": PARTITIONS[partition]}
+    values |= {"data.grad_accum_steps": 2, "data.sequence_length": length, "partition": PARTITIONS[partition]}
     config = planned.config("stacked", {"expert": 4, "tensor": 2}, values)
     parts, matmuls, kernel = 2, 3, D * F / 2
     tokens = 16 * length / parts

@@ -56,17 +56,17 @@ def convert(weights, architecture, layout):
         "blocks/attention/query_norm/scale": stack("self_attn.q_norm").reshape(len(layers), -1, arch.head_dim),
         "blocks/attention/key_norm/scale": stack("self_attn.k_norm").reshape(len(layers), -1, arch.head_dim),
         "blocks/attention_norm/scale": stack("post_attention_layernorm"),
-        "blocks/mixture_norm/scale": stack("post_feedforward_layernorm"),
+        "blocks/moe_norm/scale": stack("post_feedforward_layernorm"),
     }
     if layout.kind == "anchor":
         for leaf in ("gate", "up", "down"):
-            params[f"blocks/mixture/anchor/{leaf}"] = stack(f"mlp.{leaf}_proj").transpose(0, 2, 1)
-        params["blocks/mixture/anchor/row"] = np.zeros((len(layers), arch.d_model), np.float32)
-        params["blocks/mixture/anchor/bias"] = np.zeros((len(layers),), np.float32)
+            params[f"blocks/moe/anchor/{leaf}"] = stack(f"mlp.{leaf}_proj").transpose(0, 2, 1)
+        params["blocks/moe/anchor/router/weight"] = np.zeros((len(layers), arch.d_model), np.float32)
+        params["blocks/moe/anchor/router/bias"] = np.zeros((len(layers),), np.float32)
     else:
         for leaf in ("gate", "up", "down"):
             experts = [stack(f"mlp.experts.{e}.{leaf}_proj") for e in range(layout.num_experts)]
-            params[f"blocks/mixture/experts/{leaf}"] = np.stack(experts, axis=1).swapaxes(2, 3)
-        params["blocks/mixture/experts/row"] = stack("mlp.gate")
-        params["blocks/mixture/experts/bias"] = np.zeros((len(layers), layout.num_experts), np.float32)
+            params[f"blocks/moe/experts/{leaf}"] = np.stack(experts, axis=1).swapaxes(2, 3)
+        params["blocks/moe/experts/router/weight"] = stack("mlp.gate")
+        params["blocks/moe/experts/router/bias"] = np.zeros((len(layers), layout.num_experts), np.float32)
     return params

@@ -17,13 +17,13 @@ EXPERTS = ("code", "news")
 def write_models(home):
     """Writes `home/merged` with all experts and `home/without-NAME` for each; no expert has a bias."""
     leaves = small.random_leaves(seed=0)
-    leaves["blocks/mixture/anchor/bias"] *= 0
+    leaves["blocks/moe/anchor/router/bias"] *= 0
     leaves["head"] *= 0.5
     anchor = small.anchor(home / "anchor", leaves=leaves)
     contributions = {}
     for seed, name in enumerate(EXPERTS, start=1):
         own = small.expert_leaves(anchor, seed)
-        own["bias"] *= 0
+        own["router/bias"] *= 0
         contributions[name] = small.contribution(home / name, anchor, leaves=own)
     merge(anchor, list(contributions.values()), home / "merged", top_k=2)
     for name in EXPERTS:

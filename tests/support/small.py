@@ -129,7 +129,7 @@ def expert_leaves(anchor_path, seed=None):
     own = {
         directories.digest_name(path): leaf
         for path, leaf in read_params(anchor_path).items()
-        if path.startswith(directories.MIXTURE)
+        if path.startswith(directories.MOE)
     }
     if seed is None:
         return own

@@ -23,16 +23,14 @@ def random_leaves(model, seed=0):
 
 def expert_leaves(leaves, name):
     """The leaves of one set, {leaf: array}."""
-    prefix = f"blocks/mixture/{name}/"
+    prefix = f"blocks/moe/{name}/"
     return {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
 
 
 def with_experts(leaves, **sets):
     """The same leaves with other sets of experts: {name: {leaf: array}}."""
-    shared = {path: leaf for path, leaf in leaves.items() if not path.startswith("blocks/mixture/")}
-    return shared | {
-        f"blocks/mixture/{name}/{leaf}": x for name, experts in sets.items() for leaf, x in experts.items()
-    }
+    shared = {path: leaf for path, leaf in leaves.items() if not path.startswith("blocks/moe/")}
+    return shared | {f"blocks/moe/{name}/{leaf}": x for name, experts in sets.items() for leaf, x in experts.items()}
 
 
 def stack(*experts):

@@ -118,7 +118,7 @@ def test_the_loss_is_named_before_what_follows_from_it(config, begun):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_state_that_is_not_finite_reaches_no_checkpoint_and_no_output(config, begun, value):
     """The update of the last step overflows: its figures, of the weights before it, are finite."""
-    leaf = "blocks/mixture/expert/gate"
+    leaf = "blocks/moe/expert/gate"
     config.evaluation.data, config.evaluation.every = "", 0
     (begun / "config.json").unlink()
     assert fails(config, begun, Poison(12, leaf, value=value)).startswith(f"step 12: trainable.{leaf} is not finite")

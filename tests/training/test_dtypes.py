@@ -13,7 +13,7 @@ from flexolmo_jax.training.inputs import read_inputs
 from flexolmo_jax.training.publish import publish
 from tests.support import runs, small
 
-MIXTURE = "blocks/mixture/"
+MIXTURE = "blocks/moe/"
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
@@ -111,7 +111,7 @@ def test_a_start_that_changed_in_the_meantime_is_not_published(made, anchor, tmp
     config = runs.make_config("anchor", start_from=str(start), data__train=str(made.public.path))
     inputs = read_inputs(config)
     leaves = trained(inputs, start, seed=3)
-    chunk = start / "params" / "blocks.mixture.anchor.row" / "c.0.0"
+    chunk = start / "params" / "blocks.moe.anchor.router.weight" / "c.0.0"
     chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
     with pytest.raises(UserError, match=r"row.*altered"):
         publish(tmp_path / "model", config, inputs, leaves)

@@ -43,7 +43,7 @@ ANCHOR_REFUSALS = {
     "optimizer.schedule": ("linear", "must be one of cosine, wsd"),
     "data.sequence_length": (0, "must be at least 1"),
     "data.batch_size": (0, "must be at least 1"),
-    "data.accumulate": (0, "must be at least 1"),
+    "data.grad_accum_steps": (0, "must be at least 1"),
     "compute.unroll": (0, "must be at least 1"),
     "checkpoint.every": (0, "must be at least 1"),
     "checkpoint.keep": (0, "must be at least 1"),
@@ -62,7 +62,7 @@ ANCHOR_REFUSALS = {
     "start_from": ("{}/corpus", "is a corpus directory; give a model directory"),
 }
 OTHER_REFUSALS = {
-    "an accumulate that does not divide": ("anchor", {"data__accumulate": 3}, "data.accumulate=3: must divide"),
+    "an accumulate that does not divide": ("anchor", {"data__accumulate": 3}, "data.grad_accum_steps=3: must divide"),
     "no public data": ("expert", EXPERT | {"data__public": ""}, "give --config.data.public=DIR, or a share of 0"),
     "an upper-case name": ("expert", EXPERT | {"expert": "News"}, "--config.expert=News"),
     "the anchor's name": ("expert", EXPERT | {"expert": "anchor"}, "--config.expert=anchor"),
@@ -124,7 +124,7 @@ def test_the_start_brings_the_architecture_and_its_roster(folder):
     expert = read_inputs(make(folder, "expert", **EXPERT))
     assert expert.model.architecture == small.ARCHITECTURE
     assert (expert.model.layout, expert.roster) == (PAIR, ["anchor", "expert"])
-    assert all(path.startswith("blocks/mixture/expert/") for path in expert.trainable)
+    assert all(path.startswith("blocks/moe/expert/") for path in expert.trainable)
 
     router = read_inputs(make(folder, "router", start_from="{}/merged"))
     assert router.roster == ["anchor", "news"]

@@ -86,7 +86,7 @@ def test_updates_are_those_of_adamw(clip_norm):
     """With decay of matrices alone, and gradients of which some exceed the norm they are clipped to."""
     config = section(warmup_steps=2, weight_decay=0.1, clip_norm=clip_norm)
     rng = np.random.default_rng(0)
-    shapes = {"embedding": (3, 2), "head": (2, 3), "final_norm/scale": (2,), "blocks/mixture/expert/row": (2,)}
+    shapes = {"embedding": (3, 2), "head": (2, 3), "final_norm/scale": (2,), "blocks/moe/expert/router/weight": (2,)}
     leaves = {path: rng.normal(size=shape) for path, shape in shapes.items()}
     gradients = [{p: size * rng.normal(size=s) for p, s in shapes.items()} for size in (3.0, 0.01, 1.0, 30.0)]
     schedule = make_schedule(config, STEPS)

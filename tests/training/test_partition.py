@@ -5,12 +5,12 @@ import pytest
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.partition import split, trainable_paths
 
-PATHS = ("blocks/mixture/anchor/gate", "blocks/mixture/expert/gate", "blocks/mixture/expert/row", "head")
+PATHS = ("blocks/moe/anchor/gate", "blocks/moe/expert/gate", "blocks/moe/expert/router/weight", "head")
 
 
 def test_the_first_pattern_that_matches_a_whole_path_decides():
-    table = (("blocks/.*/expert/row", "frozen"), ("blocks/.*/expert/.*", "trainable"), (".*", "frozen"))
-    assert trainable_paths(PATHS, table) == {"blocks/mixture/expert/gate"}
+    table = (("blocks/.*/expert/router/weight", "frozen"), ("blocks/.*/expert/.*", "trainable"), (".*", "frozen"))
+    assert trainable_paths(PATHS, table) == {"blocks/moe/expert/gate"}
     assert trainable_paths(PATHS, ((".*gate", "frozen"), (".*", "trainable"))) == set(PATHS[2:])
 
 

@@ -19,8 +19,8 @@ from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.state import initial_leaves, shardings
 from tests.support import runs, small
 
-MIXTURE = "blocks/mixture/"
-LEAVES = ("bias", "down", "gate", "row", "up")
+MIXTURE = "blocks/moe/"
+LEAVES = ("router/bias", "down", "gate", "router/weight", "up")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,9 @@ def test_a_tuned_router_is_recorded_and_the_one_of_the_merge_kept(made):
     for path, leaf in kept.items():
         assert leaf.read().result().tobytes() == before[path].tobytes()
     for expert in merged.experts:
-        assert manifest.tuned["merged_router"][expert.name] == {leaf: expert.leaves[leaf] for leaf in ("bias", "row")}
+        assert manifest.tuned["merged_router"][expert.name] == {
+            leaf: expert.leaves[leaf] for leaf in ("router/bias", "router/weight")
+        }
 
 
 def test_router_tuning_publishes_every_other_leaf_as_the_merge_has_it_though_held_in_bfloat16(made):
@@ -155,7 +157,7 @@ def test_fresh_weights_are_published_whole_though_frozen_ones_may_be_held_in_bfl
     published = runs.read_params(publish(tmp_path / "model", config, inputs, leaves))
     assert {leaf.dtype.name for leaf in published.values()} == {"float32"}
     before = made.anchor.leaves
-    for leaf in ("row", "bias"):
+    for leaf in ("router/weight", "router/bias"):
         path = f"{MIXTURE}anchor/{leaf}"
         np.testing.assert_array_equal(published[path], before[path])
 

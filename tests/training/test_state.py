@@ -18,7 +18,7 @@ from flexolmo_jax.training.partition import trainable_paths
 from flexolmo_jax.training.state import initial_leaves, initial_state, shardings
 from tests.support.tiny import ARCHITECTURE, expert_leaves, random_leaves
 
-EXPERT_ONLY = (("blocks/mixture/expert/.*", "trainable"), (".*", "frozen"))
+EXPERT_ONLY = (("blocks/moe/expert/.*", "trainable"), (".*", "frozen"))
 HEAD_ONLY = (("head", "trainable"), (".*", "frozen"))
 SHAPE = (ARCHITECTURE.num_layers, ARCHITECTURE.d_model)
 
@@ -74,15 +74,15 @@ def test_frozen_leaves_may_be_held_in_bfloat16_but_never_the_trained(anchor):
 
 
 def test_a_new_expert_is_a_copy_of_the_anchor_with_a_row_and_a_bias_of_its_own(anchor):
-    trainable, frozen = expert_run(anchor, **{"init.bias": -0.25, "init.row_stddev": 0.5})
+    trainable, frozen = expert_run(anchor, **{"init.router_bias": -0.25, "init.router_weight_stddev": 0.5})
     theirs, own = expert_leaves(anchor[1], "anchor"), expert_leaves(trainable, "expert")
     for leaf in ("gate", "up", "down"):
         np.testing.assert_array_equal(own[leaf], theirs[leaf])
-    assert (np.asarray(own["bias"]) == -0.25).all()
-    assert own["row"].shape == SHAPE
-    assert 0.3 < np.asarray(own["row"]).std() < 0.6
-    assert np.abs(own["row"]).max() <= 1
-    assert abs(np.asarray(own["row"]).mean()) < 0.2
+    assert (np.asarray(own["router/bias"]) == -0.25).all()
+    assert own["router/weight"].shape == SHAPE
+    assert 0.3 < np.asarray(own["router/weight"]).std() < 0.6
+    assert np.abs(own["router/weight"]).max() <= 1
+    assert abs(np.asarray(own["router/weight"]).mean()) < 0.2
     assert frozen.keys() == anchor[1].keys()
     for path, leaf in frozen.items():
         np.testing.assert_array_equal(leaf, anchor[1][path])
@@ -90,7 +90,8 @@ def test_a_new_expert_is_a_copy_of_the_anchor_with_a_row_and_a_bias_of_its_own(a
 
 def test_owners_start_from_different_rows_and_an_owner_always_from_the_same(anchor):
     rows = [
-        np.asarray(expert_run(anchor, expert=name)[0]["blocks/mixture/expert/row"]) for name in ("news", "law", "news")
+        np.asarray(expert_run(anchor, expert=name)[0]["blocks/moe/expert/router/weight"])
+        for name in ("news", "law", "news")
     ]
     np.testing.assert_array_equal(rows[0], rows[2])
     assert (rows[0] != rows[1]).all()
@@ -100,8 +101,8 @@ def test_owners_start_from_different_rows_and_an_owner_always_from_the_same(anch
 def test_a_row_file_sets_the_rows_of_all_layers(anchor, tmp_path, shape):
     row = np.random.default_rng(0).normal(size=shape)
     np.save(tmp_path / "row.npy", row)
-    trainable, _ = expert_run(anchor, **{"init.row_file": str(tmp_path / "row.npy")})
-    actual = trainable["blocks/mixture/expert/row"]
+    trainable, _ = expert_run(anchor, **{"init.router_weight_file": str(tmp_path / "row.npy")})
+    actual = trainable["blocks/moe/expert/router/weight"]
     np.testing.assert_array_equal(actual, np.broadcast_to(row.astype(np.float32), SHAPE))
 
 
@@ -123,8 +124,8 @@ def test_a_bad_row_file_is_refused(anchor, tmp_path, content, message):
     elif content is not None:
         np.save(file, content)
     with pytest.raises(UserError, match=message) as error:
-        expert_run(anchor, **{"init.row_file": str(file)})
-    assert str(error.value).startswith(f"--config.init.row_file={file}")
+        expert_run(anchor, **{"init.router_weight_file": str(file)})
+    assert str(error.value).startswith(f"--config.init.router_weight_file={file}")
 
 
 @pytest.mark.parametrize("wrong", ["missing", "misshapen"])

@@ -18,7 +18,7 @@ from flexolmo_jax.training.partition import split, trainable_paths
 from flexolmo_jax.training.step import TrainState, make_loss_step, make_train_step
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, STACKED, assert_trees_close, random_batch, random_leaves
 
-EXPERT_ONLY = (("blocks/mixture/expert/.*", "trainable"), (".*", "frozen"))
+EXPERT_ONLY = (("blocks/moe/expert/.*", "trainable"), (".*", "frozen"))
 EVERYTHING = ((".*", "trainable"),)
 MODEL = Decoder(ARCHITECTURE, PAIR)
 WEIGHTS = LossWeights(z_loss=1e-2, router_z_loss=1e-1, load_balancing=0.0)

@@ -78,7 +78,7 @@ def test_a_file_of_the_router_row_is_known_by_its_content(made, tmp_path):
     record = {}
     for name, row in rows.items():
         config = runs.make_config("expert", **made.expert_values, init__row_file=str(row))
-        record[name] = workdirs.describe(config, loop.read_inputs(config))["content of init.row_file"]
+        record[name] = workdirs.describe(config, loop.read_inputs(config))["content of init.router_weight_file"]
     assert record["first"] == record["same"] != record["other"]
 
 

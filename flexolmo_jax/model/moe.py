@@ -16,7 +16,7 @@ from flexolmo_jax.model.expert_parallel import stacked_experts
 from flexolmo_jax.model.experts import KERNEL_AXES
 from flexolmo_jax.model.layers import feed_forward, parameter
 
-ROW_STDDEV = 0.002
+ROUTER_STDDEV = 0.002
 MASKED_LOGIT = -1e30
 
 
@@ -72,7 +72,7 @@ def chosen_weights(weights: jax.Array, top_k: int, normalize: bool) -> tuple[jax
     return weights, experts
 
 
-class Mixture(nn.Module):
+class MoE(nn.Module):
     """The feed-forward part of a block, in any layout. The anchor alone is a mixture of one."""
 
     architecture: Architecture
@@ -89,7 +89,10 @@ class Mixture(nn.Module):
         stacked = self.layout.kind == "stacked"
         stack = (self.layout.num_experts,) if stacked else ()
         sets = [ExpertLeaves(self.architecture, stack, name=name)() for name in self.layout.sets]
-        row_ExD, bias_E = (sets[0][leaf] if stacked else jnp.stack([s[leaf] for s in sets]) for leaf in ("row", "bias"))
+        row_ExD, bias_E = (
+            sets[0][leaf] if stacked else jnp.stack([s[leaf] for s in sets])
+            for leaf in ("router/weight", "router/bias")
+        )
         logits_BxSxE, weights_BxSxE = route(x_BxSxD, row_ExD, bias_E, expert_mask)
         kernels = [{leaf: s[leaf].astype(self.dtype) for leaf in ("gate", "up", "down")} for s in sets]
         x_BxSxD = x_BxSxD.astype(self.dtype)
@@ -111,14 +114,27 @@ class ExpertLeaves(nn.Module):
     def __call__(self) -> dict[str, jax.Array]:
         """Returns {leaf: array}, each with the stack axis in front when there is one."""
         sizes = {"expert_embed": self.architecture.d_model, "mlp": self.architecture.d_ff}
-        row_init = nn.initializers.truncated_normal(ROW_STDDEV)
-        declared = {
-            **{leaf: (tuple(sizes[axis] for axis in axes), axes, None) for leaf, axes in KERNEL_AXES.items()},
-            "row": ((self.architecture.d_model,), (None,), row_init),
-            "bias": ((), (), nn.initializers.zeros),
-        }
         stack_axes = ("experts",) * len(self.stack)
+        leaves = {
+            leaf: parameter(self, leaf, self.stack + tuple(sizes[axis] for axis in axes), stack_axes + axes)
+            for leaf, axes in KERNEL_AXES.items()
+        }
+        return {**leaves, **RouterLeaves(self.architecture, self.stack, name="router")()}
+
+
+class RouterLeaves(nn.Module):
+    """Declares an expert's leaves of the router, or those of a stack of experts."""
+
+    architecture: Architecture
+    stack: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        """Returns {leaf: array}, each with the stack axis in front when there is one."""
+        stack_axes = ("experts",) * len(self.stack)
+        shape = (*self.stack, self.architecture.d_model)
+        init = nn.initializers.truncated_normal(ROUTER_STDDEV)
         return {
-            leaf: parameter(self, leaf, self.stack + shape, stack_axes + axes, init)
-            for leaf, (shape, axes, init) in declared.items()
+            "router/weight": parameter(self, "weight", shape, (*stack_axes, None), init),
+            "router/bias": parameter(self, "bias", self.stack, stack_axes, nn.initializers.zeros),
         }

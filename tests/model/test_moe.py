@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.model.mixture import route, separate_experts
+from flexolmo_jax.model.moe import route, separate_experts
 from tests.support.mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, plain_sum, random_mixture, to_float32
 from tests.support.tiny import COMPILE_FAST
 
