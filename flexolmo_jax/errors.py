@@ -10,11 +10,31 @@ _STDERR = threading.RLock()  # file descriptor 2 is the whole process's
 
 
 class UserError(Exception):
-    """Bad input: the message names the file or flag, what is wrong, and what would be right.
+    """Bad input: the message names the file or argument, what is wrong, and what would be right.
 
-    Raise it for anything a user can fix (a flag, a file, a configuration key). The command line prints
-    it on standard error, without a traceback, and exits with status 2.
+    Raise it for anything a user can fix. The command line prints it on standard error, without a traceback, and exits
+    with status 2. Messages never name flags: `cli.flags_of` translates arguments, paths and keys of a configuration
+    (`config.steps`) to the flags that gave them.
     """
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument of a function, or a key of a configuration, has a value that makes no sense."""
+
+    def __init__(self, argument: str, value: object, problem: str):
+        """Reads "ARGUMENT=VALUE: PROBLEM".
+
+        Args:
+          argument: its name, such as "top_k" or "config.data.batch_size".
+          value: what was given.
+          problem: what is wrong with it, and what would be right.
+        """
+        super().__init__(f"{argument}={value}: {problem}")
+        self.argument, self.value, self.problem = argument, value, problem
+
+
+class NotFoundError(UserError, FileNotFoundError):
+    """A path that does not exist: "PATH: no such directory; give a model directory"."""
 
 
 @contextlib.contextmanager

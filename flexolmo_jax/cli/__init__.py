@@ -1,5 +1,6 @@
 """The command line: a table of verbs, each a module that declares its flags and does its work in `run`."""
 
+import functools
 import importlib
 import itertools
 import os
@@ -14,7 +15,7 @@ from typing import NoReturn
 from absl import flags
 
 import configs
-from flexolmo_jax.cli import compilation_cache, failures, process
+from flexolmo_jax.cli import compilation_cache, failures, flags_of, process
 from flexolmo_jax.errors import UserError
 
 PROGRAM = "flexolmo"
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BaseException as error:  # code of Rust that panics raises no `Exception`
         if traceback_shown:
             traceback.print_exception(error)
-        failure = failures.describe(error, _written(), _memory_remedy(verb))
+        failure = failures.describe(error, _written(), _memory_remedy(verb), functools.partial(_translated, verb))
         _end(f"{label}: {failure.line}", failure.status)
 
 
@@ -98,6 +99,13 @@ def _keep_compiled(verb: str) -> None:
     why_not = compilation_cache.keep_compiled(directory)
     if why_not is not None:
         sys.stderr.write(f"{PROGRAM} {verb}: --compilation_cache={directory}: {why_not}; goes on without it\n")
+
+
+def _translated(verb: str, error: UserError) -> str:
+    """The message of an error of the library, in terms of the flags that the verb was given."""
+    module = sys.modules.get(_module(verb))
+    defined = flags.FLAGS.get_key_flags_for_module(module.__name__) if module else []
+    return flags_of.translate(error, {flag.name: flag.value for flag in defined}, getattr(module, "FLAG_OF", {}))
 
 
 def _written() -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,14 +56,19 @@ class Failure(NamedTuple):
     status: int
 
 
-def describe(error: BaseException, place: str = "", memory: str = "") -> Failure:
+def describe(
+    error: BaseException, place: str = "", memory: str = "", translate: Callable[[UserError], str] = str
+) -> Failure:
     """What a command says of an error.
 
     Args:
       error: what was raised.
       place: the flag and the path that the command writes to, for errors of writing that name no file.
       memory: what to do where memory does not suffice.
+      translate: gives the message of a `UserError`.
     """
+    if isinstance(error, UserError):
+        return Failure(" ".join(translate(error).split()), USER)
     line = _foreseen(error, place or "standard output", memory or _MEMORY)
     if line is not None:
         return Failure(" ".join(line.split()), USER)
@@ -73,8 +79,6 @@ def describe(error: BaseException, place: str = "", memory: str = "") -> Failure
 
 def _foreseen(error: BaseException, place: str, memory: str) -> str | None:
     """The line of an error that a user can fix; None for all others."""
-    if isinstance(error, UserError):
-        return str(error)
     if _is_out_of_memory(error):
         return f"out of memory ({_amount(error)}); {memory}"
     if isinstance(error, OSError) and error.errno in _SYSTEM:

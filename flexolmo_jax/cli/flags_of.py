@@ -1,0 +1,39 @@
+"""What the library says of its arguments, in terms of the flags that gave them."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from configs import base
+from flexolmo_jax.errors import ArgumentError, UserError
+
+# config.KEY, but for what is a flag already, or the name of a file.
+_KEY = re.compile(rf"(?<![\w./-])config\.(?=({'|'.join(base.get_config())})\b)")
+
+
+def translate(error: UserError, values: Mapping[str, object], flags: Mapping[str, str]) -> str:
+    """The message of an error as the user of a command should read it.
+
+    Args:
+      error: what the library raised.
+      values: {flag: value or values} that the command was given.
+      flags: {argument of the library: flag}, where their names differ.
+
+    Returns:
+      The message, in which an argument, a path that a flag gave, and the keys of a configuration are flags:
+      "--model=runs/a: no such directory; give a model directory".
+    """
+    message = str(error)
+    if isinstance(error, ArgumentError) and not error.argument.startswith("config."):
+        flag = flags.get(error.argument, error.argument)
+        message = f"--{flag}={error.value}: {error.problem}"
+    else:
+        given = ((name, value) for name, every in values.items() for value in _each(every) if value)
+        flag = next((name for name, value in given if message.startswith(f"{value}: ")), None)
+        message = message if flag is None else f"--{flag}={message}"
+    return _KEY.sub("--config.", message)
+
+
+def _each(value: object) -> Sequence[str]:
+    """The strings among a flag's values."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [value for value in values if isinstance(value, str)]
