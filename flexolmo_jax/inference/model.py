@@ -21,7 +21,7 @@ from flexolmo_jax.inference.request import DEFAULT_NEW_TOKENS, Continuation, Req
 from flexolmo_jax.memory import check_fits
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder, separate_layers
-from flexolmo_jax.training.step import make_loss_step
+from flexolmo_jax.model.loss import make_loss_step
 
 DTYPES = ("float32", "bfloat16")
 MAX_SLOTS = 32

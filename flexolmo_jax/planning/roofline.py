@@ -6,10 +6,10 @@ expert's gate and up are both read for their product; that the rows of stacked e
 that all else is fused with these. So a device moves in a step of A parts, T tokens on the device in all,
 
     blocks        A P     of each weight; twice that where it is gathered first
-    head          2 A     for each piece of the length in which the loss is computed, and A where it is gathered first
+    head          2 A     for each chunk of the length in which the loss is computed, and A where it is gathered first
     embedding     A       where it is gathered first; T rows are read and written
     gradients     2 A     of what is trained, before sums over devices; and of the device's own part in float32, where
-                          A > 1; of the head 2 A more for each piece, in float32
+                          A > 1; of the head 2 A more for each chunk, in float32
     optimizer     8       of its own part in float32: gradient (for the norm, and again), parameter and two moments
                           read, the latter three written
     activations   T (P + 1) for each operand and result: once forward, twice backward, once more where computed again
@@ -32,11 +32,11 @@ from ml_collections import ConfigDict
 from flexolmo_jax import sharding
 from flexolmo_jax.model.flops import computed_again, recomputed_flops, train_step_flops
 from flexolmo_jax.model.grouped_matmul import MOSAIC_TILE, block_rows, mosaic_fits
+from flexolmo_jax.model.loss import chunk_length
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
 from flexolmo_jax.planning.memory import device_bytes
 from flexolmo_jax.planning.program import Program
-from flexolmo_jax.training.head_loss import choose_piece
 
 FLOAT32 = 4  # bytes
 
@@ -151,7 +151,7 @@ def hbm_bytes(config: ConfigDict, program: Program) -> float:
     """Bytes that go through a device's memory in a step, as the head of this module says."""
     model, parts = program.model, config.data.grad_accum_steps
     width = jnp.dtype(config.compute.dtype).itemsize
-    pieces = -(-config.data.sequence_length // choose_piece(model.compute.platform))
+    chunks = -(-config.data.sequence_length // chunk_length(model.compute.platform))
     again = computed_again(config.compute.remat, model.layout)
     head = "embedding" if model.architecture.tied_embeddings else "head"
     axes, moved = model.logical_axes(), 0.0
@@ -165,10 +165,10 @@ def hbm_bytes(config: ConfigDict, program: Program) -> float:
             passes = 2 + (("experts" if path.startswith("blocks/moe/") else "projections") in again)
             moved += parts * passes * size * (1 + is_gathered)
         else:
-            moved += parts * size * ((2 * pieces if path == head else 0) + is_gathered)
+            moved += parts * size * ((2 * chunks if path == head else 0) + is_gathered)
         if path in program.trainable:
             moved += 2 * parts * size
-            moved += 2 * parts * pieces * size * FLOAT32 / width if path == head else 0
+            moved += 2 * parts * chunks * size * FLOAT32 / width if path == head else 0
     own = device_bytes(program.state.trainable)
     moved += (2 * parts * own if parts > 1 else 0) + 8 * own
     return moved + program.device_tokens * _token_bytes(program, width, again)

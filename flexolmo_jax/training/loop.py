@@ -18,6 +18,7 @@ from flexolmo_jax.checkpoint.verify import check_model, open_model
 from flexolmo_jax.data.corpus import verify_corpora
 from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.loss import make_loss_step
 from flexolmo_jax.training import workdir as workdirs
 from flexolmo_jax.training.inputs import Inputs, read_inputs
 from flexolmo_jax.training.metrics import Reporter
@@ -25,7 +26,7 @@ from flexolmo_jax.training.optimizer import warmup_steps
 from flexolmo_jax.training.program import abstract_batch, configured_step
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.state import initial_leaves, initial_state, shardings
-from flexolmo_jax.training.step import Leaves, compile_step, make_loss_step
+from flexolmo_jax.training.step import Leaves, compile_step
 from flexolmo_jax.training.termination import Sigterm, Terminated, handle_sigterm
 
 CHECKPOINTS = "checkpoints"  # in a workdir

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.model.decoder import Decoder, Output
-from flexolmo_jax.training.head_loss import HeadLoss, choose_piece, head_loss
+from flexolmo_jax.model.loss import prediction_loss, routing_shares
 
 
 class LossWeights(NamedTuple):
@@ -35,20 +35,6 @@ def load_balancing(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array, top_k
     count = jnp.maximum(jnp.sum(mask), 1)
     share_E, weight_E = (jnp.sum(y * mask, axis=(0, 1, 2)) / count for y in (routed, router_weights_LxBxSxE))
     return num_experts * jnp.sum(share_E * weight_E)
-
-
-def routing_shares(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> jax.Array:
-    """Routing weight each expert got, [experts]: mean over layers, sum over the tokens of the mask."""
-    return jnp.einsum("LBSE,BS->E", router_weights_LxBxSxE, mask_BxS) / router_weights_LxBxSxE.shape[0]
-
-
-def prediction_loss(
-    model: Decoder, params: dict[str, jax.Array], out: Output, batch: dict[str, jax.Array], z_weight: float
-) -> tuple[HeadLoss, jax.Array]:
-    """(what `head_loss` says of a batch's targets, float32 [batch, length]: 1 for tokens, 0 for padding)."""
-    mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
-    piece = choose_piece(model.compute.platform)
-    return head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, z_weight, piece), mask_BxS
 
 
 def objective(

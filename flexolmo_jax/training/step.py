@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.training.objective import LossWeights, objective, prediction_loss, routing_shares
+from flexolmo_jax.training.objective import LossWeights, objective
 
 Leaves = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -98,18 +98,3 @@ def compile_step(step: Callable, *arguments: Any) -> jax.stages.Compiled:
     if hasattr(ctypes.CDLL(None), "malloc_trim"):  # of glibc, which would keep hundreds of megabytes from compiling
         ctypes.CDLL(None).malloc_trim(0)
     return compiled
-
-
-def make_loss_step(model: Decoder) -> Callable[..., dict[str, jax.Array]]:
-    """Builds `(params, batch, expert_mask=None) -> {tokens, cross_entropy, routing_E}`, sums over the batch."""
-
-    def loss_step(params: Leaves, batch: Batch, expert_mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        out = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"], expert_mask)
-        head, mask_BxS = prediction_loss(model, params, out, batch, z_weight=0.0)
-        return {
-            "tokens": jnp.sum(mask_BxS),
-            "cross_entropy": head.cross_entropy,
-            "routing_E": routing_shares(out.router_weights_LxBxSxE, mask_BxS),
-        }
-
-    return loss_step

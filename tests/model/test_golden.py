@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.model.decoder import Compute, Decoder
-from flexolmo_jax.training.head_loss import head_loss
+from flexolmo_jax.model.loss import head_loss
 from flexolmo_jax.training.objective import load_balancing
 from tests.support import golden
 from tests.support.tiny import COMPILE_FAST
@@ -27,7 +27,7 @@ def case(request):
     def loss(params, tokens, segment_ids):
         out = model.apply_flat(params, tokens, segment_ids)
         hidden, head = out.hidden_BxSxD[:, :-1], model.head(params)
-        nats = head_loss(hidden, head, jnp.maximum(targets, 0), mask, z_weight=0.0, piece=WIDTH).loss
+        nats = head_loss(hidden, head, jnp.maximum(targets, 0), mask, z_weight=0.0, chunk=WIDTH).loss
         return nats / mask.sum(), out
 
     compute = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=COMPILE_FAST)

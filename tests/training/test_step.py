@@ -12,10 +12,11 @@ from configs import base
 from flexolmo_jax.model import block_scan, decoder
 from flexolmo_jax.model.architecture import PAIR
 from flexolmo_jax.model.decoder import Compute, Decoder
+from flexolmo_jax.model.loss import make_loss_step
 from flexolmo_jax.training.objective import LossWeights, objective
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.partition import split, trainable_paths
-from flexolmo_jax.training.step import TrainState, make_loss_step, make_train_step
+from flexolmo_jax.training.step import TrainState, make_train_step
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, STACKED, assert_trees_close, random_batch, random_leaves
 
 EXPERT_ONLY = (("blocks/moe/expert/.*", "trainable"), (".*", "frozen"))
@@ -169,7 +170,7 @@ def compiled_from_shapes(model, partition, rows, width, accumulate=1):
 
 def compiled_flops(monkeypatch, partition):
     """What XLA counts in the compiled step, without loops, of which it counts the body once, and with all scores."""
-    monkeypatch.setattr("flexolmo_jax.training.objective.choose_piece", lambda platform: WIDTH)
+    monkeypatch.setattr("flexolmo_jax.model.loss.chunk_length", lambda platform: WIDTH)
     model = Decoder(BIG, PAIR, Compute(unroll=BIG.num_layers, attention="reference"))
     return compiled_from_shapes(model, partition, ROWS, WIDTH)[0].cost_analysis()["flops"]
 
