@@ -18,11 +18,11 @@ from rich.progress import (
 
 
 def progress_bar(*columns: str | ProgressColumn, shown: bool = True) -> Progress:
-    """A bar that leaves nothing behind, and that a log, where it could not move, never sees.
+    """A bar on a terminal, which disappears when it is done; nothing in a log.
 
     Args:
-      columns: what it is made of; rich's own choice by default.
-      shown: False for no bar at all.
+      columns: the columns of the bar; rich's default if there are none.
+      shown: False for no bar.
     """
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
@@ -30,34 +30,34 @@ def progress_bar(*columns: str | ProgressColumn, shown: bool = True) -> Progress
 
 @contextlib.contextmanager
 def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar while the block runs; yields what is to be called with numbers of bytes, as they are done."""
+    """Shows a bar while the block runs; yields a function that advances it by a number of bytes."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with progress_bar(TextColumn("{task.description}"), *columns) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, advance=done)
+        yield lambda count: bar.update(task, advance=count)
 
 
 class Stages:
-    """How far a command of unlike parts has come, and how long it may yet take.
+    """Progress of a command with stages that take different times, and the remaining time.
 
-    A bar on a terminal; in a log a line now and then, on standard error.
+    On a terminal it is a bar, in a log a line from time to time. Both go to standard error.
     """
 
     def __init__(self, label: str, every: float = 30.0):
-        """Lines of a log begin with `label`, and are `every` seconds apart at least."""
+        """Begins each log line with `label`; log lines are at least `every` seconds apart."""
         self._label, self._every, self._logged = label, every, float("-inf")
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
         self._bar = progress_bar(*columns)
         self._task = self._bar.add_task("", total=None, left="")
 
-    def say(self, what: str, done: int, total: int, seconds_left: float | None) -> None:
-        """Shows what is being done, after `done` of `total` parts, and the time left, where it can be told."""
+    def say(self, stage: str, done: int, total: int, seconds_left: float | None) -> None:
+        """Shows the current stage, that `done` of `total` stages are done, and the remaining time if it is known."""
         left = "" if seconds_left is None else f"about {_duration(seconds_left)} left"
-        self._bar.update(self._task, description=what, completed=done, total=total, left=left)
+        self._bar.update(self._task, description=stage, completed=done, total=total, left=left)
         now = time.monotonic()
         if self._bar.disable and now - self._logged >= self._every:
             self._logged = now
-            sys.stderr.write(f"{self._label}: {what} ({', '.join(filter(None, [f'{done} of {total} done', left]))})\n")
+            sys.stderr.write(f"{self._label}: {stage} ({', '.join(filter(None, [f'{done} of {total} done', left]))})\n")
 
     def __enter__(self) -> "Stages":
         self._bar.start()
@@ -68,7 +68,7 @@ class Stages:
 
 
 def _duration(seconds: float) -> str:
-    """A time as one says it: in whole seconds, minutes or hours."""
+    """A time in whole seconds, minutes or hours."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}"

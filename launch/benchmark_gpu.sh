@@ -6,8 +6,8 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
 usage: bash launch/benchmark_gpu.sh [--dry-run] [--python=INTERPRETER] [OUT]
 
 For a machine with one NVIDIA GPU of 141 GB (an H200); some five minutes. Tests its kernels, measures them, and takes
-tiny expert steps; then measures the expert step of the published 7b and the joint step of four experts of 1b, both in
-rows of 4096 tokens, in bfloat16.
+tiny expert steps; then measures the expert step of the published 7b and the joint step of four experts of 1b, both
+with sequences of 4096 tokens, in bfloat16.
 Writes OUT/*.json; OUT is runs/benchmark_gpu unless given, relative to the folder you call this from. Makes .venv
 (once) with the pinned packages and jax[cuda13].
 
@@ -34,7 +34,7 @@ if [ -z "$python" ]; then
     pip install --quiet --disable-pip-version-check --constraint "$root/requirements.txt" --editable "$root[cuda]"
   fi
 fi
-# Of the GPU's memory jax takes three quarters unless told otherwise; XLA would compute more again to fit in.
+# JAX takes three quarters of the GPU's memory by default; with less memory XLA rematerializes more.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
 
 run() {

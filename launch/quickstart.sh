@@ -10,7 +10,7 @@ machine, merges them, evaluates, opts one owner out, and writes OUT/results.json
 OUT is runs/quickstart unless given, relative to the folder you call this from. Two CPU cores take about four
 minutes, once packages are installed.
 
-  --size=small   only shows that every step runs, in about a minute; the figures mean nothing
+  --size=small   only shows that every step runs, in about a minute; the results mean nothing
   PYTHON=...     Python 3.11 or 3.12 to make .venv with; without effect once .venv is there
 HELP
   exit 0

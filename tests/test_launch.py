@@ -1,4 +1,4 @@
-"""The launch scripts say what they do without doing it, and refuse a Python they cannot use."""
+"""The launch scripts print help, refuse a Python they cannot use, and run valid commands."""
 
 import pathlib
 import shlex
@@ -37,9 +37,9 @@ def test_an_unfit_python_is_refused(tmp_path):
     assert "3.11 or 3.12" in result.stderr
 
 
-# ml_collections loads configuration files by a method that Python is about to lose.
+# ml_collections loads configuration files with a deprecated method of Python.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_the_gpu_is_measured_by_commands_that_make_sense(tmp_path, monkeypatch):
+def test_the_gpu_script_runs_valid_commands(tmp_path, monkeypatch):
     script = ["bash", str(LAUNCH / "benchmark_gpu.sh"), "--dry-run", "out"]
     printed = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     commands = [shlex.split(line) for line in printed.splitlines()]
@@ -56,18 +56,18 @@ def test_the_gpu_is_measured_by_commands_that_make_sense(tmp_path, monkeypatch):
 
     monkeypatch.chdir(LAUNCH.parent)
     monkeypatch.setattr(run, "benchmark", benchmark)
-    verbs = [command[3:] for command in commands if command[:3] == ["python", "-m", "flexolmo_jax"]]
-    for verb in verbs:
-        assert small.flexolmo(*verb).status == 0, verb
+    runs = [command[3:] for command in commands if command[:3] == ["python", "-m", "flexolmo_jax"]]
+    for arguments in runs:
+        assert small.flexolmo(*arguments).status == 0, arguments
     assert commands[len(tests)] == ["python", "benchmarks/kernels.py"]
-    assert len(tests) + 1 + len(verbs) == len(commands)
+    assert len(tests) + 1 + len(runs) == len(commands)
     sizes = [(model.layout, model.architecture.d_model, model.compute.dtype) for model in models]
     assert sizes == [
         (PAIR, 128, "float32"),
         (PAIR, 4096, "bfloat16"),
         (Layout("stacked", 4, 2), 2048, "bfloat16"),
     ]
-    assert len(list((tmp_path / "out").glob("*.json"))) == len(verbs)
+    assert len(list((tmp_path / "out").glob("*.json"))) == len(runs)
 
 
 def test_an_unknown_option_of_the_gpu_script_is_refused(tmp_path):

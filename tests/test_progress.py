@@ -1,4 +1,4 @@
-"""What a log is told of a command of many parts."""
+"""Lines that `Stages` writes to a log."""
 
 from flexolmo_jax.progress import Stages
 

@@ -1,4 +1,14 @@
-"""The command line: a table of verbs, each a module that declares its flags and does its work in `run`."""
+"""The command line: a table of commands, each a module that declares its flags and does its work in `run`.
+
+To add a command, write `cli/NAME.py` and add it to `COMMANDS`. The module has
+
+- a docstring, which is its help, with an example;
+- absl flags;
+- `run(*arguments)`, which does the work; arguments that are not flags are allowed if it takes any;
+- optionally `FLAG_OF`, {argument of the library: flag} where their names differ, for error messages;
+- optionally `MEMORY_REMEDY`, what to lower when memory does not suffice;
+- optionally `KEEPS_COMPILED = False`, if it must compile anew each time.
+"""
 
 import functools
 import importlib
@@ -9,127 +19,133 @@ import sys
 import traceback
 import types
 from collections.abc import Sequence
+from inspect import signature  # not the module: the command `inspect` has its name here
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
 import configs
+import flexolmo_jax
 from flexolmo_jax.cli import compilation_cache, failures, flags_of, process
 from flexolmo_jax.errors import UserError
 
 PROGRAM = "flexolmo"
-VERBS = {
-    "tokenize": "texts to a corpus directory",
-    "train": "an anchor, an expert, or a model's router, as a configuration says",
-    "merge": "an anchor and contributions to one model",
-    "opt-out": "a model without some experts, exactly as if they had never been merged",
-    "evaluate": "held-out loss of a model, or its scores on tasks, with any experts left out",
-    "generate": "text that continues a prompt, and each expert's share of it",
-    "serve": "a model answering the OpenAI API's requests for completions",
-    "benchmark": "what steps of training and decoding cost on this machine, next to transformers",
-    "plan": "what a training step needs on TPUs or GPUs that need not be there, and how long it takes",
-    "inspect": "what a directory is, and whether its digests hold",
-    "import-hf": "a model or a contribution of a Hugging Face directory",
-    "export-hf": "a Hugging Face directory of a model, an anchor or a contribution",
+COMMANDS = {
+    "tokenize": "makes a corpus directory from texts",
+    "train": "trains an anchor, an expert or a model's router, as a configuration describes",
+    "merge": "combines an anchor and contributions into one model",
+    "opt-out": "makes a model without some experts, exactly as if they had never been merged",
+    "evaluate": "measures a model's held-out loss or its scores on tasks, with any experts left out",
+    "generate": "continues a prompt, and shows each expert's share of the routing weight",
+    "serve": "serves a model with the OpenAI API",
+    "benchmark": "measures training and decoding steps on this machine, and compares with transformers",
+    "plan": "computes memory and time of a training step on TPUs or GPUs that this machine lacks",
+    "inspect": "describes a directory and checks its digests",
+    "import-hf": "makes a model or a contribution from a Hugging Face directory",
+    "export-hf": "makes a Hugging Face directory from a model, an anchor or a contribution",
 }
 _TRACEBACK = "--traceback"
-# Flags of every verb.
-flags.DEFINE_bool("traceback", False, "Show everything about an error, and what libraries log, for a report.")
+# Flags of every command.
+flags.DEFINE_bool("traceback", False, "Show the traceback of an error and the logs of libraries, for a bug report.")
 flags.DEFINE_string(
     "compilation_cache",
     None,
-    "Directory that keeps compiled programs for the next process; by default one of yours. Empty: none.",
+    "Directory of compiled programs that later processes reuse; by default in your cache directory. Empty: none.",
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one verb. Whatever fails ends in one line on standard error, and exit status 2 where a user can fix it.
+    """Runs one command. Errors end in one line on standard error, with exit status 2 if the user can fix them.
 
     Args:
-      arguments: what to run; None for those of this process, which then is set up for it (see `process`).
+      arguments: the command and its flags; None for those of this process, which is then set up (see `process`).
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    given = [*map(_underscored, given)]
-    first = next((i for i, argument in enumerate(given) if not _is_common(argument)), len(given))
-    verb, rest = (given[first:] or ["help"])[0], given[:first] + given[first + 1 :]
-    label, traceback_shown = f"{PROGRAM} {verb}", _TRACEBACK in rest
+    arguments_list = [*map(_with_underscores, sys.argv[1:] if arguments is None else arguments)]
+    first = next((i for i, argument in enumerate(arguments_list) if not _is_common(argument)), len(arguments_list))
+    command, rest = (arguments_list[first:] or ["help"])[0], arguments_list[:first] + arguments_list[first + 1 :]
+    label, shows_traceback = f"{PROGRAM} {command}", _TRACEBACK in rest
     if arguments is None:
         process.open_closed_outputs()
     try:
-        if arguments is None and not traceback_shown:
+        if arguments is None and not shows_traceback:
             process.quiet_libraries(label)
-        _run(verb, rest, alone=arguments is None)
+        _run(command, rest, owns_process=arguments is None)
         _flush()
     except KeyboardInterrupt:
         _end(f"{label}: interrupted", 130)
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of the output has stopped reading
         _drop_output()
         sys.exit(141)
     except SystemExit:
         raise
-    except BaseException as error:  # code of Rust that panics raises no `Exception`
-        if traceback_shown:
+    except BaseException as error:  # a panic in Rust code is not an `Exception`
+        if shows_traceback:
             traceback.print_exception(error)
-        failure = failures.describe(error, _written(), _memory_remedy(verb), functools.partial(_translated, verb))
+        translate = functools.partial(_translated, command)
+        failure = failures.describe(error, _destination(), _declared(command, "MEMORY_REMEDY", ""), translate)
         _end(f"{label}: {failure.line}", failure.status)
 
 
-def _run(verb: str, arguments: Sequence[str], alone: bool) -> None:
-    """Runs a verb, `alone` in its process or not."""
-    if verb in ("--help", "-h", "help"):
+def _run(command: str, arguments: Sequence[str], owns_process: bool) -> None:
+    """Runs a command; `owns_process` if it may change the process's environment and signal handlers."""
+    if command in ("--help", "-h", "help"):
         print(_overview())
         return
-    if verb not in VERBS:
-        raise UserError(f"'{verb}' is no verb; use one of {', '.join(VERBS)}")
-    module = importlib.import_module(_module(verb))
-    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in arguments):
-        print(_help(verb, module))
+    if command == "--version":
+        print(f"{PROGRAM} {flexolmo_jax.__version__}")
         return
-    positional = _parse(verb, module, arguments)
-    if alone:
-        _keep_compiled(verb)
+    if command not in COMMANDS:
+        raise UserError(f"'{command}' is not a command; use one of {', '.join(COMMANDS)}")
+    module = importlib.import_module(_module(command))
+    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in arguments):
+        print(_help(command, module))
+        return
+    positional = _parse(command, module, arguments)
+    if owns_process:
+        _keep_compiled(command)
         if "out" in flags.FLAGS:
             process.end_on_sigterm()
     module.run(*positional)
 
 
-def _keep_compiled(verb: str) -> None:
-    directory = "" if verb in compilation_cache.WITHOUT else flags.FLAGS.compilation_cache
-    why_not = compilation_cache.keep_compiled(directory)
-    if why_not is not None:
-        sys.stderr.write(f"{PROGRAM} {verb}: --compilation_cache={directory}: {why_not}; goes on without it\n")
+def _keep_compiled(command: str) -> None:
+    directory = flags.FLAGS.compilation_cache if _declared(command, "KEEPS_COMPILED", True) else ""
+    problem = compilation_cache.keep_compiled(directory)
+    if problem is not None:
+        sys.stderr.write(f"{PROGRAM} {command}: --compilation_cache={directory}: {problem}; continues without it\n")
 
 
-def _translated(verb: str, error: UserError) -> str:
-    """The message of an error of the library, in terms of the flags that the verb was given."""
-    module = sys.modules.get(_module(verb))
+def _translated(command: str, error: UserError) -> str:
+    """The message of an error of the library, with the flags of the command in place of the library's arguments."""
+    module = sys.modules.get(_module(command))
     defined = flags.FLAGS.get_key_flags_for_module(module.__name__) if module else []
-    return flags_of.translate(error, {flag.name: flag.value for flag in defined}, getattr(module, "FLAG_OF", {}))
+    values = {flag.name: flag.value for flag in defined}
+    return flags_of.translate(error, values, _declared(command, "FLAG_OF", {}))
 
 
-def _written() -> str:
-    """The flag and the path that the verb writes to, where it has one."""
-    given = ((name, flags.FLAGS[name].value) for name in ("out", "workdir", "json") if name in flags.FLAGS)
-    return next((f"--{name}={value}" for name, value in given if value), "")
+def _declared(command: str, name: str, default: Any) -> Any:
+    """What a command's module declares under a name, if it was imported and declares that."""
+    return getattr(sys.modules.get(_module(command)), name, default)
 
 
-def _memory_remedy(verb: str) -> str:
-    """What a verb's module says to do where memory does not suffice."""
-    return getattr(sys.modules.get(_module(verb)), "MEMORY_REMEDY", "")
+def _destination() -> str:
+    """The flag and the path that the command writes to; "" if there is none."""
+    values = ((name, flags.FLAGS[name].value) for name in ("out", "workdir", "json") if name in flags.FLAGS)
+    return next((f"--{name}={value}" for name, value in values if value), "")
 
 
-def _module(verb: str) -> str:
-    return f"{__name__}.{verb.replace('-', '_')}"
+def _module(command: str) -> str:
+    return f"{__name__}.{command.replace('-', '_')}"
 
 
 def _is_common(argument: str) -> bool:
-    """Whether an argument is a flag of all verbs, which may stand before the verb."""
+    """Whether an argument is a flag of all commands, which may precede the command."""
     return argument == _TRACEBACK or argument.startswith("--compilation_cache=")
 
 
 def _flush() -> None:
-    """Writes what was printed; raises OSError, which names standard output, where that cannot be."""
+    """Writes what was printed; raises an OSError that names standard output if that fails."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -138,7 +154,7 @@ def _flush() -> None:
 
 
 def _drop_output() -> None:
-    """Has the interpreter, as it ends, not try once more to write what could not be written."""
+    """Keeps the interpreter from writing the unwritten output again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -151,34 +167,37 @@ def _end(line: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _parse(verb: str, module: types.ModuleType, arguments: Sequence[str]) -> list[str]:
-    """Parses the flags that a verb's module defines; returns what is not a flag."""
-    arguments = list(itertools.starmap(_located, itertools.pairwise(["", *arguments])))
+def _parse(command: str, module: types.ModuleType, arguments: Sequence[str]) -> list[str]:
+    """Parses the flags that a command's module defines; returns the other arguments."""
+    arguments = list(itertools.starmap(_found_config, itertools.pairwise(["", *arguments])))
     try:
-        positional = flags.FLAGS([f"{PROGRAM} {verb}", *arguments])[1:]
+        positional = flags.FLAGS([f"{PROGRAM} {command}", *arguments])[1:]
         if "config" in flags.FLAGS:
-            _ = flags.FLAGS.config.keys  # a file that could not be read is only told of when it is used
+            _ = flags.FLAGS.config.keys  # reading a value raises the errors of the configuration file
     except flags.Error as error:
         missing = r"flag (--\w+)=None: Flag \S+ must have a value other than None\."
         reason = re.sub(missing, r"\1: not given.", _reason(error))
-        raise UserError(f"{reason} (see `{PROGRAM} {verb} --help`)") from error
-    except (Exception, SystemExit) as error:  # reading a configuration file runs it, so it may be anything
+        raise UserError(f"{reason} (see `{PROGRAM} {command} --help`)") from error
+    except (Exception, SystemExit) as error:  # a configuration file is code, so it may raise anything
         config = next((argument for argument in arguments if argument.startswith("--config=")), "--config")
         reason = f"{type(error).__name__}: {_reason(error)}"
         raise UserError(f"{config}: {reason}; the keys of a configuration are those of configs/base.py") from error
     for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
         if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
             raise UserError(f"--{flag.name}: given {flag.present} times; give it once")
-    if positional and verb != "inspect":
-        raise UserError(f"'{positional[0]}' is not a flag; write --name=value (see `{PROGRAM} {verb} --help`)")
+    if positional and not signature(module.run).parameters:
+        raise UserError(f"'{positional[0]}' is not a flag; write --name=value (see `{PROGRAM} {command} --help`)")
     return positional
 
 
-def _located(before: str, argument: str) -> str:
-    """The file of `--config=FILE:ARGUMENT`, or of what follows `--config`, as it is here or else in this package."""
+def _found_config(previous: str, argument: str) -> str:
+    """The argument, with the path of its configuration file if only this package has that.
+
+    The file is that of `--config=FILE:ARGUMENT`, or of the argument after `--config`.
+    """
     value = argument.removeprefix("--config=")
     file = value.partition(":")[0]
-    if (value == argument and before != "--config") or not file or os.path.exists(file):
+    if (value == argument and previous != "--config") or not file or os.path.exists(file):
         return argument
     folder = Path(configs.__file__).parent
     if Path(file).parent != Path(folder.name) or not (folder.parent / file).is_file():
@@ -186,8 +205,8 @@ def _located(before: str, argument: str) -> str:
     return argument.removesuffix(value) + str(folder.parent / value)
 
 
-def _underscored(argument: str) -> str:
-    """`--expert-names=x` is `--expert_names=x`; keys of a configuration are taken as they are."""
+def _with_underscores(argument: str) -> str:
+    """Makes `--expert_names=x` of `--expert-names=x`; keys of a configuration stay as they are."""
     name, equals, value = argument.partition("=")
     if not name.startswith("--") or name.startswith("--config."):
         return argument
@@ -195,17 +214,18 @@ def _underscored(argument: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error of a library says, without the traceback that ml_collections puts in the middle."""
+    """The message of a library's error, without the traceback that ml_collections includes."""
     lines = str(error).strip().splitlines() or [""]
     return " ".join(dict.fromkeys((lines[0], lines[-1])))
 
 
 def _overview() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {does}" for verb, does in VERBS.items()]
-    return "\n".join([f"usage: {PROGRAM} VERB [--flag=value ...]", "", *lines, "", f"{PROGRAM} VERB --help says more."])
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command:<{width}}  {summary}" for command, summary in COMMANDS.items()]
+    usage = f"usage: {PROGRAM} COMMAND [--flag=value ...]"
+    return "\n".join([usage, "", *lines, "", f"{PROGRAM} COMMAND --help describes its flags."])
 
 
-def _help(verb: str, module: types.ModuleType) -> str:
+def _help(command: str, module: types.ModuleType) -> str:
     lists = map(flags.FLAGS.module_help, (module, sys.modules[__name__]))
-    return "\n".join([f"{PROGRAM} {verb}: {VERBS[verb]}", "", module.__doc__.strip(), *lists])
+    return "\n".join([f"{PROGRAM} {command}: {COMMANDS[command]}", "", (module.__doc__ or "").strip(), *lists])

@@ -25,6 +25,7 @@ _RUNS = flags.DEFINE_integer("runs", 5, "Measurements of each step.", lower_boun
 _VERSUS = flags.DEFINE_enum("versus", None, ["transformers"], "What to compare with (extra `interop`).")
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 flags.mark_flags_as_required(["config"])
+KEEPS_COMPILED = False  # it measures compilation
 
 
 def run() -> None:

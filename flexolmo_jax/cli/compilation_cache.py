@@ -1,4 +1,4 @@
-"""Where JAX keeps the programs it has compiled, so that the next process does not compile them again."""
+"""A directory of compiled programs, so that later processes need not compile them."""
 
 import hashlib
 import os
@@ -13,10 +13,8 @@ from pathlib import Path
 import filelock
 import platformdirs
 
-MAX_BYTES = 2**30  # of a machine's programs; JAX removes those that were not used for longest
-_LOCK_SECONDS = 2  # JAX would wait longer, for each program
-# They say how long compiling takes, or read what was compiled.
-WITHOUT = ("benchmark", "plan")
+MAX_BYTES = 2**30  # for each machine; JAX removes the least recently used programs
+_LOCK_SECONDS = 2  # JAX would wait longer, at each program
 _SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 _SETTINGS = {
     _SIZE: str(MAX_BYTES),
@@ -26,17 +24,16 @@ _SETTINGS = {
 
 
 def keep_compiled(directory: str | None, environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """Has JAX keep what it compiles; to be called before JAX is imported.
+    """Makes JAX keep what it compiles. Call it before JAX is imported.
 
-    A directory that cannot be used is not used: a cache never fails a run.
+    A problem with the directory never fails a command: it then runs without a cache.
 
     Args:
-      directory: where; None for one of the user's, with what the environment says of JAX's cache before it; "" for
-        none at all.
-      environment: is told JAX's settings.
+      directory: where; None for the environment's setting or else the user's cache directory; "" for no cache.
+      environment: gets JAX's settings.
 
     Returns:
-      None, or why the directory that was asked for is not used.
+      None, or why the given directory is not used.
     """
     if directory == "":
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -44,37 +41,37 @@ def keep_compiled(directory: str | None, environment: MutableMapping[str, str] =
     if directory is None and "JAX_COMPILATION_CACHE_DIR" in environment:
         return None
     try:
-        path = directory if directory and "://" in directory else str(_opened(directory, environment))
+        path = directory if directory and "://" in directory else str(_prepared(directory, environment))
     except (OSError, RuntimeError) as error:  # of which filelock.Timeout is one; no home is a RuntimeError
         return None if directory is None else str(error)
     environment["JAX_COMPILATION_CACHE_DIR"] = path
     for name, value in _SETTINGS.items():
         environment.setdefault(name, value)
-    _forget_what_cannot_be_read(path)
+    _remove_unreadable(path)
     return None
 
 
-def _opened(directory: str | None, environment: Mapping[str, str]) -> Path:
-    """This machine's part of a cache, writable and whole."""
+def _prepared(directory: str | None, environment: Mapping[str, str]) -> Path:
+    """This machine's folder in a cache, created, writable, without incomplete programs."""
     root = Path(directory).absolute() if directory else platformdirs.user_cache_path("flexolmo-jax") / "compiled"
-    path = root / machine()
+    path = root / machine_name()
     path.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written")
     if directory is None and path.stat().st_uid != os.geteuid():  # what is loaded from there is run
         raise PermissionError(f"{path} belongs to another user")
-    if int(environment.get(_SIZE, MAX_BYTES)) < 0:  # without a bound JAX keeps no times of use
+    if int(environment.get(_SIZE, MAX_BYTES)) < 0:  # without a bound JAX writes no -atime files
         return path
     with filelock.FileLock(path / ".lockfile", timeout=_LOCK_SECONDS):  # JAX's own lock
-        # JAX writes a program and then when it was used; a process that ended in between left part of a program.
+        # JAX writes the -atime file after the program: a program without one is incomplete.
         for file in path.glob("*-cache"):
             if not file.with_name(file.name.removesuffix("-cache") + "-atime").exists():
                 file.unlink()
     return path
 
 
-def machine() -> str:
-    """A name for the processor, since programs compiled for one may not run on another that shares the directory."""
+def machine_name() -> str:
+    """A name for the processor: a program compiled for one may not run on another that shares the directory."""
     facts = [platform.machine(), platform.processor(), str(os.cpu_count())]
     if sys.platform == "linux":
         facts.append(str(len(os.sched_getaffinity(0))))
@@ -89,8 +86,8 @@ def _cpuinfo() -> str:
         return ""
 
 
-def _forget_what_cannot_be_read(path: str) -> None:
-    """Removes a damaged program from the cache when JAX warns of it, so that it is written again."""
+def _remove_unreadable(path: str) -> None:
+    """Removes a damaged program from the cache when JAX warns of it, so that JAX writes a new one."""
     show = warnings.showwarning
 
     def on_warning(message, *arguments) -> None:

@@ -1,4 +1,4 @@
-"""What a failed command says: one line, whatever went wrong."""
+"""Error messages of the command line: one line for every exception."""
 
 import errno
 import os
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from flexolmo_jax.errors import UserError, first_line
 
-USER, PROGRAM = 2, 1  # exit statuses: a user can fix it; nobody foresaw it
+USER, PROGRAM = 2, 1  # exit statuses: the user can fix it; a bug
 _ROOT = Path(__file__).parents[2]
-_ROOM = "make room there, or name a place with more"
-# What the operating system refuses, as {errno: (problem, remedy)}. What is not here is not foreseen.
+_MAKE_ROOM = "make room there, or name a place with more"
+# Errors of the operating system, {errno: (problem, remedy)}. Others count as bugs.
 _SYSTEM = {
-    errno.ENOSPC: ("no space left on the device", _ROOM),
-    errno.EDQUOT: ("your disk quota is used up", _ROOM),
+    errno.ENOSPC: ("no space left on the device", _MAKE_ROOM),
+    errno.EDQUOT: ("your disk quota is used up", _MAKE_ROOM),
     errno.EFBIG: ("a file grows beyond what is allowed", "raise the limit (ulimit -f), or name another file system"),
     errno.EROFS: ("the file system is read-only", "name a place that can be written"),
     errno.EACCES: ("permission denied", "change its permissions, or name another place"),
@@ -41,71 +41,71 @@ _SYSTEM = {
     errno.ENOTCONN: ("the file system is no longer mounted", "mount it again"),
     errno.EBUSY: ("another program uses it", "run the command again when it has ended"),
 }
-# What is said of the place that a command writes to, where the system's error names no file.
+# Errors of writing: if they name no file, the message names the destination of the command.
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
-# tensorstore, and so Orbax, reports what the operating system refuses in the text of a ValueError.
+# tensorstore (and Orbax) reports errors of the operating system in the text of a ValueError.
 _TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'")
 _TENSORSTORE_FILE = re.compile(r'"((?:/|file://)[^"]*)"')
-_MEMORY = "use shorter or fewer sequences, a smaller model, or a machine with more memory"
+_MEMORY_REMEDY = "use shorter or fewer sequences, a smaller model, or a machine with more memory"
 
 
 class Failure(NamedTuple):
-    """How a command ends: what it says, in one line, and its exit status."""
+    """The one-line message and the exit status of a failed command."""
 
     line: str
     status: int
 
 
 def describe(
-    error: BaseException, place: str = "", memory: str = "", translate: Callable[[UserError], str] = str
+    error: BaseException, destination: str = "", memory_remedy: str = "", translate: Callable[[UserError], str] = str
 ) -> Failure:
-    """What a command says of an error.
+    """Describes an exception that ended a command.
 
     Args:
-      error: what was raised.
-      place: the flag and the path that the command writes to, for errors of writing that name no file.
-      memory: what to do where memory does not suffice.
-      translate: gives the message of a `UserError`.
+      error: the exception.
+      destination: the flag and path that the command writes to, for errors of writing that name no file.
+      memory_remedy: what to do if memory does not suffice.
+      translate: returns the message of a `UserError`.
     """
     if isinstance(error, UserError):
         return Failure(" ".join(translate(error).split()), USER)
-    line = _foreseen(error, place or "standard output", memory or _MEMORY)
+    line = _user_line(error, destination or "standard output", memory_remedy or _MEMORY_REMEDY)
     if line is not None:
         return Failure(" ".join(line.split()), USER)
-    said = f"{type(error).__name__}: {first_line(error)[:300]}".removesuffix(f": {type(error).__name__}")
+    summary = f"{type(error).__name__}: {first_line(error)[:300]}".removesuffix(f": {type(error).__name__}")
     advice = "this is a fault of the program; please report it, with what --traceback shows"
-    return Failure(" ".join(f"{said} ({_origin(error)}); {advice}".split()), PROGRAM)
+    return Failure(" ".join(f"{summary} ({_origin(error)}); {advice}".split()), PROGRAM)
 
 
-def _foreseen(error: BaseException, place: str, memory: str) -> str | None:
-    """The line of an error that a user can fix; None for all others."""
+def _user_line(error: BaseException, destination: str, memory_remedy: str) -> str | None:
+    """The message of an error that the user can fix; None for all others."""
     if _is_out_of_memory(error):
-        return f"out of memory ({_amount(error)}); {memory}"
+        return f"out of memory ({_amount(error)}); {memory_remedy}"
     if isinstance(error, OSError) and error.errno in _SYSTEM:
-        return _system_line(error.errno, error.filename2 or error.filename, place)
+        return _system_line(error.errno, error.filename2 or error.filename, destination)
     if isinstance(error, ValueError) and (code := _TENSORSTORE.search(str(error))) and int(code[1]) in _SYSTEM:
         files = _TENSORSTORE_FILE.findall(str(error))
-        return _system_line(int(code[1]), files[0].removeprefix("file://") if files else None, place)
+        return _system_line(int(code[1]), files[0].removeprefix("file://") if files else None, destination)
     if type(error) is RuntimeError and str(error) == "can't start new thread":
-        return _system_line(errno.EAGAIN, None, place)
+        return _system_line(errno.EAGAIN, None, destination)
     if isinstance(error, RuntimeError | AssertionError) and _innermost(error).endswith("jax/_src/xla_bridge.py"):
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        said = str(error) and f" ({first_line(error)})"
-        return f"JAX_PLATFORMS={asked}: JAX finds no such devices here{said}; name others, or leave it unset"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        detail = str(error) and f" ({first_line(error)})"
+        return f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{detail}; name others, or leave it unset"
     if isinstance(error, ImportError) and re.search(r"gcsfs|s3fs|fsspec|tensorflow", str(error)):
         return f"a path in a bucket: {first_line(error)}; install that package, or mount the bucket"
     return None
 
 
-def _system_line(number: int, file: str | bytes | int | None, place: str) -> str:
-    """One line of what the operating system refused; `file` is what it names, if anything."""
+def _system_line(number: int, file: str | bytes | int | None, destination: str) -> str:
+    """The message of an error of the operating system; `file` is the file that it names, if any."""
     problem, remedy = _SYSTEM[number]
     file = "" if isinstance(file, int) or not file else os.fsdecode(file)
-    directory = place.partition("=")[2]
+    directory = destination.partition("=")[2]
     if number in _WRITING and (
         not file or (directory and Path(file).absolute().is_relative_to(Path(directory).absolute()))
     ):
-        file = place
+        file = destination
     return f"{file}: {problem}; {remedy}" if file else f"{problem}; {remedy}"
 
 
@@ -117,20 +117,20 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _amount(error: BaseException) -> str:
-    """How much was asked for, where the error says so."""
+    """The number of bytes that could not be allocated, if the error names it."""
     found = re.search(r"(\d[\d.,]*) ?(?:bytes|[KMGTPE]i?B)\b", str(error))
     return f"{found[0]} could not be had" if found else "less is there than it takes"
 
 
 def _origin(error: BaseException) -> str:
-    """FILE:LINE of the innermost frame in this project, or else of the innermost."""
+    """FILE:LINE of the innermost frame in this project, or else of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if _is_ours(frame.filename)]
+    project_frames = [frame for frame in frames if _is_in_project(frame.filename)]
     if not frames:
         return "no place known"
-    frame = (ours or frames)[-1]
+    frame = (project_frames or frames)[-1]
     file = Path(frame.filename)
-    return f"{file.relative_to(_ROOT) if ours else file.name}:{frame.lineno}"
+    return f"{file.relative_to(_ROOT) if project_frames else file.name}:{frame.lineno}"
 
 
 def _innermost(error: BaseException) -> str:
@@ -139,6 +139,6 @@ def _innermost(error: BaseException) -> str:
     return frames[-1].filename if frames else ""
 
 
-def _is_ours(file: str) -> bool:
+def _is_in_project(file: str) -> bool:
     path = Path(file)
     return path.is_relative_to(_ROOT / "flexolmo_jax") or path.is_relative_to(_ROOT / "configs")

@@ -1,4 +1,4 @@
-"""Files that verbs write besides their product."""
+"""Files that commands write besides their output."""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 
-def write_json(path: epath.PathLike, figures: Mapping[str, Any]) -> None:
-    """Writes figures for other programs; folders are made as needed."""
+def write_json(path: epath.PathLike, results: Mapping[str, Any]) -> None:
+    """Writes results as JSON, and creates missing folders."""
     file = epath.Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(figures, indent=2) + "\n")
+    file.write_text(json.dumps(results, indent=2) + "\n")

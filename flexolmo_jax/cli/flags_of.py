@@ -1,4 +1,4 @@
-"""What the library says of its arguments, in terms of the flags that gave them."""
+"""Error messages of the library, with flags in place of its arguments."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from configs import base
 from flexolmo_jax.errors import ArgumentError, UserError
 
-# config.KEY, but for what is a flag already, or the name of a file.
+# config.KEY, unless it is a flag already or the name of a file.
 _KEY = re.compile(rf"(?<![\w./-])config\.(?=({'|'.join(base.get_config())})\b)")
 
 
 def translate(error: UserError, values: Mapping[str, object], flags: Mapping[str, str]) -> str:
-    """The message of an error as the user of a command should read it.
+    """The message of an error for the user of a command.
 
     Args:
-      error: what the library raised.
-      values: {flag: value or values} that the command was given.
+      error: raised by the library.
+      values: {flag: value or list of values} of the command.
       flags: {argument of the library: flag}, where their names differ.
 
     Returns:
-      The message, in which an argument, a path that a flag gave, and the keys of a configuration are flags:
+      The message. An argument, a path that is the value of a flag, and keys of a configuration are written as flags:
       "--model=runs/a: no such directory; give a model directory".
     """
     message = str(error)
@@ -27,8 +27,8 @@ def translate(error: UserError, values: Mapping[str, object], flags: Mapping[str
         flag = flags.get(error.argument, error.argument)
         message = f"--{flag}={error.value}: {error.problem}"
     else:
-        given = ((name, value) for name, every in values.items() for value in _each(every) if value)
-        flag = next((name for name, value in given if message.startswith(f"{value}: ")), None)
+        candidates = ((name, value) for name, every in values.items() for value in _each(every) if value)
+        flag = next((name for name, value in candidates if message.startswith(f"{value}: ")), None)
         message = message if flag is None else f"--{flag}={message}"
     return _KEY.sub("--config.", message)
 

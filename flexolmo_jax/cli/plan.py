@@ -22,6 +22,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _SLICES = flags.DEFINE_integer("slices", 1, "How many such TPU slices, joined by the data centre's network.")
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 flags.mark_flags_as_required(["config", "topology"])
+KEEPS_COMPILED = False  # it reads the compiled program, which a cache does not keep
 
 
 def run() -> None:

@@ -1,4 +1,4 @@
-"""What a process of the command line sets up before its command runs: who writes to standard error, and signals."""
+"""Set-up of a command-line process: logging, warnings, standard streams, signals."""
 
 import faulthandler
 import logging
@@ -7,17 +7,18 @@ import signal
 import sys
 import threading
 import warnings
+from typing import TextIO
 
 from absl import logging as absl_logging
 
 from flexolmo_jax.cli import failures
 
-# Loggers of libraries whose messages a user can act on: what a server says of requests, and of devices left unused.
+# Loggers whose messages a user can act on: of the server, and of JAX on unused devices.
 _SHOWN = {"flexolmo_jax": logging.WARNING, "uvicorn": logging.ERROR, "jax._src.xla_bridge": logging.WARNING}
 
 
 def open_closed_outputs() -> None:
-    """Sends to nowhere what a process would print whose standard output or error is closed."""
+    """Opens the null device as standard output or error if that is closed."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -25,47 +26,47 @@ def open_closed_outputs() -> None:
 
 
 def quiet_libraries(label: str) -> None:
-    """Shows on standard error what this program says, and of libraries only what ends the process.
+    """Silences warnings and logs of libraries, except fatal errors; shows those of this package.
 
-    To be called before JAX is imported. `sys.stderr` gets a file descriptor of its own, since `errors.rust_errors`
-    turns the second one elsewhere for a while.
+    Call it before JAX is imported. `sys.stderr` gets a new file descriptor, because `errors.rust_errors` redirects
+    descriptor 2.
 
     Args:
       label: begins each line of a log.
     """
-    own = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     sys.stderr.flush()
-    sys.stderr = sys.__stderr__ = own
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of XLA, fatal errors alone
-    faulthandler.enable(own, all_threads=False)
+    sys.stderr = sys.__stderr__ = stderr
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA then logs fatal errors only
+    faulthandler.enable(stderr, all_threads=False)
     warnings.simplefilter("ignore")
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.FATAL)
-    handler = logging.StreamHandler(own)
+    handler = logging.StreamHandler(stderr)
     handler.setFormatter(_OneLine(f"{label}: %(message)s"))
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.CRITICAL)
     for name, level in _SHOWN.items():
         logging.getLogger(name).setLevel(level)
-    sys.unraisablehook = lambda _: None  # what coroutines and destructors of a library raise while Python ends
-    threading.excepthook = lambda args: _say(own, label, args.exc_value)
+    sys.unraisablehook = lambda _: None  # errors in destructors of libraries while Python ends
+    threading.excepthook = lambda args: _report(stderr, label, args.exc_value)
 
 
 def end_on_sigterm() -> None:
-    """Lets SIGTERM end the process as an error would, so that nothing half-written is left; status 143.
+    """Makes SIGTERM raise SystemExit with status 143, so that incomplete directories are removed.
 
-    It ends once Python runs again, so this is for commands that write directories, and spend no long time elsewhere.
+    Python handles the signal between bytecodes, so this suits commands without long calls into native code.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
-def _say(stream, label: str, error: BaseException | None) -> None:
+def _report(stream: TextIO, label: str, error: BaseException | None) -> None:
     if error is not None:
         stream.write(f"{label}: {failures.describe(error).line}\n")
 
 
 class _OneLine(logging.Formatter):
-    """Formats a record, with the error that came with it, as one line."""
+    """Formats a record and its exception as one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         error = record.exc_info[1] if record.exc_info else None

@@ -1,4 +1,4 @@
-"""Compiled programs that the next process finds: where, for whom, and what happens where they cannot be kept."""
+"""The cache of compiled programs: where it is, for whom, and what happens if it cannot be used."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import filelock
 import pytest
 
 from flexolmo_jax.cli import compilation_cache
-from flexolmo_jax.cli.compilation_cache import keep_compiled, machine
+from flexolmo_jax.cli.compilation_cache import keep_compiled, machine_name
 from tests.support import small
 
 
 @pytest.fixture(autouse=True)
 def no_hook(monkeypatch):
-    monkeypatch.setattr(compilation_cache, "_forget_what_cannot_be_read", lambda path: None)
+    monkeypatch.setattr(compilation_cache, "_remove_unreadable", lambda path: None)
 
 
 COUNTING = """
@@ -53,36 +53,36 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert all(file.stat().st_size > 100 for file in (tmp_path / "cache").rglob("jit__decode*-cache"))
 
 
-def test_they_lie_in_the_users_cache_directory_apart_for_each_processor(tmp_path, monkeypatch):
+def test_the_default_is_a_folder_for_each_processor_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     environment = {}
     assert keep_compiled(None, environment) is None
     path = pathlib.Path(environment["JAX_COMPILATION_CACHE_DIR"])
     assert path.is_relative_to(tmp_path / "flexolmo-jax")
-    assert path.name == machine()
+    assert path.name == machine_name()
     assert path.stat().st_mode & 0o077 == 0
     assert int(environment["JAX_COMPILATION_CACHE_MAX_SIZE"]) == compilation_cache.MAX_BYTES
     monkeypatch.setattr(compilation_cache, "_cpuinfo", lambda: "flags : other\n")
-    assert machine() != path.name
+    assert machine_name() != path.name
 
 
-def test_a_directory_of_ones_own_and_none_at_all(tmp_path):
+def test_a_given_directory_and_an_empty_one(tmp_path):
     environment = {}
     assert keep_compiled(str(tmp_path / "mine"), environment) is None
-    assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mine" / machine())
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mine" / machine_name())
     environment = {}
     assert keep_compiled("", environment) is None
     assert environment == {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
-def test_what_the_environment_says_of_jax_stays():
-    environment = {"JAX_COMPILATION_CACHE_DIR": "theirs"}
+def test_settings_of_the_environment_stay():
+    environment = {"JAX_COMPILATION_CACHE_DIR": "elsewhere"}
     assert keep_compiled(None, environment) is None
-    assert environment == {"JAX_COMPILATION_CACHE_DIR": "theirs"}
+    assert environment == {"JAX_COMPILATION_CACHE_DIR": "elsewhere"}
 
 
-def test_half_a_program_is_removed(tmp_path):
-    path = tmp_path / machine()
+def test_an_incomplete_program_is_removed(tmp_path):
+    path = tmp_path / machine_name()
     path.mkdir()
     for name in ("whole-cache", "whole-atime", "half-cache"):
         (path / name).write_bytes(b"12345678")
@@ -91,8 +91,8 @@ def test_half_a_program_is_removed(tmp_path):
     assert not (path / "half-cache").exists()
 
 
-def test_without_a_bound_no_program_is_taken_for_half_a_one(tmp_path):
-    path = tmp_path / machine()
+def test_without_a_size_limit_all_programs_are_complete(tmp_path):
+    path = tmp_path / machine_name()
     path.mkdir()
     (path / "whole-cache").write_bytes(b"12345678")
     keep_compiled(str(tmp_path), {"JAX_COMPILATION_CACHE_MAX_SIZE": "-1"})
@@ -101,21 +101,21 @@ def test_without_a_bound_no_program_is_taken_for_half_a_one(tmp_path):
 
 def locked(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "_LOCK_SECONDS", 0.01)
-    (tmp_path / "c" / machine()).mkdir(parents=True)
-    lock = filelock.FileLock(tmp_path / "c" / machine() / ".lockfile")
+    (tmp_path / "c" / machine_name()).mkdir(parents=True)
+    lock = filelock.FileLock(tmp_path / "c" / machine_name() / ".lockfile")
     lock.acquire()
     return lock
 
 
-def file_in_the_way(tmp_path, monkeypatch):
+def file_of_that_name(tmp_path, monkeypatch):
     (tmp_path / "c").write_text("")
 
 
-def may_not_write(tmp_path, monkeypatch):
+def read_only(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
 
 
-@pytest.mark.parametrize("spoil", [locked, file_in_the_way, may_not_write])
+@pytest.mark.parametrize("spoil", [locked, file_of_that_name, read_only])
 def test_a_directory_that_cannot_be_used_is_not_used(tmp_path, monkeypatch, spoil):
     kept = spoil(tmp_path, monkeypatch)
     environment = {}
@@ -123,11 +123,11 @@ def test_a_directory_that_cannot_be_used_is_not_used(tmp_path, monkeypatch, spoi
     assert environment == {}
     monkeypatch.setattr(compilation_cache.platformdirs, "user_cache_path", lambda _: tmp_path / "c")
     if kept is None:
-        assert keep_compiled(None, environment) is None  # nobody asked for it
+        assert keep_compiled(None, environment) is None  # the default, so nothing is reported
         assert environment == {}
 
 
-def test_it_goes_on_without_a_cache_and_says_so_in_one_line(tmp_path):
+def test_a_command_continues_without_a_cache_and_reports_it_in_one_line(tmp_path):
     small.corpus(tmp_path / "corpus")
     (tmp_path / "file").write_text("")
     command = [

@@ -1,4 +1,4 @@
-"""What a failed command says: one line for what a user can fix, and for what nobody foresaw."""
+"""Error messages: one line for what a user can fix, and one for bugs."""
 
 import errno
 import shutil
@@ -36,7 +36,7 @@ def raised(error):
         (errno.ESTALE, "run the command again"),
     ],
 )
-def test_what_the_system_refuses_is_one_line_with_file_problem_and_remedy(number, words):
+def test_errors_of_the_system_name_file_problem_and_remedy_in_one_line(number, words):
     line, status = describe(raised(OSError(number, "as the system says", "some/file")))
     assert status == 2
     assert line.startswith("some/file: ")
@@ -44,7 +44,7 @@ def test_what_the_system_refuses_is_one_line_with_file_problem_and_remedy(number
     assert "; " in line
 
 
-def test_of_a_write_that_names_no_file_the_place_that_was_asked_for_is_named():
+def test_a_write_error_without_a_file_names_the_destination():
     error = OSError(errno.ENOSPC, "No space left on device")
     assert describe(error, "--out=model").line.startswith("--out=model: no space left")
     assert describe(error).line.startswith("standard output: no space left")
@@ -57,7 +57,7 @@ def test_of_a_write_that_names_no_file_the_place_that_was_asked_for_is_named():
     "error",
     [OSError("no number"), OSError(errno.EDOM, "odd"), ValueError("a\nb"), KeyError("x"), RuntimeError("x")],
 )
-def test_all_else_is_a_fault_of_the_program(error):
+def test_other_errors_are_bugs_of_the_program(error):
     line, status = describe(raised(error))
     assert status == 1
     assert line.startswith(type(error).__name__)
@@ -66,13 +66,13 @@ def test_all_else_is_a_fault_of_the_program(error):
     assert "\n" not in line
 
 
-def test_memory_that_does_not_suffice_is_one_line_with_the_remedy():
+def test_out_of_memory_is_one_line_with_the_remedy():
     with pytest.raises(MemoryError) as caught:
         np.empty(2**50, np.uint8)
-    line, status = describe(caught.value, memory="lower --slots")
+    line, status = describe(caught.value, memory_remedy="lower --slots")
     assert (line, status) == ("out of memory (1.00 PiB could not be had); lower --slots", 2)
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 444052642280 bytes.")
-    assert describe(error, memory="lower --slots").line.startswith("out of memory (444052642280 bytes could not")
+    assert describe(error, memory_remedy="lower --slots").line.startswith("out of memory (444052642280 bytes could not")
     assert describe(jax.errors.JaxRuntimeError("INTERNAL: odd")).status == 1
 
 
@@ -115,8 +115,8 @@ def test_a_merge_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, size):
     small.anchor(tmp_path / "anchor")
     small.contribution(tmp_path / "news", tmp_path / "anchor", seed=1)
     disk = tmp_path / "disk"
-    given = f"--anchor={tmp_path}/anchor --contribution={tmp_path}/news --out={disk}/model"
-    command = f"{sys.executable} -m flexolmo_jax merge {given}; echo $?; ls -A {disk}"
+    flags = f"--anchor={tmp_path}/anchor --contribution={tmp_path}/news --out={disk}/model"
+    command = f"{sys.executable} -m flexolmo_jax merge {flags}; echo $?; ls -A {disk}"
     out, err = in_a_small_disk(disk, size, command)
     assert out == "2\n"
     assert err.startswith(f"flexolmo merge: --out={disk}/model: no space left on the device; ")

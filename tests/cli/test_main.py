@@ -1,5 +1,6 @@
-"""The table of verbs, their help, and what every verb refuses in the same way."""
+"""The table of commands, their help, and the errors that all commands share."""
 
+import importlib.metadata
 import pathlib
 import re
 import subprocess
@@ -8,11 +9,12 @@ from unittest import mock
 
 import pytest
 
+import flexolmo_jax
 from flexolmo_jax import cli
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
 
-# ml_collections loads configuration files by a method that Python is about to lose.
+# ml_collections loads configuration files with a deprecated method of Python.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 FLAGS = {
@@ -43,7 +45,7 @@ FLAGS = {
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
-    """Configurations are given as a reader would give them, by their path in the repository."""
+    """Tests name configurations by their path in the repository."""
     monkeypatch.chdir(pathlib.Path(__file__).parents[2])
 
 
@@ -57,31 +59,36 @@ def home(tmp_path_factory):
     return home
 
 
+def test_version_is_that_of_the_package():
+    assert flexolmo("--version") == (0, f"flexolmo {flexolmo_jax.__version__}\n", "")
+    assert flexolmo_jax.__version__ == importlib.metadata.version("flexolmo-jax")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
-def test_alone_it_lists_the_verbs(arguments):
+def test_without_arguments_it_lists_the_commands(arguments):
     result = flexolmo(*arguments)
     assert (result.status, result.err) == (0, "")
-    for verb, does in cli.VERBS.items():
-        assert re.search(rf"^  {verb} +{re.escape(does)}$", result.out, re.MULTILINE)
+    for command, summary in cli.COMMANDS.items():
+        assert re.search(rf"^  {command} +{re.escape(summary)}$", result.out, re.MULTILINE)
 
 
-def test_every_verb_is_covered_here():
-    assert FLAGS.keys() == cli.VERBS.keys()
+def test_every_command_is_covered_here():
+    assert FLAGS.keys() == cli.COMMANDS.keys()
 
 
-@pytest.mark.parametrize("verb", FLAGS)
-def test_help_of_a_verb_names_its_flags_and_a_command(verb):
-    result = flexolmo(verb, "--help")
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_of_a_command_names_its_flags_and_shows_an_example(command):
+    result = flexolmo(command, "--help")
     assert (result.status, result.err) == (0, "")
-    assert f"flexolmo {verb} " in result.out
+    assert f"flexolmo {command} " in result.out
     described = re.findall(r"^ +--(?:\[no\])?(\w+): \S", result.out, re.MULTILINE)
-    assert sorted(described) == sorted([*FLAGS[verb], "traceback", "compilation_cache"])
+    assert sorted(described) == sorted([*FLAGS[command], "traceback", "compilation_cache"])
     # Flags need no order, and help no valid flags.
-    assert flexolmo(verb, "--nonsense", "--help") == result
+    assert flexolmo(command, "--nonsense", "--help") == result
 
 
 @pytest.mark.parametrize("flag", ["--traceback", "--compilation_cache=", "--compilation-cache=x"])
-def test_flags_of_all_verbs_may_stand_before_the_verb(flag):
+def test_common_flags_may_precede_the_command(flag):
     before, after = flexolmo(flag, "inspect", "nosuch"), flexolmo("inspect", flag, "nosuch")
     assert before.status == after.status == 2
     assert before.err.splitlines()[-1] == after.err.splitlines()[-1]
@@ -96,7 +103,7 @@ def test_traceback_shows_where_an_error_comes_from():
     assert last == flexolmo("inspect", "nosuch").err.strip()
 
 
-def test_what_nobody_foresaw_ends_with_status_1_and_its_place(monkeypatch):
+def test_a_bug_ends_with_status_1_and_its_line(monkeypatch):
     monkeypatch.setattr("flexolmo_jax.combine.inspect.describe", mock.Mock(side_effect=KeyError("odd")))
     result = flexolmo("inspect", "x")
     assert (result.status, result.out, result.err.count("\n")) == (1, "", 1)
@@ -105,34 +112,34 @@ def test_what_nobody_foresaw_ends_with_status_1_and_its_place(monkeypatch):
     assert "--traceback" in result.err
 
 
-def test_where_memory_does_not_suffice_the_verb_says_what_to_lower(monkeypatch):
+def test_out_of_memory_errors_name_what_to_lower(monkeypatch):
     monkeypatch.setattr("flexolmo_jax.inference.model.load", mock.Mock(side_effect=MemoryError))
-    for verb, flags in {"generate": "--max_new_tokens", "serve": "--slots"}.items():
+    for command, flags in {"generate": "--max_new_tokens", "serve": "--slots"}.items():
         monkeypatch.setattr("flexolmo_jax.serving.server.load", mock.Mock(side_effect=MemoryError))
-        arguments = ["--prompt=a"] if verb == "generate" else ["--port=0"]
-        assert_refused(flexolmo(verb, "--model=x", *arguments), verb, "out of memory", flags)
+        arguments = ["--prompt=a"] if command == "generate" else ["--port=0"]
+        assert_refused(flexolmo(command, "--model=x", *arguments), command, "out of memory", flags)
 
 
-def test_an_interrupted_verb_says_so_in_one_line(monkeypatch):
+def test_an_interrupted_command_ends_in_one_line(monkeypatch):
     monkeypatch.setattr("flexolmo_jax.data.tokenizer.load_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
     result = flexolmo("tokenize", "--input=README.md", "--tokenizer=bytes", "--out=x")
     assert (result.status, result.out, result.err) == (130, "", "flexolmo tokenize: interrupted\n")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     command = f"{sys.executable} -m flexolmo_jax | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 141)  # it may have written all before the reader went
+    assert done.returncode in (0, 141)  # the output may be complete before the reader ends
     assert done.stderr == ""
 
 
-def test_an_unknown_verb_is_refused():
-    assert_refused(flexolmo("fine-tune", "--model=x"), "fine-tune", "no verb", *cli.VERBS)
+def test_an_unknown_command_is_refused():
+    assert_refused(flexolmo("fine-tune", "--model=x"), "fine-tune", "is not a command", *cli.COMMANDS)
 
 
-@pytest.mark.parametrize("verb", FLAGS)
-def test_an_unknown_flag_is_refused(verb):
-    assert_refused(flexolmo(verb, "--no_such_flag=1"), verb, "no_such_flag", f"flexolmo {verb} --help")
+@pytest.mark.parametrize("command", FLAGS)
+def test_an_unknown_flag_is_refused(command):
+    assert_refused(flexolmo(command, "--no_such_flag=1"), command, "no_such_flag", f"flexolmo {command} --help")
 
 
 REQUIRED = {
@@ -150,14 +157,14 @@ REQUIRED = {
 }
 
 
-@pytest.mark.parametrize(("verb", "flag"), [(verb, flag) for verb in REQUIRED for flag in REQUIRED[verb]])
-def test_a_missing_flag_is_refused(verb, flag):
-    others = [f"--{name}={value}" for name, value in REQUIRED[verb].items() if name != flag]
-    assert_refused(flexolmo(verb, *others), verb, f"--{flag}", f"flexolmo {verb} --help")
+@pytest.mark.parametrize(("command", "flag"), [(command, flag) for command in REQUIRED for flag in REQUIRED[command]])
+def test_a_missing_flag_is_refused(command, flag):
+    others = [f"--{name}={value}" for name, value in REQUIRED[command].items() if name != flag]
+    assert_refused(flexolmo(command, *others), command, f"--{flag}", f"flexolmo {command} --help")
 
 
 @pytest.mark.parametrize(
-    ("verb", "flag"),
+    ("command", "flag"),
     [
         ("tokenize", "input"),
         ("merge", "contribution"),
@@ -166,19 +173,19 @@ def test_a_missing_flag_is_refused(verb, flag):
         ("generate", "prompt"),
     ],
 )
-def test_a_missing_repeated_flag_is_refused(verb, flag, tmp_path):
-    given = [f"--{name}={tmp_path}/{value}" for name, value in REQUIRED[verb].items()]
-    assert_refused(flexolmo(verb, *given), verb, f"--{flag}: none given", "give the flag once for each")
+def test_a_missing_repeated_flag_is_refused(command, flag, tmp_path):
+    values = [f"--{name}={tmp_path}/{value}" for name, value in REQUIRED[command].items()]
+    assert_refused(flexolmo(command, *values), command, f"--{flag}: none given", "give the flag once for each")
 
 
-@pytest.mark.parametrize("verb", REQUIRED)
-def test_what_is_no_flag_is_refused(verb):
-    given = [f"--{name}={value}" for name, value in REQUIRED[verb].items()]
-    assert_refused(flexolmo(verb, *given, "junk"), verb, "'junk' is not a flag", "--name=value")
+@pytest.mark.parametrize("command", REQUIRED)
+def test_an_argument_that_is_not_a_flag_is_refused(command):
+    values = [f"--{name}={value}" for name, value in REQUIRED[command].items()]
+    assert_refused(flexolmo(command, *values, "junk"), command, "'junk' is not a flag", "--name=value")
 
 
 @pytest.mark.parametrize(
-    ("verb", "argument"),
+    ("command", "argument"),
     [
         ("merge", "--top_k=many"),
         ("merge", "--top_k=1.5"),
@@ -187,18 +194,18 @@ def test_what_is_no_flag_is_refused(verb):
         ("opt-out", "--keep_tuned_router=perhaps"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused(verb, argument):
-    assert_refused(flexolmo(verb, argument), verb, argument)
+def test_a_value_of_the_wrong_type_is_refused(command, argument):
+    assert_refused(flexolmo(command, argument), command, argument)
 
 
 def test_top_k_below_one_is_refused(home, tmp_path):
-    given = [f"--anchor={home}/anchor", f"--contribution={home}/news", f"--out={tmp_path}/out"]
-    assert_refused(flexolmo("merge", *given, "--top_k=0"), "merge", "--top_k=0", "at least 1")
+    values = [f"--anchor={home}/anchor", f"--contribution={home}/news", f"--out={tmp_path}/out"]
+    assert_refused(flexolmo("merge", *values, "--top_k=0"), "merge", "--top_k=0", "at least 1")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("option", ["--model", "--flagfile=nosuch"])
-def test_flags_that_absl_cannot_read_are_refused(option):
+def test_flags_that_absl_cannot_parse_are_refused(option):
     assert_refused(flexolmo("evaluate", option), "evaluate", option.partition("=")[2] or option)
 
 
@@ -284,17 +291,17 @@ BAD_RUNS = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD_RUNS, ids=lambda value: value[-1])
-def test_a_run_that_makes_no_sense_is_refused(home, tmp_path, arguments, words):
+def test_a_bad_run_is_refused(home, tmp_path, arguments, words):
     arguments = [argument.format(home=home) for argument in arguments]
     result = flexolmo("train", f"--workdir={tmp_path}/work", *arguments)
     assert_refused(result, "train", *(word.format(home=home) for word in words))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("given", [["--config=configs/expert.py:tiny"], ["--config", "configs/expert.py"]])
-def test_configurations_of_this_package_are_found_from_anywhere(tmp_path, monkeypatch, given):
+@pytest.mark.parametrize("arguments", [["--config=configs/expert.py:tiny"], ["--config", "configs/expert.py"]])
+def test_configurations_of_this_package_are_found_from_anywhere(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
-    assert_refused(flexolmo("train", *given, "--workdir=work"), "train", "an expert starts from an anchor")
+    assert_refused(flexolmo("train", *arguments, "--workdir=work"), "train", "an expert starts from an anchor")
 
 
 def test_a_configuration_that_is_here_comes_before_that_of_the_package(tmp_path, monkeypatch):
@@ -305,7 +312,7 @@ def test_a_configuration_that_is_here_comes_before_that_of_the_package(tmp_path,
 
 
 def test_as_a_program_it_ends_with_status_2(home):
-    """The same in a process of its own, both ways of starting it."""
+    """The same in a process of its own, started with `python -m`."""
     command = [sys.executable, "-m", "flexolmo_jax", "inspect", str(home / "nosuch")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert_refused(small.Result(done.returncode, done.stdout, done.stderr), "inspect", home / "nosuch")

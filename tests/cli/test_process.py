@@ -1,4 +1,4 @@
-"""A process of the command line: libraries are silent, and every way to fail is one line."""
+"""A process of the command line: libraries are silent, and every failure is one line."""
 
 import json
 import os
@@ -83,7 +83,7 @@ Unraisable()
 """
 
 
-def test_of_libraries_nothing_is_shown_and_of_ours_a_line_each():
+def test_libraries_log_nothing_and_this_package_a_line_each():
     done = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     thread, logged = done.stderr.splitlines()

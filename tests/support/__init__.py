@@ -1,1 +1,1 @@
-"""What tests share: small models, runs, directories, and golden values."""
+"""Shared by the tests: small models, runs, directories and golden values."""

@@ -48,8 +48,8 @@ class Result(NamedTuple):
 def flexolmo(*arguments):
     """Runs the command line in this process, as if it were the first time; returns a `Result`."""
     out, err, status = io.StringIO(), io.StringIO(), 0
-    verbs = [f"{cli.__name__}.{verb.replace('-', '_')}" for verb in cli.VERBS]
-    for module in (*verbs, "config_config"):  # the last is what ml_collections makes of --config=FILE
+    commands = [f"{cli.__name__}.{command.replace('-', '_')}" for command in cli.COMMANDS]
+    for module in (*commands, "config_config"):  # the last is what ml_collections makes of --config=FILE
         sys.modules.pop(module, None)
     arguments = [str(argument) for argument in arguments]
     with (
