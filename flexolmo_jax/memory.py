@@ -1,10 +1,14 @@
-"""How much memory is left: asked before much is taken, since a system that has none left ends processes unasked."""
+"""Memory of the host and of devices: whether something fits, and giving back what compiling leaves behind."""
 
+import ctypes
+import functools
 import os
 import re
+import sys
 from pathlib import Path
 
 import jax
+import jax.monitoring
 import psutil
 
 from flexolmo_jax.errors import UserError
@@ -18,6 +22,9 @@ _CONTAINER = (
         r"^total_(?:in)?active_file (\d+)$",
     ),
 )
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_LARGE_SECONDS = 0.5  # compiling a small program leaves little behind
 
 
 def check_fits(needed: int, what: str, remedy: str, device: jax.Device | None = None) -> None:
@@ -46,6 +53,23 @@ def available_bytes(device: jax.Device) -> int:
             cached = sum(map(int, re.findall(files, statistics, re.MULTILINE)))
             free = min(free, max(0, int(limit) - max(0, int(used) - cached)))
     return free
+
+
+@functools.cache
+def trim_after_compiling() -> None:
+    """Returns to the system, from now on, the heap memory that compiling a large program has freed.
+
+    glibc keeps such memory for the rest of the process: about 100 MiB for each program of a model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is None:
+        return
+
+    def trim_if_large(event: str, seconds: float, **_: object) -> None:
+        if event == _COMPILED and seconds > _LARGE_SECONDS:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(trim_if_large)
 
 
 def _gib(count: int) -> str:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.benchmark import machine
@@ -14,8 +15,9 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.inference.request import Request
-from flexolmo_jax.model.decoder import Decoder, separate_layers
+from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.flops import decode_step_flops
+from flexolmo_jax.model.layers import INIT_STDDEV
 from flexolmo_jax.training.inputs import build_model
 
 NO_TOKEN = -1  # for EOS, so that no continuation ends early
@@ -86,7 +88,7 @@ class Decoding:
 
 
 def random_model(decoder: Decoder, config) -> Model:
-    """A model with fresh weights, as `flexolmo_jax.load` would hold it, in the dtype of the computation."""
+    """A model with random weights, as `flexolmo_jax.load` would hold it, in the dtype of the computation."""
     names = [directories.ANCHOR_NAME, *(f"expert{i}" for i in range(1, decoder.layout.num_experts))]
     manifest = directories.Model(
         architecture=dataclasses.asdict(decoder.architecture),
@@ -96,12 +98,17 @@ def random_model(decoder: Decoder, config) -> Model:
         tokenizer_digest="",
         eos_id=NO_TOKEN,
     )
-
-    def draw(key: jax.Array) -> dict[str, jax.Array]:
-        leaves = separate_layers(decoder.init_flat(key), decoder.architecture.num_layers)
-        return {path: leaf.astype(config.compute.dtype) for path, leaf in leaves.items()}
-
-    return Model(manifest, jax.jit(draw)(jax.random.key(config.seed)), dtype=config.compute.dtype)
+    model = Model(manifest, {}, dtype=config.compute.dtype)
+    # One leaf at a time: a program that initializes all of them takes three times their memory.
+    rng, dtype = np.random.default_rng(config.seed), config.compute.dtype
+    for path, leaf in model.decoder.abstract().items():
+        if path.endswith("scale"):
+            model.params[path] = jnp.ones(leaf.shape, dtype)
+        else:
+            values = rng.standard_normal(leaf.shape, np.float32)
+            values *= INIT_STDDEV
+            model.params[path] = jnp.asarray(values, dtype)
+    return model
 
 
 def decode_step_bytes(decoder: Decoder, params: dict[str, jax.Array], rows: int, keys: float) -> float:

@@ -18,7 +18,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.request import DEFAULT_NEW_TOKENS, Continuation, Request, new_tokens
-from flexolmo_jax.memory import check_fits
+from flexolmo_jax.memory import check_fits, trim_after_compiling
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder, separate_layers
 from flexolmo_jax.model.loss import make_loss_step
@@ -52,6 +52,7 @@ class Model:
         top_k: int | None = None,
     ):
         """Wraps parameters that are in memory already, {path: leaf} with separate layers; see `load`."""
+        trim_after_compiling()
         self.manifest = manifest
         self.params = dict(params)
         self.tokenizer = tokenizer
