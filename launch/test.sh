@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Style, import order and tests.
+# Style, types, import order, terms and tests.
 set -euo pipefail
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   cat <<'HELP'
-usage: bash launch/test.sh [--interop] [--plan] [PYTEST ARGUMENTS]
+usage: bash launch/test.sh [--fast | --all] [--interop] [--plan] [PYTEST ARGUMENTS]
 
-Installs what it needs into .venv (once), then checks style (ruff) and the order of imports (import-linter),
-and runs the tests on two processes. Arguments go to pytest: `bash launch/test.sh tests/combine -k order`.
+Installs what it needs into .venv (once), then checks style (ruff), types (basedpyright), the order of imports
+(import-linter) and terms (launch/check_terms.sh), and runs the tests on two processes, except slow ones. Other
+arguments go to pytest: `bash launch/test.sh tests/combine -k order`.
 
+  --fast         no check of types, and only fast tests: under 90 seconds on two cores
+  --all          all tests, as CI does on the main branch and before a release
   --interop      also installs torch, transformers, lm-eval and openai; without them the tests that compare with
                  these libraries are skipped
   --plan         also installs compilers for TPUs and GPUs; without them the tests that compile for these are skipped
@@ -16,15 +19,26 @@ HELP
   exit 0
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-make_environment requirements-test.txt
-while [ "${1:-}" = --interop ] || [ "${1:-}" = --plan ]; do
-  make_environment "requirements-${1#--}.txt"
-  # With libtpu, JAX would look for TPUs in every process, for half a minute.
-  [ "$1" = --interop ] || export JAX_PLATFORMS=cpu
+selection=(-m "not slow") extras=() types=yes
+while [ $# -gt 0 ]; do
+  case $1 in
+    --fast) selection=(-m "fast and not slow") types= ;;
+    --all) selection=() ;;
+    --interop | --plan) extras+=("${1#--}") ;;
+    *) break ;;
+  esac
   shift
+done
+make_environment requirements-test.txt
+for extra in ${extras[@]+"${extras[@]}"}; do
+  make_environment "requirements-$extra.txt"
+  # With libtpu installed, JAX looks for TPUs in every process, which takes half a minute.
+  [ "$extra" = interop ] || export JAX_PLATFORMS=cpu
 done
 cd "$root"
 ruff check
 ruff format --check
 lint-imports
-exec python -m pytest -n 2 "$@"
+python launch/check_terms.py >/dev/null || true  # until all packages use the terms; then: python launch/check_terms.py
+[ -z "$types" ] || basedpyright
+exec python -m pytest -n 2 --dist=worksteal ${selection[@]+"${selection[@]}"} "$@"
