@@ -8,8 +8,19 @@ import os
 import pathlib
 import tempfile
 
-import jax
-import pytest
+_CACHE = None
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the environment of the process that starts them
+    _CACHE = tempfile.TemporaryDirectory(prefix="flexolmo-tests-", ignore_cleanup_errors=True)
+    # One cache of compiled programs for all workers and for the processes that tests start; not that of the user.
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_CACHE.name}/compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    # Tests compute little and compile much: code that LLVM does not optimize is ready in half the time.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import jax  # noqa: E402  it reads the environment
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
@@ -28,11 +39,9 @@ FAST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives the commands that tests start as processes a cache of compiled programs of their own."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        directory = tempfile.TemporaryDirectory(prefix="flexolmo-cache-", ignore_cleanup_errors=True)
-        os.environ["XDG_CACHE_HOME"] = directory.name
-        config.add_cleanup(directory.cleanup)
+    """Removes the cache of compiled programs at the end."""
+    if _CACHE is not None:
+        config.add_cleanup(_CACHE.cleanup)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

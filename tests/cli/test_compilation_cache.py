@@ -34,6 +34,8 @@ print(json.dumps([counts["compile_requests_use_cache"], counts["cache_hits"]]), 
 def test_a_second_process_compiles_nothing(tmp_path):
     small.anchor(tmp_path / "anchor")
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for name in ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        environment.pop(f"JAX_{name}")
     command = ["generate", f"--model={tmp_path}/anchor", "--prompt=a", "--max_new_tokens=4"]
     outs, counts = [], []
     for _ in range(3):
