@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from flexolmo_jax import sharding
-from flexolmo_jax.model import attention_kernels, grouped_matmul
+from flexolmo_jax.model.kernels import causal_attention, grouped_matmul
 
 ANYWHERE = ("ragged", "blocks")  # grouped matmuls for all devices
 DOCUMENTS = (1, 8)
@@ -72,11 +72,11 @@ def _attention(options: argparse.Namespace, platform: str) -> Iterator[tuple]:
     shape = (options.batch, options.length, options.heads, options.head_dim)
     arguments = _random(shape, shape, shape, shape)
     flops = 2 * options.batch * options.heads * options.length**2 * options.head_dim
-    name = attention_kernels.choose(platform)
+    name = causal_attention.choose(platform)
     for documents in DOCUMENTS:
         segment_ids_S = 1 + jnp.arange(options.length) * documents // options.length
         segment_ids_BxS = jnp.broadcast_to(segment_ids_S, shape[:2])
-        attend = functools.partial(attention_kernels.KERNELS[name], segment_ids_BxS=segment_ids_BxS)
+        attend = functools.partial(causal_attention.KERNELS[name], segment_ids_BxS=segment_ids_BxS)
         yield f"{name}, documents: {documents}", flops, attend, arguments
 
 

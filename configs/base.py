@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
     config.model.norm_eps = 1e-6  # added to the mean square of an RMSNorm
     config.model.tied_embeddings = False  # whether the head is the embedding, transposed
     config.model.norm_topk_prob = False  # whether the weights of a token's top-k experts are made to sum to 1
+    config.model.expert = "swiglu"  # kind of expert: a key of EXPERT_KINDS in flexolmo_jax/model/experts.py
+    config.model.router = "linear"  # a key of ROUTERS in flexolmo_jax/model/routers.py
 
     config.moe = ConfigDict()  # of fresh weights, which `benchmark` and `plan` take; start_from brings its own
     config.moe.num_experts = 1  # stacked experts, the anchor included; 1: none to route between
@@ -58,8 +60,8 @@ def get_config() -> ConfigDict:
     # latter two; of experts on a CPU, all but their sums), "full".
     config.compute.remat = "none"
     # Which kernels compute; "auto" goes by the devices, and most are for devices of one kind.
-    config.compute.attention = "auto"  # a key of flexolmo_jax/model/attention_kernels.py's KERNELS
-    config.compute.dispatch = "auto"  # of tokens to stacked experts: a key of flexolmo_jax/model/experts.py's DISPATCH
+    config.compute.attention = "auto"  # a key of flexolmo_jax/model/kernels/causal_attention.py's KERNELS
+    config.compute.dispatch = "auto"  # of tokens to stacked experts: a key of flexolmo_jax/model/dispatch.py's DISPATCH
     config.compute.unroll = 1  # blocks per iteration of the scan over layers
 
     config.data = ConfigDict()  # what is trained on, and in which batches

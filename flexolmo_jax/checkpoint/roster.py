@@ -90,8 +90,8 @@ def check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
     for key in ("leaves", "shared"):
         if types.get(key) is dict and not all(isinstance(digest, str) for digest in record[key].values()):
             raise TypeError(f"{key}: a digest is no str")
-    if "architecture" in types and not all(isinstance(x, int | float) for x in record["architecture"].values()):
-        raise TypeError("architecture: a size is no number")
+    if "architecture" in types and not all(isinstance(x, int | float | str) for x in record["architecture"].values()):
+        raise TypeError("architecture: a value is neither a number nor a name")
 
 
 def read_casts(record: Mapping[str, Any], leaves: str) -> Casts:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flexolmo_jax.inference.sampling import Sampling, Scored, penalize, sample, score
 from flexolmo_jax.model.attention import KVCache
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.model.moe import chosen_weights
+from flexolmo_jax.model.moe import top_k_weights
 
 CHUNK = 256  # tokens of a prompt that are read at once
 SCORED_AT_ONCE = 256  # places of prompts whose logits are in memory at a time
@@ -150,5 +150,5 @@ def decode(decoder, params, state: State, position_B, start_B, end_B, mask_BxE, 
 
 def _chosen(decoder: Decoder, weights: jax.Array) -> jax.Array:
     """Routing weights [..., experts] with those outside the top-k set to 0 and the others summing to 1."""
-    weights_K, experts_K = chosen_weights(weights, decoder.layout.top_k, normalize=True)
+    weights_K, experts_K = top_k_weights(weights, decoder.layout.top_k, normalize=True)
     return jnp.sum(weights_K[..., None] * jax.nn.one_hot(experts_K, weights.shape[-1]), axis=-2)

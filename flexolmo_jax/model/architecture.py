@@ -1,10 +1,12 @@
-"""What fixes the shapes and the numerics of a model."""
+"""What determines the shapes and the numerics of a model."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.experts import EXPERT_KINDS
+from flexolmo_jax.model.routers import ROUTERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,8 +14,10 @@ class Architecture:
     """An OLMo-2 decoder (docs/method.md, "Numerics of the architecture"). Sizes count elements.
 
     Attributes:
-      tied_embeddings: the head is the embedding, transposed, and there is no leaf of its own.
+      tied_embeddings: the head is the embedding, transposed, and has no leaf of its own.
       norm_topk_prob: the weights of a token's top-k experts are divided by their sum.
+      expert: the kind of expert, a key of `experts.EXPERT_KINDS`.
+      router: a key of `routers.ROUTERS`.
     """
 
     vocab_size: int
@@ -26,11 +30,17 @@ class Architecture:
     norm_eps: float
     tied_embeddings: bool = False
     norm_topk_prob: bool = False
+    expert: str = "swiglu"
+    router: str = "linear"
 
     def __post_init__(self):
-        """Raises UserError where sizes do not fit together."""
+        """Raises UserError where a value is unknown or sizes do not fit together."""
+        for field, known in (("expert", EXPERT_KINDS), ("router", ROUTERS)):
+            value = getattr(self, field)
+            if value not in known:
+                raise UserError(f"architecture: {field} is {value!r}; it must be one of {', '.join(known)}")
         for field in dataclasses.fields(self):
-            if field.type is not bool and not getattr(self, field.name) > 0:
+            if field.type in (int, float) and not getattr(self, field.name) > 0:
                 raise UserError(f"architecture: {field.name} is {getattr(self, field.name)}; it must be positive")
         if self.d_model % self.num_heads or self.num_heads % self.num_kv_heads:
             raise UserError(
@@ -46,26 +56,28 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> "Architecture":
-        """Reads what `dataclasses.asdict` wrote; `source` names the file in errors. Flags may be left out."""
+        """Reads the result of `dataclasses.asdict`, in which defaults may be missing; `source` names the file."""
         names = {field.name for field in dataclasses.fields(cls)}
         required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         if not required <= set(values) <= names:
-            odd = sorted(set(values) - names | required - set(values))
-            raise UserError(f"{source}: architecture has missing or unknown keys {odd}; expected {sorted(names)}")
+            mismatched = sorted(set(values) - names | required - set(values))
+            raise UserError(
+                f"{source}: architecture has missing or unknown keys {mismatched}; expected {sorted(names)}"
+            )
         return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the experts' leaves are laid out in the parameters.
+    """The layout of the experts' leaves in the parameters.
 
     `anchor`: one set of leaves, `blocks/moe/anchor/*`. `pair`: two sets, `anchor` and `expert`.
     `stacked`: one set, `blocks/moe/experts/*`, with an expert axis after the layer axis, anchor first.
 
     Attributes:
       kind: "anchor", "pair" or "stacked".
-      num_experts: how many experts, the anchor included.
-      top_k: how many experts compute a token when stacked; the other layouts compute all.
+      num_experts: number of experts, the anchor included.
+      top_k: number of experts that compute a token when stacked; the other layouts compute all.
     """
 
     kind: str

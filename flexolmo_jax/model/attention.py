@@ -8,8 +8,9 @@ from flax import linen as nn
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import Architecture
-from flexolmo_jax.model.attention_kernels import attend
-from flexolmo_jax.model.layers import RMSNorm, parameter
+from flexolmo_jax.model.kernels.causal_attention import attend
+from flexolmo_jax.model.layers import RMSNorm
+from flexolmo_jax.model.leaves import parameter
 
 
 class Rotation(NamedTuple):

@@ -1,7 +1,7 @@
 """The OLMo-2 decoder with a FlexOlmo mixture in every block."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,22 +10,22 @@ from flax import linen as nn
 from flax import traverse_util
 
 from flexolmo_jax import sharding
-from flexolmo_jax.model import attention_kernels
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.attention import Attention, KVCache, Rotation
-from flexolmo_jax.model.attention_accelerators import is_cudnn
-from flexolmo_jax.model.attention_blockwise import ATTENDED, LOG_NORMALISER
-from flexolmo_jax.model.block_scan import scan_blocks
-from flexolmo_jax.model.experts import KEPT, choose_dispatch
-from flexolmo_jax.model.experts_cpu import SUMMED
-from flexolmo_jax.model.layers import FED, RMSNorm, parameter
+from flexolmo_jax.model.dispatch import EXPERT_RESIDUALS, choose_dispatch
+from flexolmo_jax.model.kernels import causal_attention
+from flexolmo_jax.model.kernels.accelerator_attention import is_cudnn
+from flexolmo_jax.model.kernels.blockwise_attention import ATTENDED, LOG_NORMALISER
+from flexolmo_jax.model.kernels.expert_loop import EXPERT_OUTPUTS
+from flexolmo_jax.model.layers import MLP_RESIDUALS, RMSNorm
+from flexolmo_jax.model.leaves import parameter
 from flexolmo_jax.model.moe import MoE
 
 _POLICIES = jax.checkpoint_policies
 _KERNELS = _POLICIES.save_from_both_policies(
-    is_cudnn, _POLICIES.save_only_these_names(ATTENDED, LOG_NORMALISER, KEPT, SUMMED)
+    is_cudnn, _POLICIES.save_only_these_names(ATTENDED, LOG_NORMALISER, EXPERT_RESIDUALS, EXPERT_OUTPUTS)
 )
-_FEED_FORWARD = _POLICIES.save_from_both_policies(_KERNELS, _POLICIES.save_only_these_names(FED))
+_FEED_FORWARD = _POLICIES.save_from_both_policies(_KERNELS, _POLICIES.save_only_these_names(MLP_RESIDUALS))
 # Each keeps less than the one before it.
 REMAT_POLICIES = {
     "none": None,
@@ -49,8 +49,8 @@ class Compute:
       scan_layers: whether the blocks' leaves are stacked, `blocks/*`, and scanned over, or each block has leaves
         of its own, `blocks_0/*`, `blocks_1/*`, ... (`separate_layers`), which a cache requires.
       platform: of the devices that compute (`sharding.platform_of`); "auto" goes by it.
-      attention: a key of `attention_kernels.KERNELS`, or "auto": how attention without a cache is computed.
-      dispatch: a key of `experts.DISPATCH`, or "auto": how stacked experts are given their tokens.
+      attention: a key of `causal_attention.KERNELS`, or "auto": how attention without a cache is computed.
+      dispatch: a key of `dispatch.DISPATCH`, or "auto": how stacked experts are given their tokens.
     """
 
     dtype: str = "float32"
@@ -66,7 +66,7 @@ class Compute:
     def __post_init__(self):
         """Settles what is "auto"."""
         if self.attention == "auto":
-            object.__setattr__(self, "attention", attention_kernels.choose(self.platform))
+            object.__setattr__(self, "attention", causal_attention.choose(self.platform))
         if self.dispatch == "auto":
             object.__setattr__(self, "dispatch", choose_dispatch(self.platform))
 
@@ -223,6 +223,60 @@ class Decoder(nn.Module):
         is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
         names = jax.tree.map(lambda leaf: nn.LogicallyPartitioned.get_partition_spec(leaf), boxed, is_leaf=is_box)
         return {path: tuple(spec) for path, spec in _flat(names["params"]).items()}
+
+
+def scan_blocks(
+    block: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    leaves: Any,
+    x: jax.Array,
+    context: Any,
+    length: int,
+    unroll: int = 1,
+    input_gradient: bool = True,
+) -> tuple[jax.Array, Any]:
+    """Applies a block once for each layer.
+
+    Args:
+      block: (leaves of a layer, x, context) -> (x, output).
+      leaves: pytree of stacked leaves, [layers, ...].
+      x: what enters the first layer; each layer's has its shape and dtype.
+      context: pytree of what all layers are given. Without `input_gradient` it has no gradient.
+      length: the number of layers.
+      unroll: layers per iteration of the loop.
+      input_gradient: whether the gradient of x is needed. Otherwise it is 0, and what leads to it alone is not
+        computed: the backward pass of one layer, but for that of its leaves.
+
+    Returns:
+      (x after the last layer, outputs [layers, ...]).
+    """
+    if input_gradient:
+        return jax.lax.scan(lambda x, layer: block(layer, x, context), x, leaves, length, unroll=unroll)
+    ending, is_first = _ending(block), jnp.arange(length) == 0
+    return jax.lax.scan(lambda x, layer: ending(*layer, x, context), x, (is_first, leaves), length, unroll=unroll)
+
+
+def _ending(block: Callable) -> Callable:
+    """The block as a function of whether it is the first, and of what it takes: the first gives x no gradient."""
+
+    @jax.custom_vjp
+    def run(is_first, leaves, x, context):
+        return block(leaves, x, context)
+
+    def forward(is_first, leaves, x, context):
+        out, vjp = jax.vjp(lambda leaves, x: block(leaves, x, context), leaves, x)
+        return out, (is_first, vjp)
+
+    def backward(residuals, cotangents):
+        is_first, vjp = residuals
+
+        def end():
+            d_leaves, d_x = vjp(cotangents)
+            return d_leaves, jnp.zeros_like(d_x)  # what has led to d_x alone is dead code
+
+        return None, *jax.lax.cond(is_first, end, lambda: vjp(cotangents)), None
+
+    run.defvjp(forward, backward)
+    return run
 
 
 def separate_layers(leaves: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

@@ -1,146 +1,71 @@
-"""The ways to compute stacked experts: a token is seen by the k experts that were chosen for it."""
+"""Kinds of experts: the leaves of an expert, and what it computes from a token.
 
-import functools
+A kind is written once, in terms of a matmul by a named leaf. `moe` and `dispatch` supply the matmul: a plain one for
+an expert that sees all tokens, a batched one for all experts at once, and a grouped one for tokens sorted by expert.
+"""
+
+from __future__ import annotations
+
+import abc
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from flexolmo_jax.model import grouped_matmul
-from flexolmo_jax.model.experts_cpu import looped_experts
-from flexolmo_jax.model.layers import feed_forward, swiglu
+from flexolmo_jax.model.leaves import Leaf
 
-# Logical axes of the kernels of one expert.
-KERNEL_AXES = {"gate": ("expert_embed", "mlp"), "up": ("expert_embed", "mlp"), "down": ("mlp", "expert_embed")}
-# The name of what is worth its memory in the backward pass; the rest is indices, and elementwise.
-KEPT = "experts"
-KEEP = jax.checkpoint_policies.save_only_these_names(KEPT)
-FEW_TOKENS = 16
-# What a chosen expert costs, in readings of its kernels: blocks copy them, and waiting for the host takes as long;
-# `mosaic` leaves few rows to blocks.
-READINGS = {"loop": 1, "blocks": 5, "mosaic": 5}
+if TYPE_CHECKING:
+    from flexolmo_jax.model.architecture import Architecture
+
+Matmul = Callable[[jax.Array, str], jax.Array]
+"""(x [..., in], name of a leaf [in, out]) -> x @ leaf [..., out]."""
 
 
-def sum_experts(
-    x_NxD: jax.Array,
-    experts: dict,
-    weights_NxK: jax.Array,
-    expert_NxK: jax.Array,
-    dispatch: str,
-    expected_rows: int,
-) -> jax.Array:
-    """The weighted sum of each token's k experts; every token is computed, none is dropped.
+class ExpertKind(abc.ABC):
+    """A feed-forward network from d_model to d_model. To add one, subclass this and enter it in `EXPERT_KINDS`.
 
-    Args:
-      x_NxD: the input, in the dtype of the computation.
-      experts: `gate` and `up` [experts, d_model, d_ff], `down` [experts, d_ff, d_model], in the dtype of x.
-      weights_NxK: float32 weights of each token's experts.
-      expert_NxK: int32, which experts these are; a token's are all different. Where it is the number of experts,
-        the token has fewer than k, and the weight must be 0.
-      dispatch: a key of `DISPATCH`.
-      expected_rows: how many of the N * K rows, a token and one of its experts, have an expert, if all are chosen
-        equally often. It changes no result.
+    Under a mesh a device has a shard of the leaves' "mlp" axis, and outputs are summed over devices: from where a
+    matmul contracts that axis, everything must be linear.
 
-    Returns:
-      float32 [N, D].
+    Attributes:
+      has_cpu_loop: whether `kernels.expert_loop`, written by hand for CPUs, computes this kind; if not, `dispatch`
+        takes grouped matmuls in its place.
     """
-    return DISPATCH[dispatch](x_NxD, experts, weights_NxK, expert_NxK, expected_rows)
+
+    has_cpu_loop = False
+
+    @abc.abstractmethod
+    def leaves(self, architecture: Architecture) -> dict[str, Leaf]:
+        """The leaves of one expert, all of them matrices, each after its `inputs`."""
+
+    @abc.abstractmethod
+    def apply(self, matmul: Matmul, x: jax.Array) -> jax.Array:
+        """The output [..., d_model] of the expert for x [..., d_model]; all uses of leaves go through `matmul`."""
 
 
-def choose_dispatch(platform: str) -> str:
-    """The way that suits the devices of a platform (`sharding.platform_of`): a key of `DISPATCH`."""
-    return "loop" if platform == "cpu" else grouped_matmul.choose(platform)
+class SwiGLU(ExpertKind):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202, section 2)."""
+
+    has_cpu_loop = True
+
+    def leaves(self, architecture: Architecture) -> dict[str, Leaf]:
+        """`gate` and `up` [d_model, d_ff], `down` [d_ff, d_model]."""
+        d_model, d_ff = architecture.d_model, architecture.d_ff
+        return {
+            "gate": Leaf((d_model, d_ff), ("expert_embed", "mlp"), hugging_face="gate_proj"),
+            "up": Leaf((d_model, d_ff), ("expert_embed", "mlp"), hugging_face="up_proj"),
+            "down": Leaf((d_ff, d_model), ("mlp", "expert_embed"), inputs=("gate", "up"), hugging_face="down_proj"),
+        }
+
+    def apply(self, matmul: Matmul, x: jax.Array) -> jax.Array:
+        """See the class."""
+        gate, up = matmul(x, "gate"), matmul(x, "up")
+        return matmul(swiglu(gate, up), "down")
 
 
-def dispatch_gains(dispatch: str, num_tokens: int, num_experts: int, top_k: int) -> bool:
-    """Whether less is computed, or read, than if every expert saw every token."""
-    readings = num_tokens * top_k * READINGS.get(dispatch, 0)
-    reads_all = num_tokens <= FEW_TOKENS and readings >= 2 * num_experts
-    return top_k < num_experts and not reads_all
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The hidden units silu(gate) * up."""
+    return jax.nn.silu(gate) * up
 
 
-def _all_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array, _: int) -> jax.Array:
-    """Every expert sees every token: there is nothing to dispatch.
-
-    The experts are a batch of matmuls, which reads the kernels where they lie.
-    """
-    num_experts = experts["gate"].shape[0]
-    weights_NxE = jnp.sum(weights_NxK[..., None] * jax.nn.one_hot(expert_NxK, num_experts), axis=1)
-    x_ExNxD = jnp.broadcast_to(x_NxD, (num_experts, *x_NxD.shape))
-    y_ExNxD = feed_forward(x_ExNxD, experts["gate"], experts["up"], experts["down"])
-    return jnp.einsum("END,NE->ND", y_ExNxD.astype(jnp.float32), weights_NxE)
-
-
-def _looped_experts(
-    x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array, _: int
-) -> jax.Array:
-    """One expert after the other, for CPUs."""
-    return looped_experts(x_NxD, experts, weights_NxK, expert_NxK)
-
-
-def _sorted_experts(
-    implementation: str,
-    x_NxD: jax.Array,
-    experts: dict,
-    weights_NxK: jax.Array,
-    expert_NxK: jax.Array,
-    expected_rows: int,
-) -> jax.Array:
-    """Each expert sees the tokens that chose it, in one grouped matmul: for accelerators.
-
-    Rows (a token and one of its experts) are sorted by expert, so that each expert's rows are contiguous
-    for the grouped matmul, and summed back to their tokens in float32.
-    """
-    num_experts, top_k = experts["gate"].shape[0], weights_NxK.shape[-1]
-    with jax.named_scope("dispatch"):
-        expert_R = expert_NxK.reshape(-1)  # R = N * K rows, a token's K rows adjacent
-        order_R = jnp.argsort(expert_R, stable=True)
-        place_NxK = jnp.argsort(order_R).reshape(weights_NxK.shape)  # where each row went
-        order_R, place_NxK = checkpoint_name(order_R, KEPT), checkpoint_name(place_NxK, KEPT)
-        group_sizes_E = jnp.sum(expert_R[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-        # Rows of no expert come last, and grouped matmuls leave anything there, in results and in gradients.
-        is_grouped_Rx1 = (jnp.arange(expert_R.size) < jnp.sum(group_sizes_E))[:, None]
-        x_RxD = jnp.where(is_grouped_Rx1, _take_rows(x_NxD, order_R // top_k, place_NxK), 0)
-        x_RxD = checkpoint_name(x_RxD, KEPT)
-
-    def matmul(x, leaf):
-        y = grouped_matmul.grouped_matmul(x, experts[leaf], group_sizes_E, implementation, expected_rows)
-        return checkpoint_name(y, KEPT)
-
-    with jax.named_scope("experts"):
-        gate_RxF, up_RxF = (jnp.where(is_grouped_Rx1, matmul(x_RxD, leaf), 0) for leaf in ("gate", "up"))
-        y_RxD = matmul(jnp.where(is_grouped_Rx1, swiglu(gate_RxF, up_RxF), 0), "down")
-    with jax.named_scope("combine"):
-        y_NxKxD = _take_rows(y_RxD, place_NxK.reshape(-1), order_R[:, None]).reshape(*weights_NxK.shape, -1)
-        y_NxKxD = jnp.where(expert_NxK[..., None] < num_experts, y_NxKxD, 0)
-        return jnp.sum(y_NxKxD.astype(jnp.float32) * weights_NxK[..., None], axis=1)
-
-
-@jax.custom_vjp
-def _take_rows(x: jax.Array, rows: jax.Array, taken: jax.Array) -> jax.Array:
-    """x[rows]. `taken`, [rows of x, times each is taken], says where each row of x went.
-
-    With it the gradient is gathered too; without, it would be scattered, which accelerators do slowly.
-    """
-    return x[rows]
-
-
-def _take_rows_forward(x, rows, taken):
-    return x[rows], taken
-
-
-def _take_rows_backward(taken, toward):
-    return jnp.sum(toward[taken], axis=1, dtype=jnp.float32).astype(toward.dtype), None, None
-
-
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
-
-DISPATCH: dict[str, Callable[[jax.Array, dict, jax.Array, jax.Array, int], jax.Array]] = {
-    "all": _all_experts,
-    "loop": _looped_experts,
-    **{
-        name: jax.checkpoint(functools.partial(_sorted_experts, name), policy=KEEP, static_argnums=4)
-        for name in grouped_matmul.IMPLEMENTATIONS
-    },
-}
+EXPERT_KINDS: dict[str, ExpertKind] = {"swiglu": SwiGLU()}

@@ -15,7 +15,7 @@ that all else is fused with these. So a device moves in a step of A parts, T tok
     activations   T (P + 1) for each operand and result: once forward, twice backward, once more where computed again
     logits        T       in float32, written and read; their gradient written and read twice
 
-where P is 3 for what `computed_again` says, and else 2: forward and backward. `block_work` says what is added where
+where P is 3 for what `recomputed_parts` says, and else 2: forward and backward. `block_work` says what is added where
 stacked experts are computed in blocks or tiles of rows, as on GPUs.
 
 Sources of rates and of what collectives send: `chips` and `collectives`.
@@ -30,8 +30,8 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
-from flexolmo_jax.model.flops import computed_again, recomputed_flops, train_step_flops
-from flexolmo_jax.model.grouped_matmul import MOSAIC_TILE, block_rows, mosaic_fits
+from flexolmo_jax.model.flops import recomputed_flops, recomputed_parts, train_step_flops
+from flexolmo_jax.model.kernels.grouped_matmul import MOSAIC_TILE, block_rows, mosaic_fits
 from flexolmo_jax.model.loss import chunk_length
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
@@ -132,7 +132,7 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
     room = program.device_tokens // parts * ways("experts") * min(layout.top_k, experts)
     kernels = (experts, arch.d_model, arch.d_ff // ways("mlp"))
     kernel = math.prod(kernels[1:])
-    products = 2 + ("experts" in computed_again(config.compute.remat, layout))
+    products = 2 + ("experts" in recomputed_parts(config.compute.remat, layout))
     trained = "blocks/moe/experts/gate" in program.trainable
     times = parts * arch.num_layers * 3  # gate, up, down
     if dispatch == "mosaic" and mosaic_fits(room, rows, kernels, config.compute.dtype):
@@ -152,7 +152,7 @@ def hbm_bytes(config: ConfigDict, program: Program) -> float:
     model, parts = program.model, config.data.grad_accum_steps
     width = jnp.dtype(config.compute.dtype).itemsize
     chunks = -(-config.data.sequence_length // chunk_length(model.compute.platform))
-    again = computed_again(config.compute.remat, model.layout)
+    again = recomputed_parts(config.compute.remat, model.layout)
     head = "embedding" if model.architecture.tied_embeddings else "head"
     axes, moved = model.logical_axes(), 0.0
     for path, leaf in (program.state.trainable | program.frozen).items():

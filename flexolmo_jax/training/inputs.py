@@ -16,9 +16,9 @@ from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
-from flexolmo_jax.model.attention_kernels import KERNELS
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
-from flexolmo_jax.model.experts import DISPATCH
+from flexolmo_jax.model.dispatch import DISPATCH
+from flexolmo_jax.model.kernels.causal_attention import KERNELS
 from flexolmo_jax.training.partition import trainable_paths
 
 EXPERT = directories.MOE + "expert/"  # where the leaves of the expert in training lie

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tensorstore as ts
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories, tree
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model.layers import INIT_STDDEV
+from flexolmo_jax.model.leaves import INIT_STDDEV
+from flexolmo_jax.model.moe import ROUTER
+from flexolmo_jax.model.routers import ROUTERS
 from flexolmo_jax.training import partition
 from flexolmo_jax.training.inputs import EXPERT, Inputs
 from flexolmo_jax.training.step import Leaves, TrainState
@@ -45,7 +46,7 @@ def initial_leaves(
     """The leaves a run begins with, on their devices, as (trainable, frozen).
 
     Fresh weights are drawn from the seed. Otherwise leaves are read from `start_from`, and a new expert
-    gets the anchor's feed-forward, a router row of its own and its bias (docs/method.md, "Formulas"). What the
+    gets the anchor's feed-forward and router leaves of its own (`routers.Router.new_expert`). What the
     run will publish from memory is float32; the other frozen leaves are held in `frozen_dtype`.
     """
     if inputs.manifest is None:
@@ -54,8 +55,15 @@ def initial_leaves(
         leaves["embedding"] *= config.init.embedding_stddev / INIT_STDDEV
     else:
         stored = directories.open_params(config.start_from)
-        abstract = abstract_leaves(config, inputs, where)
-        return tuple({path: _read(config, stored, path, leaf) for path, leaf in leaves.items()} for leaves in abstract)
+        new = _new_expert(config, inputs) if config.expert else {}
+        trainable, frozen = (
+            {
+                path: jax.device_put(new[path], leaf.sharding) if path in new else _read(config, stored, path, leaf)
+                for path, leaf in leaves.items()
+            }
+            for leaves in abstract_leaves(config, inputs, where)
+        )
+        return trainable, frozen
     return partition.split(leaves, inputs.trainable)
 
 
@@ -96,11 +104,7 @@ def _read(
     path: str,
     like: jax.ShapeDtypeStruct,
 ) -> jax.Array:
-    """One leaf, from `start_from`; a new expert's come from the anchor's, but for its row and its bias."""
-    if path == EXPERT + "router/weight":
-        return jax.device_put(_new_row(config, like.shape), like.sharding)
-    if path == EXPERT + "router/bias":
-        return jax.device_put(np.full(like.shape, config.init.router_bias, np.float32), like.sharding)
+    """Reads one leaf of `start_from`, a new expert's from the anchor's."""
     source = start_leaf(path)
     label = f"--config.start_from={config.start_from}: leaf {source}"
     if source not in stored or tuple(stored[source].shape) != like.shape:
@@ -108,25 +112,15 @@ def _read(
     return tree.read_leaf(stored[source], like.sharding, like.dtype, label)
 
 
+def _new_expert(config: ConfigDict, inputs: Inputs) -> dict[str, np.ndarray]:
+    """The router's leaves of a new expert, {path: array}."""
+    architecture = inputs.model.architecture
+    # The name enters the seed: owners who never talk must not start from the same leaves.
+    key = jax.random.fold_in(jax.random.key(config.seed), crc32(config.expert.encode()))
+    leaves = ROUTERS[architecture.router].new_expert(architecture, config.init, key)
+    return {EXPERT + ROUTER + name: leaf for name, leaf in leaves.items()}
+
+
 def start_leaf(path: str) -> str:
     """The leaf of `start_from` that a leaf starts from, an expert's from the anchor's."""
     return path.replace(EXPERT, directories.MOE + "anchor/")
-
-
-def _new_row(config: ConfigDict, shape: tuple[int, int]) -> np.ndarray:
-    if not config.init.router_weight_file:
-        # The name enters the seed: owners who never talk must not start from the same row.
-        key = jax.random.fold_in(jax.random.key(config.seed), crc32(config.expert.encode()))
-        return np.asarray(config.init.router_weight_stddev * jax.random.truncated_normal(key, -2, 2, shape))
-    file = epath.Path(config.init.router_weight_file)
-    flag = f"--config.init.router_weight_file={file}"
-    if not file.exists():
-        raise UserError(f"{flag}: no such file; give a .npy of shape [{shape[1]}] or {list(shape)}")
-    with file.open("rb") as stream:
-        try:
-            row = np.load(stream, allow_pickle=False)
-        except ValueError:
-            raise UserError(f"{flag}: not a .npy file; write one with numpy.save") from None
-    if row.shape not in (shape, shape[1:]) or not np.isfinite(row).all():
-        raise UserError(f"{flag}: shape {list(row.shape)}; must be finite, of shape [{shape[1]}] or {list(shape)}")
-    return np.broadcast_to(row, shape).astype(np.float32)

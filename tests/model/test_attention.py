@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flexolmo_jax.model import attention_blockwise
 from flexolmo_jax.model.attention import Attention, Rotation
-from flexolmo_jax.model.attention_kernels import KERNELS
+from flexolmo_jax.model.kernels import blockwise_attention
+from flexolmo_jax.model.kernels.causal_attention import KERNELS
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, random_batch
 
 
@@ -53,7 +53,7 @@ def test_rotary_turns_complex_numbers():
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
 def test_attention_is_that_of_plain_loops(monkeypatch, num_kv_heads, kernel):
     """Grouped heads, QK-norm over all heads, several documents and padding in a row."""
-    monkeypatch.setattr(attention_blockwise, "BLOCK_LENGTH", 4)
+    monkeypatch.setattr(blockwise_attention, "BLOCK_LENGTH", 4)
     arch = dataclasses.replace(ARCHITECTURE, num_kv_heads=num_kv_heads)
     rng = np.random.default_rng(0)
     batch = random_batch([[5, 4], [3, 2, 2]], 9)
@@ -74,7 +74,7 @@ def test_attention_is_that_of_plain_loops(monkeypatch, num_kv_heads, kernel):
 @pytest.mark.parametrize(("length", "num_kv_heads"), [(9, 4), (16, 2), (37, 1)])
 def test_blocks_have_the_gradient_of_all_scores_at_once(monkeypatch, length, num_kv_heads, dtype, tolerance):
     """Blocks of 4 at least, 8 at most: lengths that divide into them and that do not."""
-    monkeypatch.setattr(attention_blockwise, "BLOCK_LENGTH", 4)
+    monkeypatch.setattr(blockwise_attention, "BLOCK_LENGTH", 4)
     rng = np.random.default_rng(0)
     query, toward = (jnp.asarray(rng.normal(size=(2, length, 4, 8)), dtype) for _ in range(2))
     key, value = (jnp.asarray(rng.normal(size=(2, length, num_kv_heads, 8)), dtype) for _ in range(2))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.model.block_scan import scan_blocks
+from flexolmo_jax.model.decoder import scan_blocks
 
 LAYERS, WIDTH = 4, 3
 X, SHIFT = jnp.float32([[0.1, 0.2, 0.3], [-1, 0, 1]]), jnp.float32([0.5, 0, -0.5])

@@ -7,8 +7,10 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from flexolmo_jax.model.layers import INIT_STDDEV, RMSNorm
-from flexolmo_jax.model.moe import ROUTER_STDDEV, ExpertLeaves
+from flexolmo_jax.model.layers import RMSNorm
+from flexolmo_jax.model.leaves import INIT_STDDEV
+from flexolmo_jax.model.moe import ExpertParameters
+from flexolmo_jax.model.routers import ROUTER_STDDEV
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST
 
 
@@ -34,7 +36,7 @@ def test_norm_of_bfloat16_is_computed_in_float32():
 
 
 def test_fresh_leaves_are_normal_and_truncated_at_two_deviations_on_both_sides():
-    module = ExpertLeaves(ARCHITECTURE, (8,))
+    module = ExpertParameters(ARCHITECTURE, (8,))
     leaves = jax.jit(
         lambda key: flatten_dict(nn.unbox(module.init(key)["params"]), sep="/"), compiler_options=COMPILE_FAST
     )(jax.random.key(0))

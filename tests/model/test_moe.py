@@ -7,18 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.model.moe import route, separate_experts
+from flexolmo_jax.model.moe import routing_weights, separate_experts
+from flexolmo_jax.model.routers import ROUTERS
 from tests.support.mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, plain_sum, random_mixture, to_float32
-from tests.support.tiny import COMPILE_FAST
+from tests.support.tiny import ARCHITECTURE, COMPILE_FAST
 
 jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
+
+
+def route(x, weight, bias, mask):
+    """(logits, weights) of the linear router, as the mixture computes them."""
+    leaves = {"weight": weight.astype(jnp.float32), "bias": bias.astype(jnp.float32)}
+    logits = ROUTERS["linear"].logits(x.astype(jnp.float32), leaves)
+    return logits, routing_weights(logits, mask)
+
+
 router = jit(route)
 
 
 def test_separate_experts_sum_as_plain_loops_do():
     x, kernels, weights = random_mixture(experts=3)
     experts = [{leaf: kernel[e] for leaf, kernel in kernels.items()} for e in range(3)]
-    actual = jit(separate_experts)(*to_float32((x, experts, weights)))
+    actual = jit(functools.partial(separate_experts, ARCHITECTURE))(*to_float32((x, experts, weights)))
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, 3), rtol=1e-4, atol=1e-4)
 
 

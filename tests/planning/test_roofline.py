@@ -10,11 +10,11 @@ import pytest
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import ANCHOR, Layout
 from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
-from flexolmo_jax.model.grouped_matmul import MOSAIC_TILE, block_rows
+from flexolmo_jax.model.kernels.grouped_matmul import MOSAIC_TILE, block_rows
 from flexolmo_jax.planning.chips import CHIPS
 from flexolmo_jax.planning.collectives import DCN, ICI, Collective
 from flexolmo_jax.planning.program import make_program
-from flexolmo_jax.planning.roofline import Roofline, block_work, computed_again, hbm_bytes, network_seconds, roofline
+from flexolmo_jax.planning.roofline import Roofline, block_work, hbm_bytes, network_seconds, recomputed_parts, roofline
 from flexolmo_jax.training.partition import PARTITIONS
 from tests.support import planned
 
@@ -129,8 +129,8 @@ def test_tied_embeddings_have_one_matrix():
         (Layout("stacked", 2, 2), "kernels", {"projections", "experts"}),
     ],
 )
-def test_what_is_computed_again_depends_on_policy_and_layout(layout, remat, again):
-    assert computed_again(remat, layout) == again
+def test_what_is_recomputed_parts_depends_on_policy_and_layout(layout, remat, again):
+    assert recomputed_parts(remat, layout) == again
 
 
 @pytest.mark.parametrize(("length", "near"), [(32, 0.3), (2048, 0.1)])

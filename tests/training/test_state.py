@@ -125,7 +125,7 @@ def test_a_bad_row_file_is_refused(anchor, tmp_path, content, message):
         np.save(file, content)
     with pytest.raises(UserError, match=message) as error:
         expert_run(anchor, **{"init.router_weight_file": str(file)})
-    assert str(error.value).startswith(f"--config.init.router_weight_file={file}")
+    assert str(error.value).startswith(f"config.init.router_weight_file={file}")
 
 
 @pytest.mark.parametrize("wrong", ["missing", "misshapen"])

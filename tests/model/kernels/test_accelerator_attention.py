@@ -10,10 +10,10 @@ import pytest
 
 from configs.base import SHARDING_RULES
 from flexolmo_jax import sharding
-from flexolmo_jax.model import attention_accelerators
-from flexolmo_jax.model.attention_accelerators import cudnn, splash
-from flexolmo_jax.model.attention_kernels import attend
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
+from flexolmo_jax.model.kernels import accelerator_attention
+from flexolmo_jax.model.kernels.accelerator_attention import cudnn, splash
+from flexolmo_jax.model.kernels.causal_attention import attend
 from tests.support.pallas_interpreter import interpreted
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch
 
@@ -59,7 +59,7 @@ def expected():
 
 @pytest.mark.parametrize("block", [128, 512])
 def test_splash_attention_is_causal_and_keeps_documents_apart(monkeypatch, expected, block):
-    monkeypatch.setattr(attention_accelerators, "SPLASH_BLOCK", block)
+    monkeypatch.setattr(accelerator_attention, "SPLASH_BLOCK", block)
     assert_trees_close(with_gradients(splash, random_arguments()), expected, 1e-5)
 
 

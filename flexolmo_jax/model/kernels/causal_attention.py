@@ -8,8 +8,8 @@ segment id.
 import jax
 
 from flexolmo_jax import sharding
-from flexolmo_jax.model.attention_accelerators import cudnn, masked, splash
-from flexolmo_jax.model.attention_blockwise import blockwise
+from flexolmo_jax.model.kernels.accelerator_attention import cudnn, masked, splash
+from flexolmo_jax.model.kernels.blockwise_attention import blockwise
 
 KERNELS = {"reference": masked, "blockwise": blockwise, "cudnn": cudnn, "splash": splash}
 

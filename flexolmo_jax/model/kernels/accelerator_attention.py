@@ -1,6 +1,6 @@
 """Causal attention within packed documents by kernels of libraries, for GPUs and TPUs.
 
-The arguments are those of `attention_kernels`.
+The arguments are those of `causal_attention`.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from flexolmo_jax.model.attention_blockwise import LOG_NORMALISER
+from flexolmo_jax.model.kernels.blockwise_attention import LOG_NORMALISER
 
 LANES = 128  # of a TPU: lengths and sizes of blocks are multiples
 SPLASH_BLOCK = 512  # at most: queries, and keys, whose scores are in VMEM at a time

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax import sharding
-from flexolmo_jax.model import grouped_matmul
+from flexolmo_jax.model.kernels import grouped_matmul
 from tests.support.pallas_interpreter import hopper_interpreted, hopper_stand_ins, interpreted
 from tests.support.tiny import COMPILE_FAST
 

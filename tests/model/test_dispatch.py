@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.model import experts, experts_cpu
+from flexolmo_jax.model import dispatch as dispatch_module
 from flexolmo_jax.model.decoder import REMAT_POLICIES
-from flexolmo_jax.model.expert_parallel import stacked_experts
-from flexolmo_jax.model.moe import chosen_weights
+from flexolmo_jax.model.dispatch import stacked_experts
+from flexolmo_jax.model.kernels import expert_loop
+from flexolmo_jax.model.moe import top_k_weights
 from tests.support.mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, masked_sum, plain_sum, random_mixture, to_float32
-from tests.support.tiny import COMPILE_FAST, assert_trees_close
+from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, assert_trees_close
 
 HERE = ("all", "loop", "ragged", "blocks")  # those that run without an accelerator
 jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
@@ -20,11 +21,11 @@ jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
 
 @pytest.fixture(autouse=True)
 def few_tokens_are_dispatched_too(monkeypatch):
-    monkeypatch.setattr(experts, "FEW_TOKENS", 0)
+    monkeypatch.setattr(dispatch_module, "FEW_TOKENS", 0)
 
 
 def sum_of_chosen(x, kernels, weights, top_k, normalize=False, dispatch="ragged"):
-    return stacked_experts(x, kernels, *chosen_weights(weights, top_k, normalize), dispatch)
+    return stacked_experts(ARCHITECTURE, x, kernels, *top_k_weights(weights, top_k, normalize), dispatch)
 
 
 summed = jit(sum_of_chosen, static_argnums=(3, 4, 5))
@@ -50,8 +51,8 @@ def test_normalised_weights_of_the_top_k_sum_to_one(top_k, dispatch):
 @pytest.mark.parametrize(("step", "steps"), [(1, 1), (1, 4), (2, 2), (3, 3), (14, 1)])
 def test_blocks_of_any_size_sum_to_the_same(monkeypatch, step, steps):
     """Tokens are spread unevenly, so that experts have several blocks, a part of one, or none."""
-    monkeypatch.setattr(experts_cpu, "STEP", step)
-    monkeypatch.setattr(experts_cpu, "STEPS", steps)
+    monkeypatch.setattr(expert_loop, "STEP", step)
+    monkeypatch.setattr(expert_loop, "STEPS", steps)
     x, kernels, weights = random_mixture()
     weights[..., 1] = 0
     weights[..., 3] *= 5
@@ -80,8 +81,8 @@ def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(monkeypatch, top_k, dispatch):
     """Experts have several blocks, or a part of one; one has no rows at all, and a gradient of 0."""
-    monkeypatch.setattr(experts_cpu, "STEP", 1)
-    monkeypatch.setattr(experts_cpu, "STEPS", 3)
+    monkeypatch.setattr(expert_loop, "STEP", 1)
+    monkeypatch.setattr(expert_loop, "STEPS", 3)
     x, kernels, weights = random_mixture()
     weights[..., 1] *= 1e-6
     weights[..., 3] *= 5
@@ -111,7 +112,7 @@ def test_a_weight_of_zero_makes_no_row_and_gets_no_gradient(top_k):
 @pytest.mark.parametrize(("remat", "matmuls"), [("none", 9), ("dots", 9), ("feed_forward", 9), ("kernels", 12)])
 def test_a_loop_computes_its_matmuls_again_where_remat_says_so(monkeypatch, remat, matmuls):
     """Three of a block's are in the forward pass, and their gradients toward rows and kernels in the backward pass."""
-    monkeypatch.setattr(experts_cpu, "STEPS", 1)
+    monkeypatch.setattr(expert_loop, "STEPS", 1)
     loop, policy = functools.partial(sum_of_chosen, top_k=2, dispatch="loop"), REMAT_POLICIES[remat]
     remembering = jax.checkpoint(loop, policy=policy) if policy else loop
     jaxpr = jax.make_jaxpr(jax.grad(lambda arguments: jnp.sum(remembering(*arguments))))(to_float32(random_mixture()))
@@ -143,5 +144,5 @@ def test_bfloat16_experts_are_weighed_in_float32(dispatch):
 def test_a_few_tokens_see_all_experts_where_choosing_would_read_more(
     monkeypatch, dispatch, num_tokens, num_experts, top_k, gains
 ):
-    monkeypatch.setattr(experts, "FEW_TOKENS", 16)
-    assert experts.dispatch_gains(dispatch, num_tokens, num_experts, top_k) == gains
+    monkeypatch.setattr(dispatch_module, "FEW_TOKENS", 16)
+    assert dispatch_module.dispatch_gains(dispatch, num_tokens, num_experts, top_k) == gains

@@ -17,7 +17,7 @@ ATTENDED, LOG_NORMALISER = "attended", "attention_log_normaliser"
 
 @jax.custom_vjp
 def blockwise(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS):
-    """Attention as `attention_kernels` describes it, row after row; the length need not divide into blocks."""
+    """Attention as `causal_attention` describes it, row after row; the length need not divide into blocks."""
     return _forward(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS)[0]
 
 

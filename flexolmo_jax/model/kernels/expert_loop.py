@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flexolmo_jax.model.layers import FED, swiglu
+from flexolmo_jax.model.experts import swiglu
+from flexolmo_jax.model.layers import MLP_RESIDUALS
 
 # A block's rows are a multiple of `STEP`. An expert's have the most, `STEPS` times that, while they are full: many rows
 # make fast matmuls and few sums of gradients. The last has as few as hold the rest.
 STEP, STEPS = 32, 8
-SUMMED = "experts_summed"  # name of the result, for rematerialisation
+EXPERT_OUTPUTS = "expert_outputs"  # name of the output, for rematerialization
 LEAVES = ("gate", "up", "down")
 
 
 @jax.custom_vjp
 def looped_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array) -> jax.Array:
-    """The weighted sum of each token's experts, as `experts.sum_experts` has it; a weight of 0 gets no gradient."""
+    """The weighted sum of each token's experts, as `dispatch.sum_experts` has it; a weight of 0 gets no gradient."""
     y_NxD, _ = _compute(x_NxD, experts, weights_NxK, expert_NxK, keep=False)
     return y_NxD
 
@@ -120,9 +121,9 @@ def _compute(x_NxD, experts, weights_NxK, expert_NxK, keep):
         products = (jnp.zeros((x_PxD.shape[0], d_ff), x_PxD.dtype),) * 2 * keep
         start = (jnp.zeros(x_PxD.shape, jnp.float32), *products)
         y_PxD, *products = jax.lax.fori_loop(0, jnp.sum(rows.count_E > 0), add_expert, start)
-        products = [checkpoint_name(product_PxF, FED) for product_PxF in products]
+        products = [checkpoint_name(product_PxF, MLP_RESIDUALS) for product_PxF in products]
     with jax.named_scope("combine"):
-        return checkpoint_name(rows.add_up(y_PxD), SUMMED), products
+        return checkpoint_name(rows.add_up(y_PxD), EXPERT_OUTPUTS), products
 
 
 def _backward(residuals, toward_NxD):

@@ -1,5 +1,7 @@
 """Stacked experts over eight devices against every expert for every token on one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +9,18 @@ import pytest
 
 from configs.base import SHARDING_RULES
 from flexolmo_jax import sharding
-from flexolmo_jax.model import grouped_matmul
-from flexolmo_jax.model.expert_parallel import stacked_experts
-from flexolmo_jax.model.experts import KERNEL_AXES
-from flexolmo_jax.model.moe import chosen_weights
+from flexolmo_jax.model.dispatch import stacked_experts
+from flexolmo_jax.model.experts import EXPERT_KINDS
+from flexolmo_jax.model.kernels import grouped_matmul
+from flexolmo_jax.model.moe import top_k_weights
+from tests.support import tiny
 from tests.support.mixtures import masked_sum
 from tests.support.pallas_interpreter import hopper_stand_ins
 from tests.support.tiny import COMPILE_FAST, assert_trees_close
 
 LAYERS, BATCH, LENGTH, D_MODEL, D_FF, EXPERTS, TOP_K = 2, 8, 6, 16, 24, 8, 4
+ARCHITECTURE = dataclasses.replace(tiny.ARCHITECTURE, d_model=D_MODEL, d_ff=D_FF)
+LEAVES = EXPERT_KINDS[ARCHITECTURE.expert].leaves(ARCHITECTURE)
 MESHES = [
     {"expert": 4, "tensor": 2},
     {"fsdp": 2, "expert": 2, "tensor": 2},
@@ -33,11 +38,7 @@ def make_mesh(sizes):
 def random_arguments(routing, batch=BATCH, dtype=np.float32):
     """(leaves, x, where the outputs ought to go): leaves with the layer axis in front, and a row for each expert."""
     rng = np.random.default_rng(0)
-    sizes = {"expert_embed": D_MODEL, "mlp": D_FF}
-    leaves = {
-        leaf: rng.normal(0, 0.5, (LAYERS, EXPERTS, *(sizes[axis] for axis in axes))).astype(dtype)
-        for leaf, axes in KERNEL_AXES.items()
-    }
+    leaves = {name: rng.normal(0, 0.5, (LAYERS, EXPERTS, *leaf.shape)).astype(dtype) for name, leaf in LEAVES.items()}
     leaves["router/weight"] = np.float32(rng.normal(0, 0.5, (LAYERS, EXPERTS, D_MODEL)))
     # The first element of x is 1, and lets a row prefer its expert for all tokens.
     leaves["router/weight"][:, EXPERTS // 2, 0] += ROUTINGS[routing]
@@ -49,7 +50,7 @@ def random_arguments(routing, batch=BATCH, dtype=np.float32):
 def shards(mesh, leaves, x, toward):
     """The same arguments, laid out on the mesh."""
     axes = {
-        **{leaf: ("layers", "experts", *axes) for leaf, axes in KERNEL_AXES.items()},
+        **{name: ("layers", "experts", *leaf.axes) for name, leaf in LEAVES.items()},
         "router/weight": ("layers", None, None),
     }
     leaves = jax.device_put(leaves, sharding.leaf_shardings(leaves, axes, mesh, SHARDING_RULES))
@@ -75,7 +76,9 @@ def objective(experts_sum, leaves, x, toward):
 
 def spread(dispatch):
     def experts_sum(x, kernels, weights):
-        return stacked_experts(x, kernels, *chosen_weights(weights, TOP_K, False), dispatch, SHARDING_RULES)
+        return stacked_experts(
+            ARCHITECTURE, x, kernels, *top_k_weights(weights, TOP_K, False), dispatch, SHARDING_RULES
+        )
 
     return experts_sum
 

@@ -1,0 +1,118 @@
+"""Routers: the leaves that route tokens to an expert, and the logits computed from them.
+
+Formula (FlexOlmo, arXiv 2507.07024, section 3; docs/method.md, "Formulas"): l_i = r_i . x - |b_i| for expert i.
+The paper writes min(b_i, 0) for the bias, whose gradient vanishes for b_i > 0. -|b_i| equals it for every
+b_i <= 0 and keeps its gradient on both sides; at exactly 0, where the anchor's bias stays, it has none.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import linen as nn
+
+from flexolmo_jax.errors import ArgumentError
+from flexolmo_jax.model.leaves import Leaf
+
+if TYPE_CHECKING:
+    from flexolmo_jax.model.architecture import Architecture
+
+ROUTER_STDDEV = 0.002
+
+
+class Router(abc.ABC):
+    """Scores experts for a token, each by leaves of its own. To add one, subclass this and enter it in `ROUTERS`."""
+
+    @abc.abstractmethod
+    def leaves(self, architecture: Architecture) -> dict[str, Leaf]:
+        """One expert's leaves of the router: vectors and scalars. Their paths end in `router/NAME`."""
+
+    @abc.abstractmethod
+    def logits(self, x_BxSxD: jax.Array, leaves: Mapping[str, jax.Array]) -> jax.Array:
+        """Router logits, float32 [batch, length, experts].
+
+        Args:
+          x_BxSxD: float32, the residual stream after attention.
+          leaves: {name: float32 [experts, *shape]}.
+        """
+
+    def new_expert(self, architecture: Architecture, options: Any, key: jax.Array) -> dict[str, np.ndarray]:
+        """Leaves of an expert that an owner is about to train, {name: float32 [layers, *shape]}.
+
+        By default each leaf has its own initializer.
+
+        Args:
+          architecture: of the anchor.
+          options: the section `init` of the configuration.
+          key: a key that differs between owners, who never talk: no two experts may start from the same leaves.
+        """
+        return {
+            name: np.asarray(
+                leaf.init(jax.random.fold_in(key, crc32(name.encode())), _layered(architecture, leaf), jnp.float32)
+            )
+            for name, leaf in self.leaves(architecture).items()
+        }
+
+
+class LinearRouter(Router):
+    """The logit of an expert is weight . x - |bias|."""
+
+    def leaves(self, architecture: Architecture) -> dict[str, Leaf]:
+        """`weight` [d_model] and the scalar `bias`."""
+        return {
+            "weight": Leaf((architecture.d_model,), (None,), nn.initializers.truncated_normal(ROUTER_STDDEV)),
+            "bias": Leaf((), (), nn.initializers.zeros),
+        }
+
+    def logits(self, x_BxSxD: jax.Array, leaves: Mapping[str, jax.Array]) -> jax.Array:
+        """See the class; exact float32 on any device, since accelerators multiply in fewer bits by default."""
+        bias_E = leaves["bias"]
+        logits = jnp.einsum("BSD,ED->BSE", x_BxSxD, leaves["weight"], precision=jax.lax.Precision.HIGHEST)
+        return logits - bias_E * jnp.sign(bias_E)  # |b|, with gradient 0 at 0, which jnp.abs does not have
+
+    def new_expert(self, architecture: Architecture, options: Any, key: jax.Array) -> dict[str, np.ndarray]:
+        """Weight and bias of a new expert.
+
+        The weight is read from the file `options.router_weight_file`, or drawn from a truncated normal distribution
+        of standard deviation `options.router_weight_stddev`. The bias is `options.router_bias` in every layer.
+
+        Raises:
+          ArgumentError: the file does not hold finite numbers of shape [d_model] or [layers, d_model].
+        """
+        shapes = {name: _layered(architecture, leaf) for name, leaf in self.leaves(architecture).items()}
+        if options.router_weight_file:
+            weight = _read_weight(options.router_weight_file, shapes["weight"])
+        else:
+            normal = jax.random.truncated_normal(key, -2, 2, shapes["weight"])
+            weight = np.asarray(options.router_weight_stddev * normal)
+        return {"weight": weight, "bias": np.full(shapes["bias"], options.router_bias, np.float32)}
+
+
+def _layered(architecture: Architecture, leaf: Leaf) -> tuple[int, ...]:
+    return (architecture.num_layers, *leaf.shape)
+
+
+def _read_weight(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads a .npy file of that shape, or of one without the axis of layers."""
+    argument, file = "config.init.router_weight_file", epath.Path(path)
+    if not file.exists():
+        raise ArgumentError(argument, file, f"no such file; give a .npy of shape [{shape[1]}] or {list(shape)}")
+    with file.open("rb") as stream:
+        try:
+            weight = np.load(stream, allow_pickle=False)
+        except ValueError:
+            raise ArgumentError(argument, file, "not a .npy file; write one with numpy.save") from None
+    if weight.shape not in (shape, shape[1:]) or not np.isfinite(weight).all():
+        problem = f"shape {list(weight.shape)}; must be finite, of shape [{shape[1]}] or {list(shape)}"
+        raise ArgumentError(argument, file, problem)
+    return np.broadcast_to(weight, shape).astype(np.float32)
+
+
+ROUTERS: dict[str, Router] = {"linear": LinearRouter()}
