@@ -49,7 +49,7 @@ MEMORY_REMEDY = "give a lower --slots or --max_length, or --dtype=bfloat16"
 
 def run() -> None:
     """Serves until SIGINT or SIGTERM."""
-    from flexolmo_jax.serving.access import read_keys
+    from flexolmo_jax.serving.middleware import read_keys
     from flexolmo_jax.serving.server import serve
 
     keys = read_keys(_KEYS.value, os.environ.get(_VARIABLE), _VARIABLE)

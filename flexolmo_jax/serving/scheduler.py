@@ -11,7 +11,7 @@ from typing import NamedTuple
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.request import Request, Update
-from flexolmo_jax.serving.errors import ApiError
+from flexolmo_jax.serving.schema import ApiError
 
 _LOG = logging.getLogger(__name__)
 _STEPS = 8  # tokens that are written before anything is told, unless somebody streams

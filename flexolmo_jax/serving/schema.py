@@ -1,37 +1,196 @@
-"""Requests to `/v1/completions` and `/v1/chat/completions`: read, and checked field by field."""
+"""Requests to `/v1/completions` and `/v1/chat/completions`: pydantic models, and errors in OpenAI's form."""
 
 import dataclasses
+import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import seeds
 from flexolmo_jax.inference.request import MAX_STOP_TOKENS, TOP_LOGPROBS, ContextError, Request, new_tokens
-from flexolmo_jax.serving import fields
 from flexolmo_jax.serving.chat import ChatTemplate
-from flexolmo_jax.serving.errors import ApiError
-from flexolmo_jax.serving.fields import bad, shown
 from flexolmo_jax.serving.logprobs import TokenStrings
 
+MAX_STOPS = 16  # stop strings, and stop tokens
+_INT32_MAX = 2**31 - 1
 _SEEDS = 2**32
-_STOPS = 16  # texts, and tokens
+_BEST_OF = "the same as n: every choice is returned"
+_STREAM_OPTIONS = "{{'include_usage': true}}, and that only where stream is true"
 
-# Fields that are read, in both kinds of requests.
-_COMMON = (
-    *("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos"),
-    *("seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "stream", "stream_options", "logprobs"),
-    *("without", "experts_per_layer"),
-)
-_COMPLETION = (*_COMMON, "prompt", "best_of", "echo")
-_CHAT = (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", "add_generation_prompt")
-# Fields of the OpenAI API and of vLLM that are not supported: the values that change nothing; empty: all of them.
-_NEUTRAL = {
+
+class ApiError(Exception):
+    """An error for a client, as the OpenAI API reports it.
+
+    Attributes:
+      status: HTTP status; 4xx if the client can fix it.
+      message: one line: the field, what is wrong, and what would be right.
+      field: the invalid field of the request, or None.
+      code: a word for programs, or None.
+      headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        field: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        """Keeps the arguments as attributes."""
+        super().__init__(message)
+        self.status, self.message, self.field, self.code, self.headers = status, message, field, code, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the response; also the event that ends a failed stream."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
+
+
+# Descriptions complete the error "FIELD: is VALUE; give ...". They may name {model}, the served model, and {last_id},
+# the largest token id.
+
+
+def _whole(low: int, high: int = _INT32_MAX) -> Any:
+    return Field(ge=low, le=high, description=f"a whole number from {low} to {high}")
+
+
+def _number(low: float, high: float) -> Any:
+    return Field(ge=low, le=high, description=f"a number from {low:g} to {high:g}")
+
+
+def _list_of_one(value: Any) -> Any:
+    """A single string as a list."""
+    return [value] if isinstance(value, str) else value
+
+
+def _encodable(text: str) -> str:
+    text.encode()  # JSON can escape half a surrogate pair; UnicodeEncodeError is a ValueError
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Bool = Annotated[bool, Field(description="true or false")]
+Strings = Annotated[
+    list[Annotated[Text, Field(min_length=1)]],
+    BeforeValidator(_list_of_one),
+    Field(description="a text that is not empty, or a list of such"),
+]
+Ids = Annotated[list[int], Field(min_length=1)]
+Prompt = Annotated[
+    Text | Annotated[list[Text], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)],
+    Field(
+        description="a text, a list of texts, a list of token ids, or a list of such lists; "
+        "none may be empty but a text"
+    ),
+]
+
+
+class _Model(BaseModel):
+    """No coercion: "3", 3.0 and true are not 3."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Model):
+    """`stream_options`; options that are not supported may be false."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    include_usage: Bool = False
+    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: Literal[False] = False
+
+
+class _Request(_Model):
+    """The fields of both kinds of requests; null is the same as an absent field."""
+
+    model: Annotated[str, Field(description="the name of the model, {model}")]
+    max_tokens: Annotated[int | None, _whole(0)] = None
+    temperature: Annotated[float, _number(0, 100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="a number above 0 and at most 1")] = 1.0
+    top_k: Annotated[int, _whole(-1)] = 0
+    min_p: Annotated[float, _number(0, 1)] = 0.0
+    n: Annotated[int, _whole(1)] = 1
+    stop: Annotated[Strings, Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: Annotated[
+        list[int], Field(max_length=MAX_STOPS, description="a list of token ids from 0 to {last_id}")
+    ] = []
+    ignore_eos: Bool = False
+    seed: Annotated[int, _whole(0, _SEEDS - 1)] = Field(default_factory=lambda: secrets.randbelow(_SEEDS))
+    repetition_penalty: Annotated[float, _number(0.001, 1000)] = 1.0
+    presence_penalty: Annotated[float, _number(-2, 2)] = 0.0
+    frequency_penalty: Annotated[float, _number(-2, 2)] = 0.0
+    stream: Bool = False
+    stream_options: Annotated[StreamOptions, Field(description=_STREAM_OPTIONS)] = StreamOptions()
+    without: Strings = []
+    experts_per_layer: Bool = False
+
+
+class CompletionRequest(_Request):
+    """The body of a request to `/v1/completions`."""
+
+    prompt: Prompt
+    best_of: Annotated[int | None, Field(description=_BEST_OF)] = None
+    echo: Bool = False
+    logprobs: Annotated[int | None, _whole(0, TOP_LOGPROBS)] = None
+
+
+R = TypeVar("R", bound=_Request)
+
+
+class TextPart(_Model):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Model):
+    """A message of a conversation."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    role: Annotated[Text, Field(min_length=1, description="a text")]
+    content: Annotated[Text | list[TextPart], Field(description="text, or a list of parts of type text")]
+    name: Annotated[Text, Field(description="a text")] = ""
+
+    def for_template(self) -> dict[str, str]:
+        """The message with its parts joined, as chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
+
+
+class ChatRequest(_Request):
+    """The body of a request to `/v1/chat/completions`."""
+
+    messages: Annotated[
+        list[Message],
+        Field(min_length=1, description='a list of messages, such as {{"role": "user", "content": "..."}}'),
+    ]
+    max_completion_tokens: Annotated[int | None, _whole(0)] = None
+    logprobs: Bool = False
+    top_logprobs: Annotated[int | None, _whole(0, TOP_LOGPROBS)] = None
+    add_generation_prompt: Bool = True
+
+
+# Fields of the OpenAI API and of vLLM that are not supported, with the values that do not change the answer. An empty
+# tuple: any value.
+_NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key", "request_id", "priority"), ()),
     **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
     **dict.fromkeys(("tools", "functions", "documents", "bad_words"), ([],)),
     **dict.fromkeys(("use_beam_search", "include_stop_str_in_output", "continue_final_message", "store"), (False,)),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
+    **dict.fromkeys(
+        ("prompt_logprobs", "truncate_prompt_tokens", "allowed_token_ids", "reasoning_effort", "verbosity"), (None,)
+    ),
     "suffix": ("",),
     "min_tokens": (0,),
     "length_penalty": (1, 1.0),
@@ -45,25 +204,22 @@ _NEUTRAL = {
 }
 _NEUTRAL_COMPLETION = _NEUTRAL | {"add_special_tokens": (True,)}
 _NEUTRAL_CHAT = _NEUTRAL | {"add_special_tokens": (False,), "echo": (False,), "best_of": (1,)}
-_NEUTRAL_NULL = ("prompt_logprobs", "truncate_prompt_tokens", "allowed_token_ids", "reasoning_effort", "verbosity")
-_NEUTRAL_COMPLETION |= dict.fromkeys(_NEUTRAL_NULL, (None,))
-_NEUTRAL_CHAT |= dict.fromkeys(_NEUTRAL_NULL, (None,))
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """The model on offer, as far as requests are checked against it and answers are written.
+    """The served model, as far as requests and responses need it.
 
     Attributes:
-      names: what requests may call it.
+      names: names by which requests may call it.
       roster: its experts, the anchor first.
       encode: the token ids of a prompt that is a text.
       decode: the text of token ids.
       strings: the string of each token.
       vocab_size: token ids are below it.
-      max_length: tokens of a prompt and its continuation together, at most.
-      max_sequences: prompts times n of one request, at most.
-      chat: makes the token ids of a conversation; or says why there is none.
+      max_length: maximum number of tokens of a prompt and its continuation together.
+      max_sequences: maximum number of sequences, prompts times n, of one request.
+      chat: the chat template; or why there is none.
     """
 
     names: tuple[str, ...]
@@ -79,14 +235,14 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A request to `/v1/completions` or `/v1/chat/completions`, checked.
+    """A valid request to `/v1/completions` or `/v1/chat/completions`.
 
     Attributes:
-      model: what the client calls the model.
-      requests: for the engine, one for each choice of the answer: the n of the first prompt, those of the next.
+      model: the client's name of the model.
+      requests: for the engine, one for each choice: n of the first prompt, then n of the next.
       n: choices for each prompt.
-      echoes: for each choice, the text that is put in front of its continuation.
-      logprobs: whether choices tell how likely their tokens are.
+      echoes: for each choice, the text before its continuation.
+      logprobs: whether choices have log probabilities.
       stream: whether text is sent as it becomes known.
       include_usage: whether a stream ends with the usage block.
       experts_per_layer: whether each choice also has the experts' shares in every layer.
@@ -106,190 +262,196 @@ def parse(body: bytes, served: Served) -> Completion:
     """Reads the body of a request to `/v1/completions`.
 
     Raises:
-      ApiError: 400, the body is not what it should be; 404, it asks for another model.
+      ApiError: 400, a field is invalid; 404, another model is asked for.
     """
-    given = fields.read_object(body)
-    _check_names(given, served, _COMPLETION, _NEUTRAL_COMPLETION, "completion")
-    n = fields.integer(given, "n", 1, 1)
-    if given.get("best_of") not in (None, n):
-        raise bad("best_of", given, "the same as n: every choice is returned")
-    echo = fields.boolean(given, "echo")
-    logprobs = fields.optional_integer(given, "logprobs", 0, TOP_LOGPROBS)
-    extra = {"logprobs": logprobs, "prompt_logprobs": echo and logprobs is not None}
-    prompts = _prompts(given, served)
-    limits = [("max_tokens", fields.optional_integer(given, "max_tokens", 0), 16)] * len(prompts)
-    return _completion(given, served, "prompt", prompts, limits, echo, extra)
+    request = _validate(CompletionRequest, body, served, _NEUTRAL_COMPLETION, "completion")
+    if request.best_of not in (None, request.n):
+        raise _invalid("best_of", request.best_of, _BEST_OF)
+    prompts = _prompts(request.prompt, served)
+    counts = _new_tokens(prompts, "prompt", "max_tokens", request.max_tokens, 16, served)
+    options = {
+        "logprobs": request.logprobs,
+        "prompt_logprobs": request.echo and request.logprobs is not None,
+        "stop_token_ids": tuple(request.stop_token_ids),
+    }
+    return _completion(request, served, "prompt", prompts, counts, request.echo, options)
 
 
 def parse_chat(body: bytes, served: Served) -> Completion:
     """Reads the body of a request to `/v1/chat/completions`.
 
     Raises:
-      ApiError: 400, the body is not what it should be; 404, it asks for another model, or the model has no template.
+      ApiError: 400, a field is invalid; 404, another model is asked for, or the model has no chat template.
     """
     if isinstance(served.chat, str):
         raise ApiError(404, served.chat, code="no_chat_template")
-    given = fields.read_object(body)
-    _check_names(given, served, _CHAT, _NEUTRAL_CHAT, "chat completion")
-    top = fields.optional_integer(given, "top_logprobs", 0, TOP_LOGPROBS)
-    if top is not None and not fields.boolean(given, "logprobs"):
-        raise bad("top_logprobs", given, "it only where logprobs is true")
-    # What came with the model may name tokens that it does not have.
-    ends = [id for id in served.chat.end_ids if id < served.vocab_size][: MAX_STOP_TOKENS - _STOPS]
-    ends = [] if fields.boolean(given, "ignore_eos") else ends
-    extra = {
-        "logprobs": (top or 0) if fields.boolean(given, "logprobs") else None,
-        "stop_token_ids": (*fields.token_ids(given, "stop_token_ids", served.vocab_size, _STOPS), *ends),
-    }
+    request = _validate(ChatRequest, body, served, _NEUTRAL_CHAT, "chat completion")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise _invalid("top_logprobs", request.top_logprobs, "it only where logprobs is true")
     try:
-        prompt = served.chat.encode(_messages(given), fields.boolean(given, "add_generation_prompt", True))
+        messages = [message.for_template() for message in request.messages]
+        prompt = served.chat.encode(messages, request.add_generation_prompt)
     except UserError as error:
         raise ApiError(400, f"messages: {error}", "messages") from error
     if not prompt:
         raise ApiError(400, "messages: the chat template makes nothing of them; give some that it knows", "messages")
-    name = "max_tokens" if given.get("max_completion_tokens") is None else "max_completion_tokens"
-    limits = [(name, fields.optional_integer(given, name, 0), served.max_length)]
-    return _completion(given, served, "messages", [prompt], limits, False, extra)
+    name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    counts = _new_tokens([prompt], "messages", name, getattr(request, name), served.max_length, served)
+    # The template's end tokens come with the model and may be outside its vocabulary.
+    ends = [id for id in served.chat.end_ids if id < served.vocab_size][: MAX_STOP_TOKENS - MAX_STOPS]
+    options = {
+        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+        "stop_token_ids": (*request.stop_token_ids, *([] if request.ignore_eos else ends)),
+    }
+    return _completion(request, served, "messages", [prompt], counts, False, options)
 
 
 def _completion(
-    given: Mapping[str, Any],
+    request: _Request,
     served: Served,
     field: str,
     prompts: Sequence[list[int]],
-    limits: Sequence[tuple[str, int | None, int]],
+    counts: Sequence[int],
     echo: bool,
-    extra: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Completion:
-    """What both kinds of requests have in common.
-
-    Args:
-      given: the fields.
-      served: the model.
-      field: where the prompts come from.
-      prompts: their token ids.
-      limits: for each, what the field of the tokens to write is called, what it holds, and what it is by default.
-      echo: whether the prompts are put in front of the texts.
-      extra: fields of `Request` in which the kinds differ.
-    """
-    n = fields.integer(given, "n", 1, 1)
+    """Makes the engine's requests; `counts` are maxima of new tokens, `options` the fields in which kinds differ."""
+    n = request.n
     if len(prompts) * n > served.max_sequences:
         message = (
             f"{field}: {len(prompts)} times n={n} is more than the {served.max_sequences} that one request may ask"
         )
         raise ApiError(400, message, field)
-    counts = []
-    for ids, (name, asked, default) in zip(prompts, limits, strict=True):
-        try:
-            counts.append(new_tokens(len(ids), asked, default, served.max_length, name))
-        except ContextError as error:
-            raise ApiError(400, f"{field}: {error}", field, "context_length_exceeded") from error
-    seed = fields.integer(given, "seed", secrets.randbelow(_SEEDS), 0, _SEEDS - 1)
-    sampling = {
-        "without": _without(given, served.roster),
-        "temperature": fields.number(given, "temperature", 1.0, 0.0, 100.0),
-        "top_k": max(0, fields.integer(given, "top_k", 0, -1)),
-        "top_p": fields.number(given, "top_p", 1.0, 0.0, 1.0, above=True),
-        "min_p": fields.number(given, "min_p", 0.0, 0.0, 1.0),
-        "repetition_penalty": fields.number(given, "repetition_penalty", 1.0, 0.001, 1000.0),
-        "presence_penalty": fields.number(given, "presence_penalty", 0.0, -2.0, 2.0),
-        "frequency_penalty": fields.number(given, "frequency_penalty", 0.0, -2.0, 2.0),
-        "stop": tuple(fields.texts(given, "stop", at_most=_STOPS)),
-        "stop_token_ids": fields.token_ids(given, "stop_token_ids", served.vocab_size, _STOPS),
-        "ignore_eos": fields.boolean(given, "ignore_eos"),
-        **extra,
+    shared = {
+        "without": tuple(request.without),
+        "temperature": float(request.temperature),
+        "top_k": max(0, request.top_k),
+        "top_p": float(request.top_p),
+        "min_p": float(request.min_p),
+        "repetition_penalty": float(request.repetition_penalty),
+        "presence_penalty": float(request.presence_penalty),
+        "frequency_penalty": float(request.frequency_penalty),
+        "stop": tuple(request.stop),
+        "ignore_eos": request.ignore_eos,
+        **options,
     }
     choices = [(ids, count) for ids, count in zip(prompts, counts, strict=True) for _ in range(n)]
-    stream = fields.boolean(given, "stream")
     return Completion(
-        model=given["model"],
+        model=request.model,
         requests=tuple(
-            Request(tuple(ids), count, seed=choice_seed, **sampling)
-            for (ids, count), choice_seed in zip(choices, seeds(seed, len(choices)), strict=True)
+            Request(tuple(ids), count, seed=seed, **shared)
+            for (ids, count), seed in zip(choices, seeds(request.seed, len(choices)), strict=True)
         ),
         n=n,
         echoes=tuple(served.decode(ids) if echo else "" for ids, _ in choices),
-        logprobs=sampling["logprobs"] is not None,
-        stream=stream,
-        include_usage=_include_usage(given, stream),
-        experts_per_layer=fields.boolean(given, "experts_per_layer"),
+        logprobs=options["logprobs"] is not None,
+        stream=request.stream,
+        include_usage=request.stream_options.include_usage,
+        experts_per_layer=request.experts_per_layer,
     )
 
 
-def _check_names(
-    given: Mapping[str, Any], served: Served, supported: Sequence[str], neutral: Mapping[str, tuple], kind: str
-) -> None:
-    """The model must be this one, and every field known."""
-    model = given.get("model")
-    if not isinstance(model, str):
-        raise bad("model", given, f"the name of the model, {shown(served.names[0])}")
-    if model not in served.names:
-        message = f"model: {shown(model)} is not served here; ask for {shown(served.names[0])}"
-        raise ApiError(404, message, "model", "model_not_found")
-    fields.refuse_unknown(given, supported, neutral, kind)
-
-
-def _prompts(given: Mapping[str, Any], served: Served) -> list[list[int]]:
+def _prompts(prompt: str | list, served: Served) -> list[list[int]]:
     """The token ids of each prompt."""
-    value = given.get("prompt")
-    right = "a text, a list of texts, a list of token ids, or a list of such lists; none may be empty but a text"
-    value = [value] if isinstance(value, str) or fields.is_ids(value) else value
-    if isinstance(value, list) and value and all(fields.is_text(item) for item in value):
-        return [served.encode(text) for text in value]
-    if not isinstance(value, list) or not value or not all(fields.is_ids(item) for item in value):
-        raise bad("prompt", given, right)
-    if any(not 0 <= id < served.vocab_size for ids in value for id in ids):
+    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if isinstance(prompts[0], str):
+        return [served.encode(text) for text in prompts]
+    if any(not 0 <= id < served.vocab_size for ids in prompts for id in ids):
         raise ApiError(400, f"prompt: a token id is out of range; ids are 0 to {served.vocab_size - 1}", "prompt")
-    return value
+    return prompts
 
 
-def _messages(given: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The messages of a conversation, their contents as one text each."""
-    messages = given.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise bad("messages", given, 'a list of messages, such as {"role": "user", "content": "..."}')
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+def _new_tokens(
+    prompts: Sequence[list[int]], field: str, name: str, count: int | None, default: int, served: Served
+) -> list[int]:
+    """The maximum number of new tokens of each prompt; `name` is the field of `count`."""
+    try:
+        return [new_tokens(len(ids), count, default, served.max_length, name) for ids in prompts]
+    except ContextError as error:
+        raise ApiError(400, f"{field}: {error}", field, "context_length_exceeded") from error
 
 
-def _message(message: Mapping[str, Any], label: str) -> dict[str, str]:
-    neutral = (None, [], {}) if "type" not in message else (None, [], {}, "text", "message")
-    unknown = [key for key in message if key not in ("role", "content", "name") and message[key] not in neutral]
-    if unknown:
-        raise ApiError(400, f"{label}: {shown(unknown[0])} is not supported; give role and content", "messages")
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        content = "\n".join(parts) if all(map(fields.is_text, parts)) else None
-    known = {"role": message.get("role"), "content": content, "name": message.get("name", "")}
-    for key, value in known.items():
-        if not fields.is_text(value) or (key == "role" and not value):
-            right = "text, or a list of parts of type text" if key == "content" else "a text"
-            raise ApiError(400, f"{label}: {key} is {shown(message.get(key))}; give {right}", "messages")
-    return known if known["name"] else {"role": known["role"], "content": known["content"]}
+def _validate(kind: type[R], body: bytes, served: Served, neutral: Mapping[str, tuple], label: str) -> R:
+    """The body as a pydantic model; `neutral` is of `_NEUTRAL`'s form, and `label` names the kind of request."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ApiError(400, f"the body is not JSON ({reason}); send an object of fields") from error
+    if not isinstance(fields, dict):
+        raise ApiError(400, f"the body is {_shown(fields)}; send a JSON object of fields")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for name in [name for name in fields if name not in kind.model_fields]:
+        _check_unsupported(name, fields.pop(name), kind, neutral, label)
+    if isinstance(fields.get("stream_options"), dict):
+        fields["stream_options"] = {k: v for k, v in fields["stream_options"].items() if v is not None}
+    try:
+        request = kind.model_validate(fields)
+    except pydantic.ValidationError as error:
+        raise _api_error(error.errors()[0], kind, fields, served) from error
+    _check_served(request, served)
+    if "stream_options" in fields and not request.stream:
+        raise _invalid("stream_options", fields["stream_options"], _STREAM_OPTIONS.format())
+    for i, message in enumerate(getattr(request, "messages", ())):
+        extra = message.model_extra
+        ignored = (None, [], {}) if "type" not in extra else (None, [], {}, "text", "message")
+        unknown = [key for key, value in extra.items() if value not in ignored]
+        if unknown:
+            text = f"messages[{i}]: {_shown(unknown[0])} is not supported; give role and content"
+            raise ApiError(400, text, "messages")
+    return request
 
 
-def _without(given: Mapping[str, Any], roster: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(fields.texts(given, "without"))
-    for name in names:
-        if name not in roster:
-            message = f"without: {shown(name)} is not on the roster, which is {', '.join(roster)}"
+def _check_unsupported(name: str, value: Any, kind: type[_Request], neutral: Mapping[str, tuple], label: str) -> None:
+    """Refuses unknown fields, so that a misspelt `without` is noticed, and unsupported values of known ones."""
+    if name not in neutral:
+        message = f"{_shown(name)}: is not a field of a {label}; use some of {', '.join(kind.model_fields)}"
+        raise ApiError(400, message, name.encode(errors="replace").decode())
+    # JSON's true is not 1.
+    if neutral[name] and not any(type(value) is type(same) and value == same for same in neutral[name]):
+        raise ApiError(400, f"{name}: is not supported here; leave it out", name)
+
+
+def _check_served(request: _Request, served: Served) -> None:
+    """Refuses names and ids that the served model does not have."""
+    if request.model not in served.names:
+        message = f"model: {_shown(request.model)} is not served here; ask for {_shown(served.names[0])}"
+        raise ApiError(404, message, "model", "model_not_found")
+    for name in request.without:
+        if name not in served.roster:
+            message = f"without: {_shown(name)} is not on the roster, which is {', '.join(served.roster)}"
             raise ApiError(400, message, "without")
-    if set(names) == set(roster):
+    if set(request.without) == set(served.roster):
         raise ApiError(400, "without: no expert would be left; keep at least one", "without")
-    return names
+    if any(not 0 <= id < served.vocab_size for id in request.stop_token_ids):
+        right = f"a list of token ids from 0 to {served.vocab_size - 1}"
+        raise _invalid("stop_token_ids", request.stop_token_ids, right)
 
 
-def _include_usage(given: Mapping[str, Any], stream: bool) -> bool:
-    options = given.get("stream_options")
-    if options is None:
-        return False
-    ignored = {"include_obfuscation", "continuous_usage_stats"}  # where false
-    if (
-        not stream
-        or not isinstance(options, dict)
-        or options.keys() - {"include_usage"} - {name for name in ignored if options.get(name) in (None, False)}
-    ):
-        raise bad("stream_options", given, "{'include_usage': true}, and that only where stream is true")
-    return fields.boolean(options, "include_usage")
+def _api_error(error: Any, kind: type[_Request], fields: Mapping[str, Any], served: Served) -> ApiError:
+    """The first error of pydantic in the words of this API: "FIELD: is VALUE; give ..."."""
+    name, *rest = error["loc"]
+    value, field = fields.get(name), kind.model_fields[name]
+    if name == "messages" and len(rest) > 1 and isinstance(value[rest[0]], dict):
+        message, key = value[rest[0]], rest[1]
+        right = Message.model_fields[key].description
+        return ApiError(400, f"messages[{rest[0]}]: {key} is {_shown(message.get(key))}; give {right}", "messages")
+    if error["type"] == "too_long":
+        noun = "texts" if isinstance(error["input"][0], str) else "token ids"
+        count, limit = error["ctx"]["actual_length"], error["ctx"]["max_length"]
+        return ApiError(400, f"{name}: has {count} {noun}; give at most {limit}", name)
+    if rest == ["include_usage"]:
+        name, value, field = rest[0], value[rest[0]], StreamOptions.model_fields[rest[0]]
+    right = str(field.description).format(model=_shown(served.names[0]), last_id=served.vocab_size - 1)
+    return _invalid(name, value, right)
+
+
+def _invalid(name: str, value: Any, right: str) -> ApiError:
+    found = "is missing" if value is None else f"is {_shown(value)}"
+    return ApiError(400, f"{name}: {found}; give {right}", name)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, not at length."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -18,10 +18,10 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
 from flexolmo_jax.serving import scheduler as scheduling
-from flexolmo_jax.serving.access import check_origins
 from flexolmo_jax.serving.app import make_app
 from flexolmo_jax.serving.chat import load_chat_template
 from flexolmo_jax.serving.logprobs import TokenStrings
+from flexolmo_jax.serving.middleware import check_origins
 from flexolmo_jax.serving.scheduler import Scheduler
 from flexolmo_jax.serving.schema import Served
 

@@ -7,8 +7,8 @@ import pytest
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.request import Request
-from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.scheduler import Scheduler
+from flexolmo_jax.serving.schema import ApiError
 
 
 def requests(*first_tokens, tokens=3):

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.serving.access import check_origins, read_keys
+from flexolmo_jax.serving.middleware import check_origins, read_keys
 from tests.support import small
 
 KEYS, ORIGIN = ("first-key", "second-key"), "http://localhost:3000"
