@@ -1,4 +1,4 @@
-"""One mesh, and the rules that map logical axis names to its axes."""
+"""The device mesh, and the rules that map logical axes to its axes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from flexolmo_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
-# A rule is (logical axis, where it goes: one mesh axis, several, or None for "not sharded").
+# A rule is (logical axis, mesh axes): one mesh axis, several, or None for "not sharded".
 Rules = Sequence[tuple[str, str | Sequence[str] | None]]
 
 
 def platform_of(device: jax.Device) -> str:
-    """What kernels for a device are written for: "cpu", "gpu", "hopper" (GPUs of compute capability 9.0) or "tpu"."""
+    """The platform of a device: "cpu", "gpu", "hopper" (GPUs of compute capability 9.0) or "tpu"."""
     return "hopper" if getattr(device, "compute_capability", "") == "9.0" else device.platform
 
 
@@ -26,7 +26,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """Builds the mesh over all devices.
 
     Args:
-      sizes: devices along each of `MESH_AXES`; at most one may be -1, and takes what the others leave.
+      sizes: devices along each of `MESH_AXES`; at most one may be -1, and takes the remaining devices.
       devices: the devices to use; all of them by default.
 
     Raises:
@@ -36,27 +36,31 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = [sizes[axis] for axis in MESH_AXES]
     known = math.prod(size for size in shape if size != -1)
     free = shape.count(-1)
-    asked = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
+    described = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
     if free > 1 or any(size == 0 or size < -1 for size in shape):
-        raise UserError(f"--config.mesh: {asked}: sizes must be positive, and at most one of them -1")
+        raise UserError(f"config.mesh: {described}: sizes must be positive, and at most one of them -1")
     if len(devices) % known or (not free and known != len(devices)):
-        raise UserError(f"--config.mesh: {asked} does not fit {len(devices)} devices; the sizes must multiply to that")
+        raise UserError(
+            f"config.mesh: {described} does not fit {len(devices)} devices; the sizes must multiply to that"
+        )
     shape = [len(devices) // known if size == -1 else size for size in shape]
     axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return Mesh(_arranged(shape, devices, f"--config.mesh: {asked}"), MESH_AXES, axis_types=axis_types)
+    return Mesh(_arrange(shape, devices, described), MESH_AXES, axis_types=axis_types)
 
 
-def _arranged(shape: Sequence[int], devices: Sequence[jax.Device], flag: str) -> np.ndarray:
-    """The devices in an array of that shape: neighbours on an axis are neighbours in the network, as far as may be.
+def _arrange(shape: Sequence[int], devices: Sequence[jax.Device], described: str) -> np.ndarray:
+    """Arranges devices in an array of that shape; neighbors on an axis are neighbors in the network if possible.
 
-    Slices are joined by a slower network than the devices within one, so that copies of the parameters go there.
+    The network between slices is slower than within one: only the axis "data", copies of the parameters, spans slices.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     copies, *others = shape
     if copies % slices:
-        raise UserError(f"{flag} does not fit {slices} slices; data must be a multiple of their number")
+        raise UserError(
+            f"config.mesh: {described} does not fit {slices} slices; data must be a multiple of their number"
+        )
     within, between = (copies // slices, *others), (slices, *(1 for _ in others))
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
@@ -70,16 +74,16 @@ def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     table = {logical: as_tuple(mesh_axes) for logical, mesh_axes in rules}
     unknown = [axis for axis in axes if axis is not None and axis not in table]
     if unknown:
-        raise UserError(f"--config.sharding_rules: no rule for logical axis '{unknown[0]}'; add one")
+        raise UserError(f"config.sharding_rules: no rule for logical axis '{unknown[0]}'; add one")
     spec = [() if axis is None else table[axis] for axis in axes]
     missing = {mesh_axis for mesh_axes in spec for mesh_axis in mesh_axes} - set(MESH_AXES)
     if missing:
-        raise UserError(f"--config.sharding_rules: '{min(missing)}' is no axis of the mesh; use {', '.join(MESH_AXES)}")
+        raise UserError(f"config.sharding_rules: '{min(missing)}' is no axis of the mesh; use {', '.join(MESH_AXES)}")
     used = [mesh_axis for mesh_axes in spec for mesh_axis in mesh_axes]
     twice = sorted({mesh_axis for mesh_axis in used if used.count(mesh_axis) > 1})
     if twice:
         raise UserError(
-            f"--config.sharding_rules: the logical axes {tuple(axes)} of one array use mesh axis '{twice[0]}' twice"
+            f"config.sharding_rules: the logical axes {tuple(axes)} of one array use mesh axis '{twice[0]}' twice"
         )
     return PartitionSpec(*(mesh_axes or None for mesh_axes in spec))
 
@@ -94,16 +98,16 @@ def leaf_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
       rules: logical axis -> mesh axes.
 
     Raises:
-      UserError: a dimension does not divide by the devices it is spread over, or the rules collide.
+      UserError: a dimension does not divide into its number of shards, or the rules collide.
     """
     shardings = {}
     for path, leaf in shapes.items():
         spec = partition_spec(axes[path], rules)
         for dimension, mesh_axes in zip(leaf.shape, spec, strict=True):
-            parts = ways(mesh, mesh_axes)
-            if dimension % parts:
+            shards = num_shards(mesh, mesh_axes)
+            if dimension % shards:
                 raise UserError(
-                    f"--config.mesh: dimension {dimension} of {path} does not divide over the {parts} devices "
+                    f"config.mesh: dimension {dimension} of {path} does not divide over the {shards} devices "
                     f"of mesh axes {as_tuple(mesh_axes)}; choose a divisor of {dimension}"
                 )
         shardings[path] = NamedSharding(mesh, spec)
@@ -111,16 +115,16 @@ def leaf_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules) -> jax.Array:
-    """Pins an activation's sharding by its logical axes; nothing happens without a mesh or rules."""
+    """Constrains an activation's sharding by its logical axes; returns it as is without a mesh or rules."""
     if not rules or jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
 
 
 def even_spec(shape: Sequence[int], axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
-    """Translates as `partition_spec`, but for dimensions that do not divide over the devices: these are not sharded.
+    """Like `partition_spec`, but does not shard dimensions that do not divide over the devices.
 
-    For `jax.shard_map`, which takes no uneven shards; needs a mesh (`jax.set_mesh`).
+    For `jax.shard_map`, which takes even shards only; needs a mesh (`jax.set_mesh`).
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     return PartitionSpec(
@@ -131,13 +135,13 @@ def even_spec(shape: Sequence[int], axes: Sequence[str | None], rules: Rules) ->
     )
 
 
-def ways(mesh: Mesh, mesh_axes: str | Sequence[str] | None) -> int:
-    """Among how many devices a dimension is split that is sharded over these axes of the mesh."""
+def num_shards(mesh: Mesh, mesh_axes: str | Sequence[str] | None) -> int:
+    """Number of shards along these mesh axes."""
     return math.prod(mesh.shape[axis] for axis in as_tuple(mesh_axes))
 
 
 def as_tuple(mesh_axes: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The mesh axes of one dimension, as a `PartitionSpec` or a rule has them: none, one or several."""
+    """Normalizes the mesh axes of one dimension of a `PartitionSpec` or a rule: none, one or several."""
     if mesh_axes is None:
         return ()
     return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)

@@ -67,7 +67,7 @@ def test_a_mesh_has_the_sizes_asked_for_and_fills_the_free_one(sizes, shape):
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes, message):
     with pytest.raises(UserError, match=message) as error:
         sharding.make_mesh({**ONE, **sizes})
-    assert str(error.value).startswith("--config.mesh: data=")
+    assert str(error.value).startswith("config.mesh: data=")
 
 
 def test_rules_translate_logical_axes():

@@ -1,4 +1,4 @@
-"""The OLMo-2 decoder with a FlexOlmo mixture in every block."""
+"""The OLMo-2 decoder with a FlexOlmo mixture of experts in every block."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,11 @@ from flax import traverse_util
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import Architecture, Layout
-from flexolmo_jax.model.attention import Attention, KVCache, Rotation
+from flexolmo_jax.model.attention import Attention, KVCache, RotaryEmbedding
 from flexolmo_jax.model.dispatch import EXPERT_RESIDUALS, choose_dispatch
 from flexolmo_jax.model.kernels import causal_attention
 from flexolmo_jax.model.kernels.accelerator_attention import is_cudnn
-from flexolmo_jax.model.kernels.blockwise_attention import ATTENDED, LOG_NORMALISER
+from flexolmo_jax.model.kernels.blockwise_attention import ATTENTION_OUTPUT, LOG_NORMALIZER
 from flexolmo_jax.model.kernels.expert_loop import EXPERT_OUTPUTS
 from flexolmo_jax.model.layers import MLP_RESIDUALS, RMSNorm
 from flexolmo_jax.model.leaves import parameter
@@ -23,10 +23,11 @@ from flexolmo_jax.model.moe import MoE
 
 _POLICIES = jax.checkpoint_policies
 _KERNELS = _POLICIES.save_from_both_policies(
-    is_cudnn, _POLICIES.save_only_these_names(ATTENDED, LOG_NORMALISER, EXPERT_RESIDUALS, EXPERT_OUTPUTS)
+    is_cudnn,
+    _POLICIES.save_only_these_names(ATTENTION_OUTPUT, LOG_NORMALIZER, EXPERT_RESIDUALS, EXPERT_OUTPUTS),
 )
 _FEED_FORWARD = _POLICIES.save_from_both_policies(_KERNELS, _POLICIES.save_only_these_names(MLP_RESIDUALS))
-# Each keeps less than the one before it.
+# In descending order of what they keep.
 REMAT_POLICIES = {
     "none": None,
     "dots": _POLICIES.save_from_both_policies(_FEED_FORWARD, _POLICIES.dots_with_no_batch_dims_saveable),
@@ -41,16 +42,16 @@ class Compute:
     """How a model is computed; nothing here changes its parameters.
 
     Attributes:
-      dtype: "float32" or "bfloat16", of activations and matmuls (norms and router stay in float32).
+      dtype: of activations and matmuls, "float32" or "bfloat16" (norms and router stay in float32).
       remat: a key of `REMAT_POLICIES`: what the backward pass recomputes instead of keeping.
       unroll: blocks per iteration of the scan over layers.
-      input_gradient: whether what enters the first block has a gradient; if not, stacked blocks compute none.
+      input_gradient: whether the first block's input needs a gradient; if not, scanned blocks compute none.
       rules: logical axis -> mesh axes; empty for no constraints.
-      scan_layers: whether the blocks' leaves are stacked, `blocks/*`, and scanned over, or each block has leaves
-        of its own, `blocks_0/*`, `blocks_1/*`, ... (`separate_layers`), which a cache requires.
-      platform: of the devices that compute (`sharding.platform_of`); "auto" goes by it.
-      attention: a key of `causal_attention.KERNELS`, or "auto": how attention without a cache is computed.
-      dispatch: a key of `dispatch.DISPATCH`, or "auto": how stacked experts are given their tokens.
+      scan_layers: True: the blocks' leaves are stacked over layers, `blocks/*`, and scanned. False: each block has
+        leaves of its own, `blocks_0/*`, `blocks_1/*`, ... (`separate_layers`), which a cache requires.
+      platform: of the devices that compute (`sharding.platform_of`), which "auto" depends on.
+      attention: implementation of attention without a cache: a key of `causal_attention.KERNELS`, or "auto".
+      dispatch: implementation of stacked experts: a key of `dispatch.DISPATCH`, or "auto".
     """
 
     dtype: str = "float32"
@@ -64,7 +65,7 @@ class Compute:
     dispatch: str = "auto"
 
     def __post_init__(self):
-        """Settles what is "auto"."""
+        """Replaces "auto" by the fastest implementation on the platform."""
         if self.attention == "auto":
             object.__setattr__(self, "attention", causal_attention.choose(self.platform))
         if self.dispatch == "auto":
@@ -72,10 +73,14 @@ class Compute:
 
 
 class Output(NamedTuple):
-    """What the decoder returns: logits, each layer's router logits and routing weights, all float32; and the cache.
+    """Output of the decoder; XLA removes the computation of fields that the caller does not use.
 
-    `hidden` is the head's input, in the dtype of the computation. What a caller does not use is not computed.
-    The router logits are those before `expert_mask`; the weights are those after it, and sum to 1.
+    Attributes:
+      hidden_BxSxD: the head's input, in the dtype of the computation.
+      logits_BxSxV: float32.
+      router_logits_LxBxSxE: float32, before `expert_mask`.
+      router_weights_LxBxSxE: float32, after `expert_mask`; they sum to 1.
+      cache: the updated cache of each layer, or None without one.
     """
 
     hidden_BxSxD: jax.Array
@@ -86,18 +91,18 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """h = x + norm(attention(x)); out = h + norm(mixture(h)): norms stand after the sub-layers."""
+    """h = x + norm(attention(x)); out = h + norm(mixture(h)): norms come after the sub-layers."""
 
     architecture: Architecture
     layout: Layout
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, rotation, expert_mask, cache=None):
-        """Returns (the new residual stream, (router logits, router weights) [batch, length, experts] and the cache)."""
+    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, rotary, expert_mask, cache=None):
+        """Returns (residual stream, (router logits, router weights [batch, length, experts], cache))."""
         arch, rules, dtype = self.architecture, self.compute.rules, jnp.dtype(self.compute.dtype)
         attention = Attention(arch, dtype, rules, self.compute.attention, name="attention")
-        attended, cache = attention(x_BxSxD, segment_ids_BxS, positions_BxS, rotation, cache)
+        attended, cache = attention(x_BxSxD, segment_ids_BxS, positions_BxS, rotary, cache)
         x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="attention_norm")(attended)
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
         moe = MoE(arch, self.layout, dtype, rules, self.compute.dispatch, name="moe")
@@ -126,10 +131,10 @@ class Decoder(nn.Module):
 
         Args:
           tokens_BxS: integer token ids.
-          segment_ids_BxS: a token attends only to tokens of its own segment; by default one segment a row.
-          positions_BxS: position within the document; by default within the row.
+          segment_ids_BxS: a token attends only to tokens of its own segment; by default a sequence is one segment.
+          positions_BxS: position within the document; by default within the sequence.
           expert_mask: bool [experts], [batch, experts] or [batch, length, experts]; False switches an expert off.
-          cache: a `KVCache` for each block, in which the rows' earlier positions are; segments have no effect then.
+          cache: a `KVCache` for each block, with the sequences' earlier positions; segments have no effect then.
         """
         arch, rules = self.architecture, self.compute.rules
         if segment_ids_BxS is None:
@@ -138,14 +143,14 @@ class Decoder(nn.Module):
             positions_BxS = jnp.broadcast_to(jnp.arange(tokens_BxS.shape[1]), tokens_BxS.shape)
 
         embedding_VxD = parameter(self, "embedding", (arch.vocab_size, arch.d_model), ("vocab", "embed"))
-        # Whole over fsdp before tokens are looked up: split, the partitioner would gather what was looked up instead.
+        # Gathered over fsdp before the lookup; otherwise the partitioner would gather the looked-up vectors.
         table_VxD = sharding.constrain(embedding_VxD.astype(self.compute.dtype), ("vocab", None), rules)
         x_BxSxD = table_VxD[tokens_BxS]
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
 
-        # Once for all blocks: cosines cost more than all else that is done to queries and keys between matmuls.
-        rotation = Rotation.of(positions_BxS, arch.head_dim, arch.rope_theta)
-        context = (segment_ids_BxS, positions_BxS, rotation, expert_mask)
+        # Once for all blocks: cosines cost more than everything else between the matmuls of queries and keys.
+        rotary = RotaryEmbedding.of(positions_BxS, arch.head_dim, arch.rope_theta)
+        context = (segment_ids_BxS, positions_BxS, rotary, expert_mask)
         blocks = self._scanned_blocks if self.compute.scan_layers else self._separate_blocks
         x_BxSxD, (*routing, cache) = blocks(x_BxSxD, context, cache)
 
@@ -164,12 +169,12 @@ class Decoder(nn.Module):
         return Output(x_BxSxD, logits_BxSxV, *routing, cache)
 
     def head(self, params: Mapping[str, jax.Array]) -> jax.Array:
-        """The head of a flat dict of parameters, [d_model, vocab] in the dtype of the computation, whole over fsdp."""
+        """The head [d_model, vocab] of flat parameters, in the dtype of the computation, gathered over fsdp."""
         head_DxV = params["embedding"].T if self.architecture.tied_embeddings else params["head"]
         return sharding.constrain(head_DxV.astype(self.compute.dtype), (None, "vocab"), self.compute.rules)
 
     def _scanned_blocks(self, x_BxSxD, context, cache):
-        """One block's program for all layers; their leaves are stacked. `nn.scan` declares them, for `scan_blocks`."""
+        """Scans one block over stacked leaves. `nn.scan` declares them, `scan_blocks` applies them."""
         fields = (self.architecture, self.layout, self.compute)
         if self.is_initializing():
             stacked_block = nn.scan(
@@ -185,18 +190,18 @@ class Decoder(nn.Module):
         def block(leaves, x_BxSxD, context):
             return Block(*fields, parent=None, name="blocks").apply({"params": leaves}, x_BxSxD, *context)
 
-        policy, how = REMAT_POLICIES[self.compute.remat], self.compute
+        policy, compute = REMAT_POLICIES[self.compute.remat], self.compute
         if policy:
-            # In a loop nothing merges what is computed again with what was computed before; unrolled, it must be kept.
-            block = jax.checkpoint(block, policy=policy, prevent_cse=how.unroll > 1)
+            # Only in an unrolled loop could XLA merge recomputed operations with those of the forward pass.
+            block = jax.checkpoint(block, policy=policy, prevent_cse=compute.unroll > 1)
         leaves = self.variables["params"]["blocks"]
         length = self.architecture.num_layers
         return scan_blocks(
-            block, leaves, x_BxSxD, context, length, unroll=how.unroll, input_gradient=how.input_gradient
+            block, leaves, x_BxSxD, context, length, unroll=compute.unroll, input_gradient=compute.input_gradient
         )
 
     def _separate_blocks(self, x_BxSxD, context, cache):
-        """Layer after layer: no leaf has to be cut out of a stack, which would cost a copy at each token."""
+        """Applies blocks with separate leaves: slicing a stack would cost a copy of each leaf at each token."""
         outputs = []
         for i in range(self.architecture.num_layers):
             block = Block(self.architecture, self.layout, self.compute, name=f"blocks_{i}")
@@ -234,29 +239,29 @@ def scan_blocks(
     unroll: int = 1,
     input_gradient: bool = True,
 ) -> tuple[jax.Array, Any]:
-    """Applies a block once for each layer.
+    """Applies a block once for each layer; the backward pass can end at the first block's leaves.
 
     Args:
       block: (leaves of a layer, x, context) -> (x, output).
       leaves: pytree of stacked leaves, [layers, ...].
-      x: what enters the first layer; each layer's has its shape and dtype.
-      context: pytree of what all layers are given. Without `input_gradient` it has no gradient.
+      x: input of the first layer; the inputs of all layers have its shape and dtype.
+      context: pytree passed to every layer. Without `input_gradient` it gets no gradient.
       length: the number of layers.
       unroll: layers per iteration of the loop.
-      input_gradient: whether the gradient of x is needed. Otherwise it is 0, and what leads to it alone is not
-        computed: the backward pass of one layer, but for that of its leaves.
+      input_gradient: whether the gradient of x is needed. If not, it is 0, and the backward pass of the first layer
+        computes the gradients of its leaves only.
 
     Returns:
       (x after the last layer, outputs [layers, ...]).
     """
     if input_gradient:
         return jax.lax.scan(lambda x, layer: block(layer, x, context), x, leaves, length, unroll=unroll)
-    ending, is_first = _ending(block), jnp.arange(length) == 0
-    return jax.lax.scan(lambda x, layer: ending(*layer, x, context), x, (is_first, leaves), length, unroll=unroll)
+    apply, is_first = _end_at_first(block), jnp.arange(length) == 0
+    return jax.lax.scan(lambda x, layer: apply(*layer, x, context), x, (is_first, leaves), length, unroll=unroll)
 
 
-def _ending(block: Callable) -> Callable:
-    """The block as a function of whether it is the first, and of what it takes: the first gives x no gradient."""
+def _end_at_first(block: Callable) -> Callable:
+    """The block as a function (is_first, leaves, x, context), in which the first block gives x no gradient."""
 
     @jax.custom_vjp
     def run(is_first, leaves, x, context):
@@ -271,7 +276,7 @@ def _ending(block: Callable) -> Callable:
 
         def end():
             d_leaves, d_x = vjp(cotangents)
-            return d_leaves, jnp.zeros_like(d_x)  # what has led to d_x alone is dead code
+            return d_leaves, jnp.zeros_like(d_x)  # the computation of d_x is dead code
 
         return None, *jax.lax.cond(is_first, end, lambda: vjp(cotangents)), None
 
@@ -280,7 +285,7 @@ def _ending(block: Callable) -> Callable:
 
 
 def separate_layers(leaves: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """{path: leaf} of stacked layers, `blocks/*`, as that of separate ones, `blocks_0/*` and on."""
+    """Converts {path: leaf} of stacked layers, `blocks/*`, to separate layers, `blocks_0/*`, `blocks_1/*`, ..."""
     separate = {}
     for path, leaf in leaves.items():
         if path.startswith("blocks/"):

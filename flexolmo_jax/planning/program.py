@@ -44,7 +44,7 @@ class Program(NamedTuple):
 
     def ways(self, axis: str) -> int:
         """Among how many devices a dimension with this logical axis is split."""
-        return sharding.ways(self.mesh, sharding.partition_spec((axis,), self.model.compute.rules)[0])
+        return sharding.num_shards(self.mesh, sharding.partition_spec((axis,), self.model.compute.rules)[0])
 
 
 class TooLargeError(Exception):

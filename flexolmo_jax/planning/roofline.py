@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
 from flexolmo_jax.model.flops import recomputed_flops, recomputed_parts, train_step_flops
-from flexolmo_jax.model.kernels.grouped_matmul import MOSAIC_TILE, block_rows, mosaic_fits
+from flexolmo_jax.model.kernels.grouped_matmul import MOSAIC_TILE, block_tokens, mosaic_fits
 from flexolmo_jax.model.loss import chunk_length
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
@@ -138,7 +138,7 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
     if dispatch == "mosaic" and mosaic_fits(room, rows, kernels, config.compute.dtype):
         visited = room + (experts - 1) * MOSAIC_TILE
         return float(times * 2 * kernel * products * (visited - rows)), 0.0
-    size = block_rows(rows, experts)
+    size = block_tokens(rows, experts)
     blocks = experts * max(1.0, rows / experts / size + 1 / 2)
     idle = 2 * kernel * (products + trained) * (blocks * size - rows)
     # Once for each expert its kernel is counted as a weight.

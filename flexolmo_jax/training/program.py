@@ -37,7 +37,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     """
     shape = (config.data.batch_size, config.data.sequence_length)
     where = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
-    rows, ways = config.data.batch_size // config.data.grad_accum_steps, sharding.ways(mesh, where.spec[0])
+    rows, ways = config.data.batch_size // config.data.grad_accum_steps, sharding.num_shards(mesh, where.spec[0])
     if rows % ways:
         raise UserError(
             f"--config.data.batch_size={config.data.batch_size}: its parts of {rows} rows do not divide over "

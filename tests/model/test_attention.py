@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flexolmo_jax.model.attention import Attention, Rotation
+from flexolmo_jax.model.attention import Attention, RotaryEmbedding
 from flexolmo_jax.model.kernels import blockwise_attention
 from flexolmo_jax.model.kernels.causal_attention import KERNELS
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, random_batch
@@ -45,7 +45,9 @@ def test_rotary_turns_complex_numbers():
     x_BxSxHxC = np.random.default_rng(0).normal(size=(2, 6, 3, 8))
     positions_BxS = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 4095]])
     expected = [rotate(x, positions, 5e5) for x, positions in zip(x_BxSxHxC, positions_BxS, strict=True)]
-    turned = jax.jit(lambda x, positions: Rotation.of(positions, 8, 5e5).turn(x))(np.float32(x_BxSxHxC), positions_BxS)
+    turned = jax.jit(lambda x, positions: RotaryEmbedding.of(positions, 8, 5e5).apply(x))(
+        np.float32(x_BxSxHxC), positions_BxS
+    )
     np.testing.assert_allclose(turned, expected, atol=1e-3)
 
 
@@ -59,7 +61,7 @@ def test_attention_is_that_of_plain_loops(monkeypatch, num_kv_heads, kernel):
     batch = random_batch([[5, 4], [3, 2, 2]], 9)
     x_BxSxD = rng.normal(size=(2, 9, arch.d_model))
     module = Attention(arch, jnp.float32, (), kernel)
-    rotation = Rotation.of(batch["positions"], arch.head_dim, arch.rope_theta)
+    rotation = RotaryEmbedding.of(batch["positions"], arch.head_dim, arch.rope_theta)
     arguments = (jnp.float32(x_BxSxD), batch["segment_ids"], batch["positions"], rotation)
     shapes = jax.eval_shape(lambda key: nn.unbox(module.init(key, *arguments)["params"]), jax.random.key(0))
     leaves = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape), shapes)

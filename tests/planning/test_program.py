@@ -66,8 +66,8 @@ def test_a_model_directory_gives_architecture_and_layout(tmp_path):
     [
         ({"data": 8}, {"data.batch_size": 12}, "--config.data.batch_size=12: its parts of 12 rows do not divide"),
         ({"data": 8}, {"data.grad_accum_steps": 4}, "its parts of 4 rows do not divide over the 8 devices"),
-        ({"data": 3}, {}, "--config.mesh: data=3, fsdp=1, expert=1, tensor=1 does not fit 8 devices"),
-        ({"tensor": 8}, {}, "--config.mesh: dimension"),  # two heads of keys do not divide by 8
+        ({"data": 3}, {}, "config.mesh: data=3, fsdp=1, expert=1, tensor=1 does not fit 8 devices"),
+        ({"tensor": 8}, {}, "config.mesh: dimension"),  # two heads of keys do not divide by 8
         ({"data": 8}, {"compute.remat": "some"}, "--config.compute.remat=some: must be one of none, dots"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import ANCHOR, Layout
 from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
-from flexolmo_jax.model.kernels.grouped_matmul import MOSAIC_TILE, block_rows
+from flexolmo_jax.model.kernels.grouped_matmul import MOSAIC_TILE, block_tokens
 from flexolmo_jax.planning.chips import CHIPS
 from flexolmo_jax.planning.collectives import DCN, ICI, Collective
 from flexolmo_jax.planning.program import make_program
@@ -142,7 +142,7 @@ def test_blocks_copy_kernels_and_the_last_of_each_expert_is_in_part_in_vain(leng
     config = planned.config("stacked", {"expert": 4, "tensor": 2}, values)
     parts, matmuls, kernel = 2, 3, D * F / 2
     tokens = 16 * length / parts
-    size = min(tokens, block_rows(tokens / 2, 1))
+    size = min(tokens, block_tokens(tokens / 2, 1))
     # An expert that gets about that many rows: the mean over what it may get, from half to half as much again.
     rows = np.linspace(0.5, 1.5, 10_001) * tokens / 2
     blocks = np.mean(np.ceil(rows / size))

@@ -1,69 +1,71 @@
-"""Causal attention within packed documents by kernels of libraries, for GPUs and TPUs.
+"""Causal attention within packed documents by library kernels, for GPUs and TPUs.
 
 The arguments are those of `causal_attention`.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from flexolmo_jax.model.kernels.blockwise_attention import LOG_NORMALISER
+from flexolmo_jax.model.kernels.blockwise_attention import LOG_NORMALIZER
 
-LANES = 128  # of a TPU: lengths and sizes of blocks are multiples
-SPLASH_BLOCK = 512  # at most: queries, and keys, whose scores are in VMEM at a time
+LANES = 128  # of a TPU: lengths and block sizes are multiples
+SPLASH_BLOCK = 512  # maximum number of queries, and of keys, whose scores are in VMEM at a time
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # name of JAX's primitive
-CUDNN_HEAD_DIM = 128  # at most, on any GPU that has flash attention
+CUDNN_HEAD_DIM = 128  # maximum head size on any GPU that has flash attention
 
 
-def masked(query, key, value, segment_ids, implementation: str = "xla") -> jax.Array:
+def masked(query, key, value, segment_ids, implementation: Literal["xla", "cudnn"] = "xla") -> jax.Array:
     """`jax.nn.dot_product_attention` with a mask that keeps documents apart."""
     visible_Bx1xSxS = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    how = {"mask": visible_Bx1xSxS, "is_causal": True, "implementation": implementation}
-    return jax.nn.dot_product_attention(query, key, value, **how)
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=visible_Bx1xSxS, is_causal=True, implementation=implementation
+    )
 
 
 def cudnn(
-    query_BxSxNxC: jax.Array,
+    query_BxSxQxC: jax.Array,
     key_BxSxHxC: jax.Array,
     value_BxSxHxC: jax.Array,
     segment_ids_BxS: jax.Array,
 ) -> jax.Array:
     """Flash attention of cuDNN, for GPUs.
 
-    It takes bfloat16 and float16, even lengths, and heads of 8, 16, ... 128 elements; anything else is computed by XLA.
+    It takes bfloat16 and float16, even lengths, and head sizes 8, 16, ... 128; XLA computes anything else.
 
-    Documents are kept apart by a bias of [length, length] for each row, shared by its heads: 32 MiB at 4096 tokens.
-    What lies above the diagonal is skipped; what lies between documents is computed. cuDNN could be given the
-    bounds of documents instead, but through an interface that JAX does not publish, with as many heads of keys as of
-    queries, on GPUs from Hopper on, and in memory that grows with the most documents a row may have.
+    Documents are separated by a bias [length, length] for each sequence, shared by its heads: 32 MiB at 4096 tokens.
+    Scores above the diagonal are skipped; scores between documents are computed. cuDNN could take the bounds of
+    documents instead, but only through an unpublished interface of JAX, with as many key-value heads as query heads,
+    on Hopper and later GPUs, and in memory that grows with the maximum number of documents in a sequence.
     """
-    length, head_dim = query_BxSxNxC.shape[1], query_BxSxNxC.shape[-1]
+    length, head_dim = query_BxSxQxC.shape[1], query_BxSxQxC.shape[-1]
     fits = length % 2 == 0 and head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM
-    fits &= query_BxSxNxC.dtype in (jnp.bfloat16, jnp.float16)
+    fits &= query_BxSxQxC.dtype in (jnp.bfloat16, jnp.float16)
     implementation = "cudnn" if fits else "xla"
-    return masked(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS, implementation)
+    return masked(query_BxSxQxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS, implementation)
 
 
 def is_cudnn(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
-    """A policy of rematerialisation that keeps what cuDNN's forward pass returns, which has no name to keep it by."""
+    """A rematerialization policy that keeps the outputs of cuDNN's forward pass, which have no names."""
     return primitive.name == CUDNN_FORWARD
 
 
 def splash(
-    query_BxSxNxC: jax.Array,
+    query_BxSxQxC: jax.Array,
     key_BxSxHxC: jax.Array,
     value_BxSxHxC: jax.Array,
     segment_ids_BxS: jax.Array,
 ) -> jax.Array:
-    """Splash attention, for TPUs: skips what lies above the diagonal and never holds more scores than a block has.
+    """Splash attention, for TPUs: skips scores above the diagonal, and holds the scores of one block at a time.
 
-    It takes lengths that are multiples of 128; at others XLA computes attention.
+    It takes lengths that are multiples of 128; XLA computes attention at others.
     """
-    attend = masked if query_BxSxNxC.shape[1] % LANES else _splash
-    return attend(query_BxSxNxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS)
+    attend = masked if query_BxSxQxC.shape[1] % LANES else _splash
+    return attend(query_BxSxQxC, key_BxSxHxC, value_BxSxHxC, segment_ids_BxS)
 
 
 def _splash(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -84,5 +86,5 @@ def _splash_kernel(length: int, heads: int) -> Callable[..., jax.Array]:
     )
     causal = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads)
     return splash_attention.make_splash_mha_single_device(
-        causal, block_sizes=sizes, residual_checkpoint_name=LOG_NORMALISER
+        causal, block_sizes=sizes, residual_checkpoint_name=LOG_NORMALIZER
     )

@@ -56,15 +56,15 @@ def computed(implementation, x, kernels, toward, group_sizes):
         return jax.jit(with_gradients, compiler_options=COMPILE_FAST)(x, kernels, toward)
 
 
-def set_block_rows(monkeypatch, rows):
-    monkeypatch.setattr(grouped_matmul, "BLOCK_ROWS", rows)
-    monkeypatch.setattr(grouped_matmul, "COPY_ROWS", 0)
+def set_block_tokens(monkeypatch, rows):
+    monkeypatch.setattr(grouped_matmul, "BLOCK_STEP", rows)
+    monkeypatch.setattr(grouped_matmul, "COPY_TOKENS", 0)
 
 
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("sizes", GROUP_SIZES)
 def test_each_row_meets_the_kernel_of_its_group(monkeypatch, sizes, implementation):
-    set_block_rows(monkeypatch, 16)
+    set_block_tokens(monkeypatch, 16)
     arguments = random_arguments(jnp.float32)
     actual = computed(implementation, *arguments, GROUP_SIZES[sizes])
     expected = group_by_group(*arguments, GROUP_SIZES[sizes])
@@ -110,7 +110,7 @@ def test_kernels_for_hopper_multiply_by_group(sizes, kernels_for_hopper):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "expected_rows", "kernels", "dtype", "fits"),
+    ("num_routed", "expected_routed", "kernels", "dtype", "fits"),
     [
         (65_536, 65_536, (4, 2048, 8192), "bfloat16", True),
         (65_536, 65_536, (4, 2048, 8192), "float32", False),
@@ -119,13 +119,13 @@ def test_kernels_for_hopper_multiply_by_group(sizes, kernels_for_hopper):
         (1024, 1024, (64, 2048, 8192), "bfloat16", False),  # each expert's in a tile of its own
     ],
 )
-def test_kernels_for_hopper_are_taken_where_they_are_faster(num_rows, expected_rows, kernels, dtype, fits):
-    assert grouped_matmul.mosaic_fits(num_rows, expected_rows, kernels, dtype) == fits
+def test_kernels_for_hopper_are_taken_where_they_are_faster(num_routed, expected_routed, kernels, dtype, fits):
+    assert grouped_matmul.mosaic_fits(num_routed, expected_routed, kernels, dtype) == fits
 
 
 @pytest.mark.parametrize("rows", [1, 7, 150, 1024])
 def test_blocks_of_any_size_give_the_same(monkeypatch, rows):
-    set_block_rows(monkeypatch, rows)
+    set_block_tokens(monkeypatch, rows)
     arguments = random_arguments(jnp.float32)
     actual = computed("blocks", *arguments, GROUP_SIZES["uneven"])
     for got, exact in zip(actual, group_by_group(*arguments, GROUP_SIZES["uneven"]), strict=True):
@@ -140,29 +140,29 @@ def test_blocks_of_other_sizes_cost_little_less(mean, num_groups):
     groups = rng.poisson(mean * rng.gamma(7, 1 / 7, (200, num_groups)))
 
     def cost(rows):
-        return np.sum(-(-groups // rows)) * (rows + grouped_matmul.COPY_ROWS)
+        return np.sum(-(-groups // rows)) * (rows + grouped_matmul.COPY_TOKENS)
 
-    chosen = grouped_matmul.block_rows(mean * num_groups, num_groups)
-    assert chosen % grouped_matmul.BLOCK_ROWS == 0
-    others = range(grouped_matmul.BLOCK_ROWS, 4 * mean + grouped_matmul.BLOCK_ROWS, grouped_matmul.BLOCK_ROWS)
+    chosen = grouped_matmul.block_tokens(mean * num_groups, num_groups)
+    assert chosen % grouped_matmul.BLOCK_STEP == 0
+    others = range(grouped_matmul.BLOCK_STEP, 4 * mean + grouped_matmul.BLOCK_STEP, grouped_matmul.BLOCK_STEP)
     assert cost(chosen) <= 1.1 * min(cost(rows) for rows in others)
 
 
 @pytest.mark.parametrize("num_groups", [1, 4, 64])
 def test_at_most_one_block_a_group_is_computed_in_vain(num_groups):
     """So the work follows the rows that there are, not the groups; and no division needs more blocks than have room."""
-    num_rows, size = 512, 16
+    num_routed, size = 512, 16
     rng = np.random.default_rng(0)
     for group_sizes in (
-        rng.multinomial(num_rows, rng.dirichlet([0.5] * num_groups)),
+        rng.multinomial(num_routed, rng.dirichlet([0.5] * num_groups)),
         rng.multinomial(100, [1 / num_groups] * num_groups),  # and rows of no group
-        np.array([num_rows] + [0] * (num_groups - 1)),
+        np.array([num_routed] + [0] * (num_groups - 1)),
     ):
         num_grouped = sum(group_sizes)
-        count, *table = grouped_matmul._block_table(jnp.asarray(group_sizes, jnp.int32), num_rows, size)
+        count, *table = grouped_matmul._block_table(jnp.asarray(group_sizes, jnp.int32), num_routed, size)
         assert num_grouped <= count * size < num_grouped + num_groups * size
         assert count <= len(table[0])
-        of_row = np.full(num_rows, -1)
+        of_row = np.full(num_routed, -1)
         for group, first, end in zip(*(column[:count] for column in table), strict=True):
             of_row[first : min(first + size, end)] = group
         np.testing.assert_array_equal(of_row[:num_grouped], np.repeat(np.arange(num_groups), group_sizes))
