@@ -91,8 +91,8 @@ def test_an_axis_without_a_rule_and_rules_that_collide_are_refused():
 def test_a_dimension_that_does_not_divide_is_refused():
     mesh = sharding.make_mesh({**ONE, "fsdp": 4, "tensor": 2})
     axes = {"head": ("embed", "vocab")}
-    where = sharding.leaf_shardings(abstract(head=(8, 6)), axes, mesh, RULES)
-    assert where["head"].shard_shape((8, 6)) == (2, 3)
+    shardings_of = sharding.leaf_shardings(abstract(head=(8, 6)), axes, mesh, RULES)
+    assert shardings_of["head"].shard_shape((8, 6)) == (2, 3)
     with pytest.raises(UserError, match=r"dimension 6 of head does not divide over the 4 devices .*'fsdp'"):
         sharding.leaf_shardings(abstract(head=(6, 8)), axes, mesh, RULES)
     with pytest.raises(UserError, match=r"dimension 7 of head does not divide over the 2 devices .*'tensor'"):
@@ -121,17 +121,17 @@ def train(kind, sizes, accumulate=1):
     inputs = Inputs(model, None, trainable_paths(model.abstract(), PARTITIONS[kind]), [], {})
     sizes = {**ONE, **sizes}
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    where = shardings(inputs, mesh, config.sharding_rules)
-    rows = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
+    shardings_of = shardings(inputs, mesh, config.sharding_rules)
+    batch_sharding = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
     schedule = make_schedule(config.optimizer, 10)
     optimizer = make_optimizer(config.optimizer, schedule)
     weights = LossWeights(z_loss=1e-3, router_z_loss=1e-2, load_balancing=1e-2)
     with jax.set_mesh(mesh):
-        leaves = {path: jax.device_put(leaf, where[path]) for path, leaf in random_leaves(model).items()}
+        leaves = {path: jax.device_put(leaf, shardings_of[path]) for path, leaf in random_leaves(model).items()}
         trainable, frozen = split(leaves, inputs.trainable)
         state = initial_state(trainable, optimizer, mesh)
         step = make_train_step(model, optimizer, schedule, weights, accumulate)
-        batch = jax.device_put(BATCH, rows)
+        batch = jax.device_put(BATCH, batch_sharding)
         # One program for all steps: it refuses a state that lies elsewhere than the first one did.
         step = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(COMPILE_FAST)
         losses = []
@@ -139,7 +139,7 @@ def train(kind, sizes, accumulate=1):
             state, metrics = step(state, frozen, batch)
             losses.append(float(metrics["loss"]))
         for path, leaf in state.trainable.items():
-            assert leaf.sharding.is_equivalent_to(where[path], leaf.ndim), path
+            assert leaf.sharding.is_equivalent_to(shardings_of[path], leaf.ndim), path
     return losses, jax.tree.map(np.asarray, state.trainable)
 
 
@@ -164,7 +164,7 @@ def test_eight_devices_train_as_one_does(kind, meshes):
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("pair", {"fsdp": 2, "tensor": 2}), ("stacked", {"expert": 2, "fsdp": 2})])
-def test_parts_add_their_gradients_on_devices_as_on_one(kind, sizes):
+def test_micro_batches_add_their_gradients_on_devices_as_on_one(kind, sizes):
     losses, leaves = train(kind, {}, accumulate=2)
     spread, spread_leaves = train(kind, sizes, accumulate=2)
     assert spread == pytest.approx(losses, rel=1e-5)

@@ -286,7 +286,7 @@ def _sorted_experts(
 
 @jax.custom_vjp
 def _gather_routed(x: jax.Array, indices: jax.Array, destinations: jax.Array) -> jax.Array:
-    """x[indices]; `destinations`, [rows of x, times each is taken], says where each row of x goes.
+    """x[indices]; `destinations`, [len(x), times each is taken], says where each x[i] goes.
 
     With it the gradient is a gather too; without, it would be a scatter, which is slow on accelerators.
     """

@@ -1,4 +1,4 @@
-"""A kind of expert whose matrices are products of two narrow ones, which stay narrow in merged models."""
+"""A kind of expert whose matrices are factored into two narrow ones, which stay narrow in merged models."""
 
 from flexolmo_jax.model.experts import ExpertKind, swiglu
 from flexolmo_jax.model.leaves import Leaf

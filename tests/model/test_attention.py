@@ -23,7 +23,7 @@ def rotate(x_SxHxC, positions_S, theta):
 
 
 def attend(x_SxD, segment_ids_S, positions_S, leaves, arch):
-    """One row, one head and one query at a time."""
+    """One sequence, one head and one query at a time."""
     query, key, value = (np.einsum("SD,DHC->SHC", x_SxD, leaves[name]) for name in ("query", "key", "value"))
 
     def normed(y_SxHxC, scale_HxC):
@@ -54,22 +54,22 @@ def test_rotary_turns_complex_numbers():
 @pytest.mark.parametrize("kernel", ["reference", "blockwise"])
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
 def test_attention_is_that_of_plain_loops(monkeypatch, num_kv_heads, kernel):
-    """Grouped heads, QK-norm over all heads, several documents and padding in a row."""
+    """Grouped heads, QK-norm over all heads, several documents and padding in a sequence."""
     monkeypatch.setattr(blockwise_attention, "BLOCK_LENGTH", 4)
     arch = dataclasses.replace(ARCHITECTURE, num_kv_heads=num_kv_heads)
     rng = np.random.default_rng(0)
     batch = random_batch([[5, 4], [3, 2, 2]], 9)
     x_BxSxD = rng.normal(size=(2, 9, arch.d_model))
     module = Attention(arch, jnp.float32, (), kernel)
-    rotation = RotaryEmbedding.of(batch["positions"], arch.head_dim, arch.rope_theta)
-    arguments = (jnp.float32(x_BxSxD), batch["segment_ids"], batch["positions"], rotation)
+    rotary = RotaryEmbedding.of(batch["positions"], arch.head_dim, arch.rope_theta)
+    arguments = (jnp.float32(x_BxSxD), batch["segment_ids"], batch["positions"], rotary)
     shapes = jax.eval_shape(lambda key: nn.unbox(module.init(key, *arguments)["params"]), jax.random.key(0))
     leaves = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape), shapes)
     apply = jax.jit(module.apply, compiler_options=COMPILE_FAST)
     actual = apply({"params": jax.tree.map(np.float32, leaves)}, *arguments)
-    for row in range(2):
-        expected = attend(x_BxSxD[row], batch["segment_ids"][row], batch["positions"][row], leaves, arch)
-        np.testing.assert_allclose(actual[0][row], expected, atol=1e-4)
+    for i in range(2):
+        expected = attend(x_BxSxD[i], batch["segment_ids"][i], batch["positions"][i], leaves, arch)
+        np.testing.assert_allclose(actual[0][i], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
@@ -78,13 +78,13 @@ def test_blocks_have_the_gradient_of_all_scores_at_once(monkeypatch, length, num
     """Blocks of 4 at least, 8 at most: lengths that divide into them and that do not."""
     monkeypatch.setattr(blockwise_attention, "BLOCK_LENGTH", 4)
     rng = np.random.default_rng(0)
-    query, toward = (jnp.asarray(rng.normal(size=(2, length, 4, 8)), dtype) for _ in range(2))
+    query, cotangent = (jnp.asarray(rng.normal(size=(2, length, 4, 8)), dtype) for _ in range(2))
     key, value = (jnp.asarray(rng.normal(size=(2, length, num_kv_heads, 8)), dtype) for _ in range(2))
     segment_ids = jnp.cumsum(rng.random((2, length)) < 0.2, axis=1)
 
     def both(kernel):
         out, vjp = jax.vjp(lambda *inputs: KERNELS[kernel](*inputs, segment_ids), query, key, value)
-        return out, *vjp(toward)
+        return out, *vjp(cotangent)
 
     actual, expected = (jax.jit(both, static_argnums=0)(kernel) for kernel in ("blockwise", "reference"))
     for got, want in zip(actual, expected, strict=True):
@@ -95,10 +95,10 @@ def test_blocks_have_the_gradient_of_all_scores_at_once(monkeypatch, length, num
 def test_what_causality_masks_is_hardly_computed():
     """FLOPs of the compiled program: half of all scores, and half a block for each block."""
     query = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.float32)
-    rows = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    segment_ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
 
     def flops(kernel):
-        compiled = jax.jit(KERNELS[kernel]).lower(query, query, query, rows).compile()
+        compiled = jax.jit(KERNELS[kernel]).lower(query, query, query, segment_ids).compile()
         return compiled.cost_analysis()["flops"]
 
     assert flops("blockwise") < 0.6 * flops("reference")

@@ -27,12 +27,13 @@ def block(passed):
     def noted(name, y, layer):
         return y
 
-    def backward(name, layer, toward):
-        def note(layer, toward):
+    def backward(name, layer, cotangent):
+        def note(layer, cotangent):
             passed.append((name, int(layer)))
-            return toward
+            return cotangent
 
-        return jax.pure_callback(note, toward, layer, toward), None  # pure: where nobody needs it, it is not called
+        # Pure, so that it is not called where its result is not needed.
+        return jax.pure_callback(note, cotangent, layer, cotangent), None
 
     noted.defvjp(lambda name, y, layer: (y, layer), backward)
 

@@ -1,4 +1,4 @@
-"""The whole model: layouts against one another, packing, ways of computing, and the published sizes."""
+"""The whole model: layouts against one another, packing, implementations, and the published sizes."""
 
 import dataclasses
 import functools
@@ -53,11 +53,13 @@ def stacked_leaves():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_pair_of_copies_is_the_anchor_bit_for_bit(anchor_leaves, dtype):
-    """Whatever the router says, for owners' rows differ from the anchor's."""
-    own = expert_leaves(anchor_leaves, "anchor")
-    routed = {leaf: np.float32(3) * own[leaf] - np.float32(1) for leaf in ROUTER}
-    copies = with_experts(anchor_leaves, anchor=own, expert=own | routed)
-    trained = with_experts(anchor_leaves, anchor=own, expert=own | routed | {"down": np.float32(1.01) * own["down"]})
+    """Whatever the router's logits, since the expert's router weight differs from the anchor's."""
+    anchor = expert_leaves(anchor_leaves, "anchor")
+    routed = {leaf: np.float32(3) * anchor[leaf] - np.float32(1) for leaf in ROUTER}
+    copies = with_experts(anchor_leaves, anchor=anchor, expert=anchor | routed)
+    trained = with_experts(
+        anchor_leaves, anchor=anchor, expert=anchor | routed | {"down": np.float32(1.01) * anchor["down"]}
+    )
     expected = forward(ANCHOR, dtype, fast=False)(anchor_leaves, TOKENS).logits_BxSxV
     pair = forward(PAIR, dtype, fast=False)
     np.testing.assert_array_equal(pair(copies, TOKENS).logits_BxSxV, expected)
@@ -67,9 +69,9 @@ def test_a_pair_of_copies_is_the_anchor_bit_for_bit(anchor_leaves, dtype):
 @pytest.mark.parametrize(("top_k", "tolerance"), [(4, 1e-5), (2, 1e-4), (1, 1e-4)])
 def test_a_merge_of_copies_is_the_anchor(anchor_leaves, top_k, tolerance):
     """Up to the epsilon of the norm that removes the weights' sum, where top_k leaves experts out."""
-    own = expert_leaves(anchor_leaves, "anchor")
+    anchor = expert_leaves(anchor_leaves, "anchor")
     rng = np.random.default_rng(0)
-    copies = [own] + [own | {leaf: rng.normal(size=own[leaf].shape) for leaf in ROUTER} for _ in range(3)]
+    copies = [anchor] + [anchor | {leaf: rng.normal(size=anchor[leaf].shape) for leaf in ROUTER} for _ in range(3)]
     merged = with_experts(anchor_leaves, experts=stack(*copies))
     expected = logits(ANCHOR, anchor_leaves)
     error = np.abs(logits(Layout("stacked", 4, top_k), merged) - expected).max()
@@ -85,7 +87,7 @@ def test_a_pair_is_the_stack_of_its_two_experts():
 
 @pytest.mark.parametrize("top_k", [2, 4])
 def test_masking_an_expert_is_removing_it(stacked_leaves, top_k):
-    """For one row of the batch; the other keeps all, and computes what it computes alone."""
+    """For one sequence of the batch; the other keeps all experts, and its logits do not change."""
     experts = expert_leaves(stacked_leaves, "experts")
     without = {leaf: np.delete(x, 2, axis=1) for leaf, x in experts.items()}
     layout, fewer = Layout("stacked", 4, top_k), Layout.of_roster(3, top_k)
@@ -105,15 +107,15 @@ def test_packed_documents_do_not_see_one_another(stacked_leaves):
     batch = random_batch(documents, 16)
     compute = forward(STACKED)
     packed = compute(stacked_leaves, batch["tokens"], batch["segment_ids"], batch["positions"]).logits_BxSxV
-    rows, expected = [], []
-    for row, lengths in enumerate(documents):
+    sequences, expected = [], []
+    for i, lengths in enumerate(documents):
         ends = np.cumsum(lengths)
         for start, end in zip(ends - lengths, ends, strict=True):
-            rows.append(np.pad(batch["tokens"][row, start:end], (0, 16 - (end - start))))
-            expected.append(np.asarray(packed[row, start:end]))
-    alone = compute(stacked_leaves, np.stack(rows)).logits_BxSxV
-    for row, document in enumerate(expected):
-        np.testing.assert_allclose(alone[row, : len(document)], document, atol=1e-4)
+            sequences.append(np.pad(batch["tokens"][i, start:end], (0, 16 - (end - start))))
+            expected.append(np.asarray(packed[i, start:end]))
+    alone = compute(stacked_leaves, np.stack(sequences)).logits_BxSxV
+    for i, document in enumerate(expected):
+        np.testing.assert_allclose(alone[i, : len(document)], document, atol=1e-4)
 
 
 def test_what_is_recomputed_or_unrolled_changes_neither_loss_nor_gradient(stacked_leaves):

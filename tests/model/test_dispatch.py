@@ -1,4 +1,4 @@
-"""The ways to compute stacked experts, against plain loops."""
+"""Implementations of stacked experts against plain loops."""
 
 import functools
 
@@ -80,17 +80,17 @@ def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
 @pytest.mark.parametrize("dispatch", HERE)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(monkeypatch, top_k, dispatch):
-    """Experts have several blocks, or a part of one; one has no rows at all, and a gradient of 0."""
+    """Experts have several blocks, or a part of one; one has no tokens, and a gradient of 0."""
     monkeypatch.setattr(expert_loop, "STEP", 1)
     monkeypatch.setattr(expert_loop, "STEPS", 3)
     x, kernels, weights = random_mixture()
     weights[..., 1] *= 1e-6
     weights[..., 3] *= 5
     arguments = to_float32((x, kernels, weights))
-    toward = np.float32(np.random.default_rng(1).normal(size=(BATCH, LENGTH, D_MODEL)))
+    cotangent = np.float32(np.random.default_rng(1).normal(size=(BATCH, LENGTH, D_MODEL)))
 
     def gradients(experts_sum):
-        return jit(jax.grad(lambda a: jnp.sum(experts_sum(*a, top_k) * toward)))(arguments)
+        return jit(jax.grad(lambda a: jnp.sum(experts_sum(*a, top_k) * cotangent)))(arguments)
 
     actual = gradients(functools.partial(sum_of_chosen, dispatch=dispatch))
     assert_trees_close(actual, gradients(masked_sum), 1e-5)
@@ -99,7 +99,7 @@ def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(monkeypatch, to
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_a_weight_of_zero_makes_no_row_and_gets_no_gradient(top_k):
+def test_an_assignment_of_weight_zero_is_not_computed_and_gets_no_gradient(top_k):
     x, kernels, weights = random_mixture()
     weights[0, :3] = 0
     gradients = jit(jax.grad(lambda a: jnp.sum(sum_of_chosen(*a, top_k, dispatch="loop") ** 2)))
@@ -110,8 +110,8 @@ def test_a_weight_of_zero_makes_no_row_and_gets_no_gradient(top_k):
 
 
 @pytest.mark.parametrize(("remat", "matmuls"), [("none", 9), ("dots", 9), ("feed_forward", 9), ("kernels", 12)])
-def test_a_loop_computes_its_matmuls_again_where_remat_says_so(monkeypatch, remat, matmuls):
-    """Three of a block's are in the forward pass, and their gradients toward rows and kernels in the backward pass."""
+def test_the_loop_recomputes_its_matmuls_as_the_policy_says(monkeypatch, remat, matmuls):
+    """A block has three in the forward pass, and for each two in the backward pass: of its input and of its matrix."""
     monkeypatch.setattr(expert_loop, "STEPS", 1)
     loop, policy = functools.partial(sum_of_chosen, top_k=2, dispatch="loop"), REMAT_POLICIES[remat]
     remembering = jax.checkpoint(loop, policy=policy) if policy else loop

@@ -36,18 +36,18 @@ def make_mesh(sizes):
 
 
 def random_arguments(routing, batch=BATCH, dtype=np.float32):
-    """(leaves, x, where the outputs ought to go): leaves with the layer axis in front, and a row for each expert."""
+    """(leaves, x, cotangent): leaves with the layer axis in front, and a router weight for each expert."""
     rng = np.random.default_rng(0)
     leaves = {name: rng.normal(0, 0.5, (LAYERS, EXPERTS, *leaf.shape)).astype(dtype) for name, leaf in LEAVES.items()}
     leaves["router/weight"] = np.float32(rng.normal(0, 0.5, (LAYERS, EXPERTS, D_MODEL)))
-    # The first element of x is 1, and lets a row prefer its expert for all tokens.
+    # The first element of x is 1, and lets a router weight prefer its expert for all tokens.
     leaves["router/weight"][:, EXPERTS // 2, 0] += ROUTINGS[routing]
-    x, toward = rng.normal(size=(2, batch, LENGTH, D_MODEL)).astype(dtype)
+    x, cotangent = rng.normal(size=(2, batch, LENGTH, D_MODEL)).astype(dtype)
     x[..., 0] = 1
-    return leaves, x, toward
+    return leaves, x, cotangent
 
 
-def shards(mesh, leaves, x, toward):
+def shards(mesh, leaves, x, cotangent):
     """The same arguments, laid out on the mesh."""
     axes = {
         **{name: ("layers", "experts", *leaf.axes) for name, leaf in LEAVES.items()},
@@ -55,12 +55,12 @@ def shards(mesh, leaves, x, toward):
     }
     leaves = jax.device_put(leaves, sharding.leaf_shardings(leaves, axes, mesh, SHARDING_RULES))
     with jax.set_mesh(mesh):
-        rows = jax.NamedSharding(mesh, sharding.even_spec(x.shape, ("batch", "length", None), SHARDING_RULES))
-    return leaves, *jax.device_put((x, toward), rows)
+        tokens = jax.NamedSharding(mesh, sharding.even_spec(x.shape, ("batch", "length", None), SHARDING_RULES))
+    return leaves, *jax.device_put((x, cotangent), tokens)
 
 
-def objective(experts_sum, leaves, x, toward):
-    """(scalar, outputs) of layers of a router and its experts, each computed again in the backward pass."""
+def objective(experts_sum, leaves, x, cotangent):
+    """(scalar, outputs) of layers of a router and its experts, each rematerialized."""
 
     @jax.checkpoint
     def layer(x, leaves):
@@ -71,7 +71,7 @@ def objective(experts_sum, leaves, x, toward):
         return jnp.concatenate([first, jnp.tanh(x + y)[..., 1:]], axis=-1), None
 
     x, _ = jax.lax.scan(layer, x, leaves)
-    return jnp.sum((x * toward).astype(jnp.float32)), x
+    return jnp.sum((x * cotangent).astype(jnp.float32)), x
 
 
 def spread(dispatch):
@@ -88,7 +88,9 @@ def one_after_another(x, kernels, weights):
 
 
 def compiled(experts_sum, arguments):
-    gradients = jax.value_and_grad(lambda leaves, x, toward: objective(experts_sum, leaves, x, toward), (0, 1), True)
+    gradients = jax.value_and_grad(
+        lambda leaves, x, cotangent: objective(experts_sum, leaves, x, cotangent), (0, 1), True
+    )
     return jax.jit(gradients, compiler_options=COMPILE_FAST).lower(*arguments).compile()
 
 
@@ -100,7 +102,7 @@ def case(request):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_devices_share_experts_and_tokens_without_changing_any(case, sizes):
-    """Outputs, and gradients of kernels, router rows and inputs; without drops, all tokens may choose one expert."""
+    """Outputs, and gradients of all leaves and inputs; without drops, all tokens may choose one expert."""
     arguments, expected = case
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
@@ -124,7 +126,7 @@ def test_every_dispatch_can_be_shared(monkeypatch, dispatch):
     assert_trees_close(actual, jax.device_get(expected), 1e-5)
 
 
-def test_rows_that_do_not_divide_over_the_devices_are_computed_too():
+def test_sequences_that_do_not_divide_over_the_devices_are_computed_too():
     arguments = random_arguments("even", batch=3)
     expected = jax.device_get(compiled(one_after_another, arguments)(*arguments))
     mesh = make_mesh({"expert": 4, "tensor": 2})
@@ -147,12 +149,12 @@ def test_bfloat16_is_summed_as_well_as_on_one_device():
 
 
 def test_no_device_ever_holds_what_others_compute():
-    """The program of a device has its experts' kernels, of its hidden units alone, and no more rows than it may get."""
+    """A device's program has the shards of its experts, and no more routed tokens than it may get."""
     mesh = make_mesh({"expert": 4, "tensor": 2})
     with jax.set_mesh(mesh):
         arguments = shards(mesh, *random_arguments("even"))
         program = compiled(spread("blocks"), arguments).as_text()
-    # EXPERTS / 4 experts of D_FF / 2 hidden units; a gathered token has at most that many rows of its TOP_K.
+    # EXPERTS / 4 experts of D_FF / 2 hidden units; a gathered token has at most that many of its TOP_K experts.
     assert f"f32[{EXPERTS // 4},{D_MODEL},{D_FF // 2}]" in program
     assert f"f32[{EXPERTS},{D_MODEL}," not in program
     assert f"{D_MODEL},{D_FF}]" not in program

@@ -21,7 +21,7 @@ KIND = {"anchor": "anchor", "expert": "pair", "router": "stacked", "joint": "sta
 
 
 def plain_loss(leaves, arch, layout, tokens):
-    """Cross-entropy of one row after the other token, with every matmul an einsum and attention over all positions."""
+    """Cross-entropy of a sequence, with every matmul an einsum and attention over all positions."""
 
     def normed(x, scale):
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + arch.norm_eps) * scale.reshape(-1)
@@ -125,7 +125,7 @@ def test_so_does_every_leaf_trained_alone(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_decoding_a_row_token_by_token_costs_a_forward_pass(layout):
+def test_decoding_a_sequence_token_by_token_costs_a_forward_pass(layout):
     tokens = sum(decode_step_flops(ARCHITECTURE, layout, BATCH, keys) for keys in range(1, LENGTH + 1))
     assert tokens == counted(ARCHITECTURE, layout, set())
 
@@ -143,7 +143,7 @@ def flops_of_dots(jaxpr, times=1):
         numbers = numbers or equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         shape = equation.outvars[0].aval.shape
         flops = times * 2 * math.prod(shape) * math.prod(left[axis] for axis in numbers[0][0])
-        # Attention's have a batch of heads and positions of a row; of LENGTH x LENGTH LENGTH (LENGTH + 1) / 2 count.
+        # Attention's have a batch of heads and positions; of LENGTH x LENGTH LENGTH (LENGTH + 1) / 2 count.
         is_attention = bool(numbers[1][0]) and LENGTH in (*left, *shape)
         total += flops * (LENGTH + 1) / (2 * LENGTH) if is_attention else flops
     return total
@@ -153,19 +153,19 @@ def gradient_flops(layout, trainable, remat):
     """FLOPs of the dots in the gradient of the blocks as the project computes them."""
     model = Decoder(ARCHITECTURE, layout, Compute(remat=remat, attention="blockwise", dispatch="ragged"))
     leaves = model.abstract()
-    rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
 
     def loss(trained, frozen, tokens):
         return jnp.sum(model.apply_flat({**frozen, **trained}, tokens).hidden_BxSxD)
 
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trainable}
-    jaxpr = jax.make_jaxpr(jax.grad(loss))({path: leaves[path] for path in trainable}, frozen, rows).jaxpr
+    jaxpr = jax.make_jaxpr(jax.grad(loss))({path: leaves[path] for path in trainable}, frozen, tokens).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return flops_of_dots(needed)
 
 
 @pytest.mark.parametrize("kind", [*PARTITIONS, "all chosen"])
-def test_what_is_computed_again_is_what_the_gradient_has_more_than_without_rematerialisation(kind):
+def test_recomputed_flops_are_those_that_rematerialization_adds_to_the_gradient(kind):
     layout = Layout("stacked", 2, 2) if kind == "all chosen" else LAYOUTS[KIND[kind]]
     leaves = Decoder(ARCHITECTURE, layout).abstract()
     trainable = trainable_paths(leaves, PARTITIONS.get(kind, PARTITIONS["joint"]))

@@ -13,12 +13,12 @@ from flexolmo_jax.training.objective import load_balancing
 from tests.support import golden
 from tests.support.tiny import COMPILE_FAST
 
-WIDTH = 33  # tokens in a row of `input_ids`; everything is padded to it, for one compilation
+WIDTH = 33  # tokens in a sequence of `input_ids`; everything is padded to it, for one compilation
 
 
 @pytest.fixture(scope="module", params=[golden.DENSE, golden.MIXTURE])
 def case(request):
-    """A golden model with what transformers computed, and our outputs, loss and gradient on the same rows."""
+    """A golden model with what transformers computed, and our outputs, loss and gradient on the same sequences."""
     architecture, layout, params, expected = golden.load(request.param)
     model = Decoder(architecture, layout)
     targets = expected["labels"][:, 1:]  # a label is the token at its own position, -100 where none is asked for
@@ -42,12 +42,12 @@ def case(request):
     )
 
 
-def theirs(gradient, arch):
+def hugging_face_names(gradient, arch):
     """Our gradient under Hugging Face's names, as [out, in] matrices: layer 0 and what lies outside the layers."""
     block = {path.removeprefix("blocks/"): leaf[0] for path, leaf in gradient.items() if path.startswith("blocks/")}
     attention = {
-        f"self_attn.{theirs}_proj": block[f"attention/{ours}"].reshape(arch.d_model, -1).T
-        for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"))
+        f"self_attn.{projection}_proj": block[f"attention/{leaf}"].reshape(arch.d_model, -1).T
+        for projection, leaf in (("q", "query"), ("k", "key"), ("v", "value"))
     }
     attention["self_attn.o_proj"] = block["attention/out"].reshape(-1, arch.d_model).T
     attention["self_attn.q_norm"] = block["attention/query_norm/scale"].reshape(-1)
@@ -87,7 +87,7 @@ def test_padding_changes_no_logit_of_a_text(case):
 
 
 def test_greedy_tokens_are_those_of_transformers(case):
-    """Each generated token is the likeliest after the prompt and the tokens before it."""
+    """Each generated token is the top one after the prompt and the tokens before it."""
     prompt, generated = case.expected["prompt"], case.expected["generated"]
     end = prompt.shape[1] + generated.shape[1]
     tokens = np.zeros((len(prompt), WIDTH), prompt.dtype)
@@ -114,22 +114,22 @@ def test_router_logits_are_those_of_transformers(case):
 
 def test_gradients_are_those_of_transformers(case):
     expected = {name.removeprefix("grad:"): x for name, x in case.expected.items() if name.startswith("grad:")}
-    actual = theirs(case.gradient, case.model.architecture)
+    actual = hugging_face_names(case.gradient, case.model.architecture)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         # Of the biggest leaves only the norm is kept.
-        ours = actual[name] if gradient.ndim else np.linalg.norm(actual[name])
-        assert np.linalg.norm(ours - gradient) < 1e-4 * np.linalg.norm(gradient), name
+        found = actual[name] if gradient.ndim else np.linalg.norm(actual[name])
+        assert np.linalg.norm(found - gradient) < 1e-4 * np.linalg.norm(gradient), name
 
 
-def test_bfloat16_is_as_near_to_theirs_as_its_precision_allows(case):
+def test_bfloat16_logits_are_those_of_transformers_within_rounding(case):
     model = Decoder(case.model.architecture, case.model.layout, Compute("bfloat16"))
     logits = jax.jit(model.apply_flat, compiler_options=COMPILE_FAST)(
         case.params, case.expected["input_ids"]
     ).logits_BxSxV
     assert logits.dtype == jnp.float32
-    theirs, exact = case.expected["logits_bf16"], case.expected["logits"]
-    rounding = np.abs(theirs - exact)
-    assert np.abs(logits - theirs).mean() < 1.5 * rounding.mean()
-    assert np.abs(logits - theirs).max() < 2 * rounding.max()
+    reference, exact = case.expected["logits_bf16"], case.expected["logits"]
+    rounding = np.abs(reference - exact)
+    assert np.abs(logits - reference).mean() < 1.5 * rounding.mean()
+    assert np.abs(logits - reference).max() < 2 * rounding.max()
     assert np.abs(logits - exact).mean() > 0.5 * rounding.mean()

@@ -25,7 +25,7 @@ def test_norm_divides_by_the_root_mean_square_of_its_axes(axes):
 
 
 def test_norm_of_bfloat16_is_computed_in_float32():
-    """One rounding at the end, and none of the mean or of the product with the scale."""
+    """One rounding at the end, and none of the mean or of the scaling."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(8, 512)), jnp.bfloat16)
     scale = jnp.float32(rng.normal(size=512))

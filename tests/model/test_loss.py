@@ -14,7 +14,7 @@ Z_WEIGHT, CHUNK = 0.3, 3
 
 @pytest.fixture(scope="module")
 def inputs():
-    """(hidden, head, targets, mask); the second row ends in padding."""
+    """(hidden, head, targets, mask); the second sequence ends in padding."""
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(BATCH, LENGTH, D_MODEL)), rng.normal(size=(D_MODEL, VOCAB))
     targets = rng.integers(0, VOCAB, (BATCH, LENGTH))
@@ -58,7 +58,7 @@ def test_what_padding_holds_changes_nothing(inputs):
 
 
 def test_a_frozen_head_has_no_gradient_computed(inputs):
-    """Matmuls in the program: logits and their gradient toward the hidden states; toward the head only if asked for."""
+    """Matmuls in the program: logits, the gradient of the hidden states, and that of the head only if asked for."""
     loss = lambda hidden, head: head_loss(hidden, head, *inputs[2:], Z_WEIGHT, CHUNK).loss  # noqa: E731
 
     def matmuls(argnums):
@@ -72,9 +72,9 @@ def test_logits_of_all_tokens_never_exist():
     batch, length, d_model, vocab, chunk = 2, 4096, 8, 4096, 128
     shapes = [(batch, length, d_model), (d_model, vocab)]
     leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    rows = [jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, jnp.float32)]
+    integers_and_mask = [jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, jnp.float32)]
     gradient = jax.jit(jax.grad(lambda *args: head_loss(*args, Z_WEIGHT, chunk).loss, argnums=(0, 1)))
-    memory = gradient.lower(*leaves, *rows).compile().memory_analysis()
+    memory = gradient.lower(*leaves, *integers_and_mask).compile().memory_analysis()
     assert memory.temp_size_in_bytes < batch * length * vocab * 4 / 8
 
 

@@ -34,23 +34,23 @@ def test_separate_experts_sum_as_plain_loops_do():
 
 def random_router(seed=0):
     rng = np.random.default_rng(seed)
-    x, row = rng.normal(size=(BATCH, LENGTH, D_MODEL)), rng.normal(size=(EXPERTS, D_MODEL))
-    return x, row, np.array([0.0, -1.5, 0.75, -0.2])
+    x, weight = rng.normal(size=(BATCH, LENGTH, D_MODEL)), rng.normal(size=(EXPERTS, D_MODEL))
+    return x, weight, np.array([0.0, -1.5, 0.75, -0.2])
 
 
-def test_router_weights_are_the_softmax_of_rows_and_never_positive_biases():
-    x, row, bias = random_router()
-    expected = np.einsum("bsd,ed->bse", x, row) - np.array([0.0, 1.5, 0.75, 0.2])
-    logits, weights = router(*to_float32((x, row, bias)), None)
+def test_router_weights_are_the_softmax_of_logits_with_never_positive_biases():
+    x, weight, bias = random_router()
+    expected = np.einsum("bsd,ed->bse", x, weight) - np.array([0.0, 1.5, 0.75, 0.2])
+    logits, weights = router(*to_float32((x, weight, bias)), None)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(weights, np.exp(expected) / np.exp(expected).sum(-1, keepdims=True), rtol=1e-5)
 
 
 def test_router_computes_in_float32_whatever_the_dtype_of_its_input():
-    x, row, bias = random_router()
+    x, weight, bias = random_router()
     x = jnp.asarray(x, jnp.bfloat16)
-    logits, weights = router(x, *to_float32((row, bias)), None)
-    expected = np.einsum("bsd,ed->bse", np.float64(x), row) - np.abs(bias)
+    logits, weights = router(x, *to_float32((weight, bias)), None)
+    expected = np.einsum("bsd,ed->bse", np.float64(x), weight) - np.abs(bias)
     assert logits.dtype == weights.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -58,17 +58,17 @@ def test_router_computes_in_float32_whatever_the_dtype_of_its_input():
 def test_an_accelerator_is_asked_for_all_bits_of_the_router():
     """It would take TF32 or bfloat16 for float32; of the gradient's matmuls too."""
 
-    def total(x, rows):
-        return jnp.sum(route(x, rows, jnp.zeros(3), None)[0])
+    def total(x, weights):
+        return jnp.sum(route(x, weights, jnp.zeros(3), None)[0])
 
-    x, rows = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((3, 8))
-    jaxpr = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(x, rows))
+    x, weights = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((3, 8))
+    jaxpr = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(x, weights))
     assert jaxpr.count("dot_general[") == jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 3
 
 
 def test_biases_of_both_signs_learn_and_a_bias_of_zero_stays():
-    x, row, bias = to_float32(random_router())
-    slope = jax.grad(lambda bias: jnp.sum(route(x, row, bias, None)[0]))(bias)
+    x, weight, bias = to_float32(random_router())
+    slope = jax.grad(lambda bias: jnp.sum(route(x, weight, bias, None)[0]))(bias)
     np.testing.assert_array_equal(slope, BATCH * LENGTH * np.array([0, 1, -1, 1]))
 
 
@@ -76,13 +76,13 @@ MASK_BxE = np.array([[True, True, False, True], [False, True, False, False]])
 MASK_BxSxE = MASK_BxE[:, None] ^ (np.arange(LENGTH) % 2 > 0)[:, None]
 
 
-@pytest.mark.parametrize("mask", [MASK_BxE[0], MASK_BxE, MASK_BxSxE], ids=["one", "rows", "tokens"])
+@pytest.mark.parametrize("mask", [MASK_BxE[0], MASK_BxE, MASK_BxSxE], ids=["one", "sequences", "tokens"])
 def test_masked_experts_weigh_nothing_and_the_others_sum_to_one(mask):
-    """One mask for all rows, one for each, or one for each token."""
-    x, row, bias = random_router()
-    logits, weights = router(*to_float32((x, row, bias)), mask)
+    """One mask for all sequences, one for each, or one for each token."""
+    x, weight, bias = random_router()
+    logits, weights = router(*to_float32((x, weight, bias)), mask)
     on = np.broadcast_to(mask if mask.ndim == 3 else np.atleast_2d(mask)[:, None], weights.shape)
-    exact = np.einsum("bsd,ed->bse", x, row) - np.abs(bias)
+    exact = np.einsum("bsd,ed->bse", x, weight) - np.abs(bias)
     scores = np.where(on, np.exp(exact), 0)
     np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(weights, scores / scores.sum(-1, keepdims=True), rtol=1e-5)

@@ -30,7 +30,7 @@ def hopper_interpreted():
 
 @contextlib.contextmanager
 def hopper_stand_ins():
-    """Within it plain functions compute what JAX's grouped matmuls for Hopper GPUs do: anything in rows of no group."""
+    """Replaces JAX's grouped matmuls for Hopper GPUs by plain functions; tokens without a group get NaN."""
     library = "jax.experimental.pallas.ops.gpu"
     with (
         mock.patch(f"{library}.ragged_dot_mgpu.ragged_dot", _ragged_dot),
@@ -44,7 +44,7 @@ def _ragged_dot(x, kernels, *, group_sizes, transpose_rhs=False, **_):
     return jnp.where((jnp.arange(len(x)) < group_sizes.sum())[:, None], y, jnp.nan)
 
 
-def _transposed_ragged_dot(x, toward, *, group_sizes, **_):
+def _transposed_ragged_dot(x, cotangent, *, group_sizes, **_):
     group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
     is_of = (group[:, None] == jnp.arange(len(group_sizes))).astype(x.dtype)
-    return jnp.einsum("RE,RD,RF->EDF", is_of, x, toward)
+    return jnp.einsum("RE,RD,RF->EDF", is_of, x, cotangent)

@@ -39,14 +39,14 @@ def stack(*experts):
 
 
 def random_batch(lengths, width, seed=0, vocab_size=ARCHITECTURE.vocab_size):
-    """A batch with one row for each list of document lengths; what they leave of the width is padding."""
+    """A batch with one sequence for each list of document lengths; what they leave of the width is padding."""
     rng = np.random.default_rng(seed)
     segment_ids, positions = np.zeros((2, len(lengths), width), np.int32)
-    for row, documents in enumerate(lengths):
+    for i, documents in enumerate(lengths):
         start = 0
         for number, length in enumerate(documents, start=1):
-            segment_ids[row, start : start + length] = number
-            positions[row, start : start + length] = np.arange(length)
+            segment_ids[i, start : start + length] = number
+            positions[i, start : start + length] = np.arange(length)
             start += length
     tokens, targets = rng.integers(0, vocab_size, (2, len(lengths), width), dtype=np.int32)
     return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids, "positions": positions}

@@ -18,12 +18,12 @@ from tests.support.pallas_interpreter import interpreted
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 16, 256
-# A row of one document; of three, whose ends are no multiples of a block, and padding; of one token and padding.
+# A sequence of one document; of three, whose ends are no multiples of a block, and padding; of one token and padding.
 SEGMENT_IDS = random_batch([[256], [100, 3, 130], [1], [128, 128]], LENGTH)["segment_ids"]
 
 
 def random_arguments(length=LENGTH, dtype=jnp.float32):
-    """(query, key, value, where the output ought to go)."""
+    """(query, key, value, cotangent)."""
     rng = np.random.default_rng(0)
     return tuple(
         jnp.asarray(rng.normal(size=(len(SEGMENT_IDS), length, heads, HEAD_DIM)), dtype)
@@ -42,14 +42,14 @@ def plain(query, key, value, segment_ids):
 
 
 def with_gradients(attend, arguments, segment_ids=SEGMENT_IDS):
-    *inputs, toward = arguments
+    *inputs, cotangent = arguments
 
-    def computed(toward, *inputs):
+    def computed(cotangent, *inputs):
         out, pull = jax.vjp(lambda *inputs: attend(*inputs, segment_ids), *inputs)
-        return out, *pull(toward)
+        return out, *pull(cotangent)
 
     with interpreted():
-        return jax.jit(computed, compiler_options=COMPILE_FAST)(toward, *inputs)
+        return jax.jit(computed, compiler_options=COMPILE_FAST)(cotangent, *inputs)
 
 
 @pytest.fixture(scope="module")
