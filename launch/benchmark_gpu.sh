@@ -17,7 +17,7 @@ HELP
   exit 0
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-dry_run= python= out=runs/benchmark_gpu
+dry_run="" python="" out=runs/benchmark_gpu
 for argument in "$@"; do
   case $argument in
     --dry-run) dry_run=yes ;;
@@ -31,7 +31,7 @@ if [ -z "$python" ]; then
   python=python
   if [ -z "$dry_run" ]; then
     make_environment requirements-test.txt
-    pip install --quiet --disable-pip-version-check --constraint "$root/requirements.txt" --editable "$root[cuda]"
+    pip install --quiet --disable-pip-version-check --constraint "$root/requirements.txt" --editable "${root}[cuda]"
   fi
 fi
 # JAX takes three quarters of the GPU's memory by default; with less memory XLA rematerializes more.

@@ -12,8 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TABLE = "launch/terms.toml"
-# They list the old terms: the table, and the notes on renamed keys and modules.
-SKIPPED = (TABLE, "CHANGELOG.md")
+# They contain the old terms on purpose: the table, its tests, and the list of renamed keys and modules.
+SKIPPED = (TABLE, "tests/test_check_terms.py", "CHANGELOG.md")
 SUFFIXES = (".py", ".md", ".sh", ".toml", ".cfg", ".html", ".jinja", ".yaml", ".yml", ".txt")
 
 

@@ -22,7 +22,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 selection=(-m "not slow") extras=() types=yes
 while [ $# -gt 0 ]; do
   case $1 in
-    --fast) selection=(-m "fast and not slow") types= ;;
+    --fast) selection=(-m "fast and not slow") types="" ;;
     --all) selection=() ;;
     --interop | --plan) extras+=("${1#--}") ;;
     *) break ;;

@@ -15,7 +15,9 @@ from tests.support import small
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 
 
-@pytest.mark.parametrize("script", ["benchmark_gpu.sh", "benchmark_merge.sh", "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize(
+    "script", ["benchmark_gpu.sh", "benchmark_merge.sh", "check_terms.sh", "quickstart.sh", "test.sh"]
+)
 def test_help_names_the_script_and_does_nothing(script, tmp_path):
     result = subprocess.run(
         ["bash", str(LAUNCH / script), "--help"], capture_output=True, text=True, cwd=tmp_path, check=True
