@@ -34,13 +34,8 @@ FAST = (
     *("tests/serving/test_access.py", "tests/serving/test_chat.py", "tests/serving/test_schema.py"),
     *("tests/planning/test_chips.py", "tests/planning/test_hlo.py"),
     *("tests/training/test_optimizer.py", "tests/training/test_metrics.py"),
-    *(
-        "tests/test_check_terms.py",
-        "tests/test_configs.py",
-        "tests/test_docs.py",
-        "tests/test_launch.py",
-        "tests/test_progress.py",
-    ),
+    *("tests/test_check_terms.py", "tests/test_configs.py", "tests/test_docs.py", "tests/test_launch.py"),
+    "tests/test_progress.py",
 )
 
 
