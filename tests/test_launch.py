@@ -10,6 +10,7 @@ from flexolmo_jax.benchmark import run
 from flexolmo_jax.benchmark.machine import restored
 from flexolmo_jax.model.architecture import PAIR, Layout
 from flexolmo_jax.training.inputs import build_model
+from tests import conftest
 from tests.support import small
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
@@ -77,6 +78,11 @@ def test_an_unknown_option_of_the_gpu_script_is_refused(tmp_path):
     result = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (result.returncode, result.stdout) == (2, "")
     assert "--dryrun" in result.stderr
+
+
+def test_modules_of_the_fast_tests_exist():
+    for path in conftest.FAST:
+        assert (LAUNCH.parent / path).exists(), path
 
 
 def test_every_script_is_valid_shell():
