@@ -54,7 +54,8 @@ benchmark() {
 
 [[ $out = /* ]] || out=$PWD/$out
 cd "$root"
-run env JAX_PLATFORMS=cuda,cpu "$python" -m pytest tests/model/test_attention_accelerators.py tests/model/test_grouped_matmul.py
+run env JAX_PLATFORMS=cuda,cpu "$python" -m pytest \
+  tests/model/kernels/test_accelerator_attention.py tests/model/kernels/test_grouped_matmul.py
 run "$python" benchmarks/kernels.py
 benchmark expert_tiny --config=configs/expert.py:tiny --step=expert
 benchmark expert_7b --config=configs/expert.py:7b --step=expert --config.data.batch_size=2
