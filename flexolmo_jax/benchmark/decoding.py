@@ -11,7 +11,7 @@ import numpy as np
 
 from flexolmo_jax.benchmark import machine
 from flexolmo_jax.benchmark.subject import Spec
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, ExpertRecord, ModelManifest
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.inference.request import Request
@@ -89,10 +89,10 @@ class Decoding:
 
 def random_model(decoder: Decoder, config) -> Model:
     """A model with random weights, as `flexolmo_jax.load` would hold it, in the dtype of the computation."""
-    names = [directories.ANCHOR_NAME, *(f"expert{i}" for i in range(1, decoder.layout.num_experts))]
-    manifest = directories.Model(
+    names = [ANCHOR_NAME, *(f"expert{i}" for i in range(1, decoder.layout.num_experts))]
+    manifest = ModelManifest(
         architecture=dataclasses.asdict(decoder.architecture),
-        experts=[directories.Expert(name, {}, {}) for name in names],
+        experts=[ExpertRecord(name=name, leaves={}, card={}) for name in names],
         shared={},
         top_k=decoder.layout.top_k,
         tokenizer_digest="",

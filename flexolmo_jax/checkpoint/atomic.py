@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from etils import epath
 
@@ -10,35 +10,60 @@ from flexolmo_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def atomic_directory(path: epath.PathLike, *, flag: str = "--out") -> Iterator[epath.Path]:
-    """Yields a temporary directory beside `path` that takes its name when the block ends well.
+def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection[str] = ()) -> Iterator[epath.Path]:
+    """Yields a directory to fill, which is there under its name only when the block ends well.
 
-    The temporary name is the same for every attempt, so what an attempt that was killed left behind is
-    removed by the next one. When the block raises, the temporary directory is removed.
+    Locally that is a temporary directory beside `path`, renamed at the end. Object stores (`://`) cannot rename a
+    directory in one step: there `path` itself is filled, and it counts as absent until it has its manifest, which the
+    block writes last. What a killed attempt left behind is removed by the next one.
 
     Args:
-      path: the directory to make; local or `gs://` (where the final rename is a copy, not atomic).
-      flag: the flag that asked for it, named in errors.
+      path: the directory to make.
+      manifest: the file that makes a directory in an object store complete.
+      names: what such a directory holds at its top; anything else is never removed.
 
     Raises:
       UserError: `path` exists already.
     """
     path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.incomplete"
+    in_place = "://" in os.fspath(path)
+    filled = path if in_place else path.parent / f".{path.name}.incomplete"
+    complete = True
     try:
-        if path.exists():
-            raise UserError(f"{flag}={path}: exists already; name a new directory, or remove this one first")
-        if temporary.exists():
-            temporary.rmtree()
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(path)
+        if path.exists() and not (in_place and _is_leftover(path, manifest, names)):
+            raise UserError(f"{path}: exists already; name a new directory, or remove this one first")
+        if filled.exists():
+            filled.rmtree()
+        complete = False
+        filled.mkdir(parents=True)
+        yield filled
+        if not in_place:
+            _sync(filled)
+            filled.rename(path)
+            _sync(path.parent)
+        complete = True
     except OSError as error:
-        # A write names no file, and what goes wrong in the temporary directory is of no interest to who named `path`.
-        if error.filename is None or os.fspath(temporary) in str(error.filename):
-            error.filename = f"{flag}={path}"
+        # An error of writing names no file, or one in the temporary directory, which the user does not know.
+        if error.filename is None or os.fspath(filled) in str(error.filename):
+            error.filename = os.fspath(path)
         raise
     finally:
-        with contextlib.suppress(OSError):  # what failed first is what counts; the next attempt removes the rest
-            if temporary.exists():
-                temporary.rmtree()
+        if not complete:
+            with contextlib.suppress(OSError):  # the first error counts; the next attempt removes the rest
+                if filled.exists():
+                    filled.rmtree()
+
+
+def _is_leftover(path: epath.Path, manifest: str, names: Collection[str]) -> bool:
+    found = {entry.name for entry in path.iterdir()} if path.is_dir() else {""}
+    return bool(manifest) and manifest not in found and found <= set(names)
+
+
+def _sync(directory: epath.Path) -> None:
+    """Has the names in a directory written to disk where the file system can, not the content of its files."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

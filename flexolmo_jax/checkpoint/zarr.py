@@ -1,4 +1,4 @@
-"""How a tree of arrays lies on disk: in Orbax's layout, zarr3 with a folder a leaf, each block a file of its bytes."""
+"""How a tree of arrays lies on disk: in Orbax's layout, zarr3 with a folder for each leaf, a file for each chunk."""
 
 import json
 import math
@@ -11,50 +11,49 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from flexolmo_jax.checkpoint.files import FILE, Chunks, Described, Names
+from flexolmo_jax.checkpoint.digests import Index
+from flexolmo_jax.checkpoint.files import FILE, Content, Names
 
 METADATA = "_METADATA"
 LEAF_METADATA = "zarr.json"
 
-Index = tuple[slice, ...]
-
 
 class TreeWriter:
-    """Makes a tree: `create` each leaf, write its blocks, then `finish`."""
+    """Makes a tree: `create` each leaf, write its chunks, then `finish`."""
 
     def __init__(self, path: epath.PathLike):
         """Starts a tree in `path`, which must not exist."""
         self._path = epath.Path(path)
         self._path.mkdir(parents=True)
         self._shapes: dict[str, Sequence[int]] = {}
-        self._blocks: dict[str, tuple[Sequence[int], int]] = {}
+        self._chunks: dict[str, tuple[Sequence[int], int]] = {}
 
     def create(
-        self, name: str, shape: Sequence[int], dtype: np.dtype, block: Sequence[int], experts: int | None
+        self, name: str, shape: Sequence[int], dtype: np.dtype, chunk: Sequence[int], experts: int | None
     ) -> None:
-        """Makes an array to be filled in units of `block`, with a new axis 1 of that many `experts` where given."""
+        """Makes an array to be filled in units of `chunk`, with a new axis 1 of that many `experts` unless None."""
         self._shapes[name] = with_expert(shape, experts)
-        self._blocks[name] = block, math.prod(block) * np.dtype(dtype).itemsize
-        stored_block = with_expert(block, None if experts is None else 1)
+        self._chunks[name] = chunk, math.prod(chunk) * np.dtype(dtype).itemsize
+        stored_chunk = with_expert(chunk, None if experts is None else 1)
         folder = self._path / folder_name(name)
         folder.mkdir()
-        (folder / LEAF_METADATA).write_text(json.dumps(_metadata(self._shapes[name], dtype, stored_block)))
+        (folder / LEAF_METADATA).write_text(json.dumps(_metadata(self._shapes[name], dtype, stored_chunk)))
 
-    def write(self, name: str, expert: int | None, index: Index, pieces: Iterable[np.ndarray]) -> None:
-        """Writes one block; zeros fill it up where the array ends within it.
+    def write(self, name: str, expert: int | None, index: Index, values: Iterable[np.ndarray]) -> None:
+        """Writes one chunk; zeros fill it up where the array ends within it.
 
         Args:
           name: the leaf.
           expert: position on the expert axis, or None when there is no such axis.
-          index: the block's range, without the expert axis.
-          pieces: its values, flat in C order, as consecutive parts.
+          index: the chunk's range, without the expert axis.
+          values: its values, flat in C order, in consecutive arrays.
         """
-        block, block_bytes = self._blocks[name]
-        path = self._path / folder_name(name) / _file_name(index, block, expert)
+        chunk, padding = self._chunks[name]
+        path = self._path / folder_name(name) / _file_name(index, chunk, expert)
         with path.open("wb") as file:
-            for values in pieces:
-                block_bytes -= file.write(values.view(np.uint8))
-            file.write(bytes(block_bytes))
+            for part in values:
+                padding -= file.write(part.view(np.uint8))
+            file.write(bytes(padding))
 
     def finish(self) -> None:
         """Writes the index that makes the directory an Orbax checkpoint."""
@@ -95,33 +94,38 @@ def folder_name(leaf: str) -> str:
     return leaf.replace("/", ".")
 
 
-def _held_in_tree(index: epath.Path) -> Names | None:
+def tree_content(folder: epath.Path) -> Names | None:
+    """What the folder of a tree holds (`files.Content`): the index, and a folder for each leaf that it names."""
     try:
-        names = leaf_names(json.loads(index.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = leaf_names(json.loads((folder / METADATA).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return {METADATA: FILE, **{folder_name(name): _LEAF for name in names}}
+    content: dict[str, Content] = {METADATA: FILE, **{folder_name(name): _leaf_content for name in names}}
+    return content
 
 
-def _held_in_leaf(metadata: epath.Path) -> Names | None:
-    """What zarr3 says, `chunk-key-encodings` included."""
+def _leaf_content(folder: epath.Path) -> Names | None:
     try:
-        document = json.loads(metadata.read_text())
+        document = json.loads((folder / LEAF_METADATA).read_text())
         lengths = zip(document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"], strict=True)
-        grid = tuple(-(-int(length) // int(chunk)) for length, chunk in lengths)
-        encoding = document["chunk_key_encoding"]
-        name, settings = (encoding, {}) if isinstance(encoding, str) else (encoding["name"], encoding)
-        prefix, usual = {"default": (("c",), "/"), "v2": ((), ".")}[name]
-        separator = settings.get("configuration", {}).get("separator", usual)
-        if separator not in ("/", "."):
-            return None
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return _Chunks([-(-int(length) // int(chunk)) for length, chunk in lengths])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return None
-    return Chunks(LEAF_METADATA, prefix, grid if grid or prefix else (1,), separator)
 
 
-_LEAF = Described(LEAF_METADATA, _held_in_leaf)
-TREE = Described(METADATA, _held_in_tree)
+class _Chunks:
+    """What the folder of a leaf holds: its metadata, and a file for each chunk of a grid."""
+
+    def __init__(self, grid: Sequence[int]):
+        self._grid = grid
+
+    def get(self, name: str, /) -> Content | None:
+        prefix, *place = name.split(".")
+        # str(int): a chunk has one name.
+        numbers = [int(part) for part in place if part.isascii() and part.isdigit() and part == str(int(part))]
+        is_chunk = prefix == "c" and len(numbers) == len(place) == len(self._grid)
+        inside = is_chunk and all(number < length for number, length in zip(numbers, self._grid, strict=True))
+        return FILE if inside or name == LEAF_METADATA else None
 
 
 def with_expert(axes: Sequence[Any], expert: Any) -> tuple[Any, ...]:
@@ -129,32 +133,32 @@ def with_expert(axes: Sequence[Any], expert: Any) -> tuple[Any, ...]:
     return tuple(axes) if expert is None else (*axes[:1], expert, *axes[1:])
 
 
-def block_folder(leaf: ts.TensorStore, block: Sequence[int]) -> epath.Path | None:
-    """The local folder of a leaf whose blocks of that shape are files of their bytes, or None if they are not."""
+def chunk_folder(leaf: ts.TensorStore, chunk: Sequence[int]) -> epath.Path | None:
+    """The local folder of a leaf whose chunks of that shape are files of their bytes, or None if they are not."""
     spec = leaf.spec().to_json()
-    plain = spec["metadata"] == _metadata(leaf.shape, leaf.dtype.numpy_dtype, block)
+    plain = spec["metadata"] == _metadata(leaf.shape, leaf.dtype.numpy_dtype, chunk)
     return epath.Path(spec["kvstore"]["path"]) if plain and spec["kvstore"]["driver"] == "file" else None
 
 
-def read_block_file(
-    folder: epath.Path, index: Index, block: Sequence[int], expert: int | None, buffer: np.ndarray
+def read_chunk_file(
+    folder: epath.Path, index: Index, chunk: Sequence[int], expert: int | None, buffer: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """Yields the values of a block that `TreeWriter.write` wrote, each time as many as fit, in the buffer.
+    """Yields the values of a chunk that `TreeWriter.write` wrote, each time as many as fit, in the buffer.
 
     Args:
       folder: of the leaf.
-      index: the block's range, without the expert axis.
-      block: shape of the leaf's blocks, without the expert axis.
+      index: the chunk's range, without the expert axis.
+      chunk: shape of the leaf's chunks, without the expert axis.
       expert: position on the expert axis, or None when there is no such axis.
       buffer: one axis, of the leaf's dtype.
 
     Raises:
-      OSError: the file is missing, or not of a block's size.
+      OSError: the file is missing, or not of a chunk's size.
     """
-    path = folder / _file_name(index, block, expert)
+    path = folder / _file_name(index, chunk, expert)
     count = math.prod(at.stop - at.start for at in index)
     with path.open("rb") as file:
-        size, expected = os.fstat(file.fileno()).st_size, math.prod(block) * buffer.itemsize
+        size, expected = os.fstat(file.fileno()).st_size, math.prod(chunk) * buffer.itemsize
         if size != expected:
             raise OSError(f"{path} holds {size} bytes, not {expected}")
         for start in range(0, count, buffer.size):
@@ -164,7 +168,7 @@ def read_block_file(
             yield values
 
 
-def _metadata(shape: Sequence[int], dtype: np.dtype, block: Sequence[int]) -> dict[str, Any]:
+def _metadata(shape: Sequence[int], dtype: np.dtype, chunk: Sequence[int]) -> dict[str, Any]:
     """A leaf's zarr3 metadata."""
     return {
         "zarr_format": 3,
@@ -172,13 +176,13 @@ def _metadata(shape: Sequence[int], dtype: np.dtype, block: Sequence[int]) -> di
         "data_type": np.dtype(dtype).name,
         "shape": list(shape),
         "fill_value": 0,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(block)}},
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
         # All in one folder: a folder for each index, the default, can take longer to make than its file to write.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
     }
 
 
-def _file_name(index: Index, block: Sequence[int], expert: int | None) -> str:
-    place = (at.start // step for at, step in zip(index, block, strict=True))
+def _file_name(index: Index, chunk: Sequence[int], expert: int | None) -> str:
+    place = (at.start // step for at, step in zip(index, chunk, strict=True))
     return ".".join(map(str, ("c", *with_expert(tuple(place), expert))))

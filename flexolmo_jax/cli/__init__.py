@@ -41,6 +41,7 @@ COMMANDS = {
     "serve": "serves a model with the OpenAI API",
     "benchmark": "measures training and decoding steps on this machine, and compares with transformers",
     "plan": "computes memory and time of a training step on TPUs or GPUs that this machine lacks",
+    "convert": "converts a directory of format 1, which earlier versions wrote, to format 2",
     "inspect": "describes a directory and checks its digests",
     "import-hf": "makes a model or a contribution from a Hugging Face directory",
     "export-hf": "makes a Hugging Face directory from a model, an anchor or a contribution",

@@ -101,12 +101,12 @@ def _losses(model, corpora):
 
 def _about_baseline(model):
     """A sentence on what the baseline is."""
-    from flexolmo_jax.checkpoint.directories import ROUTER_LEAVES
+    from flexolmo_jax.checkpoint.manifests import is_router_leaf
 
     if len(model.roster) == 1:
         return f"{_MODEL.value}: is an anchor, its own baseline."
-    trained = [] if model.manifest.tuned is None else model.manifest.tuned["leaves"]
-    if not set(trained) <= set(ROUTER_LEAVES):
+    trained = [] if model.manifest.tuned is None else model.manifest.tuned.leaves
+    if not all(map(is_router_leaf, trained)):
         return "anchor: the model without any contributed expert, after what was trained since the merge."
     return "anchor: the model without any contributed expert, which is the anchor it was merged from."
 

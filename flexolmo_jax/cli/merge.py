@@ -20,6 +20,7 @@ _CONTRIBUTIONS = flags.DEFINE_multi_string(
 )
 _OUT = flags.DEFINE_string("out", None, "Model directory to make.")
 _TOP_K = flags.DEFINE_integer("top_k", 4, "Experts that compute each token; all of them, where there are fewer.")
+_METHOD = flags.DEFINE_string("method", "stack", "How the experts are combined.")
 _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Of all leaves; by default each has that of the anchor's.")
 flags.mark_flags_as_required(["anchor", "out"])
 
@@ -27,11 +28,11 @@ flags.mark_flags_as_required(["anchor", "out"])
 def run() -> None:
     """Merges, and says what the model holds."""
     from flexolmo_jax.combine.contribution import parse_contribution
-    from flexolmo_jax.combine.stack import merge
+    from flexolmo_jax.combine.merge import merge
     from flexolmo_jax.errors import UserError
 
     if not _CONTRIBUTIONS.value:
         raise UserError("--contribution: none given; give the flag once for each contribution directory")
     contributions = [parse_contribution(value) for value in _CONTRIBUTIONS.value]
-    merged = merge(_ANCHOR.value, contributions, _OUT.value, _TOP_K.value, _DTYPE.value)
+    merged = merge(_ANCHOR.value, contributions, _OUT.value, _TOP_K.value, _DTYPE.value, _METHOD.value)
     print(f"{_OUT.value}: {', '.join(merged.roster)}")

@@ -12,6 +12,7 @@ _KEEP = flags.DEFINE_bool(
     "keep_tuned_router", False, "Keep a router that was tuned after the merge, at the price of exactness."
 )
 flags.mark_flags_as_required(["model", "out"])
+FLAG_OF = {"names": "expert"}
 
 
 def run() -> None:

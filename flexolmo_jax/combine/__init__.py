@@ -1,0 +1,1 @@
+"""Combining an anchor and contributions into one model, and leaving it again."""

@@ -9,10 +9,10 @@ from etils import epath
 from rich.table import Table
 from rich.text import Text
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.roster import Casts
-from flexolmo_jax.checkpoint.tree import Slice
-from flexolmo_jax.checkpoint.verify import check_content, check_leaves, check_model, open_model
+from flexolmo_jax.checkpoint import model_directory
+from flexolmo_jax.checkpoint.manifests import STACK, Casts, ExpertRecord, ModelManifest
+from flexolmo_jax.checkpoint.model_directory import check_content, check_leaves, check_model, read_model
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
@@ -22,7 +22,7 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
     """Reads a directory's manifest and, with `check`, all of its content.
 
     Returns:
-      ({fact: value} of the whole, a table with a row for each expert, or None for a corpus).
+      ({fact: value} of the whole, a table of the experts, or None for a corpus).
 
     Raises:
       UserError: not one of our directories, or its content is not what its manifest says.
@@ -30,7 +30,7 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
     if not epath.Path(path).is_dir():
         state = "is a file" if epath.Path(path).exists() else "no such directory"
         raise UserError(f"{path}: {state}; give a model, a contribution or a corpus directory")
-    kind = directories.kind_of(path)
+    kind = model_directory.kind_of(path)
     if kind is None:
         raise UserError(f"{path}: neither a model, a contribution nor a corpus; give one of these directories")
     facts, table = {"model": _model, "contribution": _contribution, "corpus": _corpus}[kind](path, check)
@@ -38,48 +38,55 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
 
 
 def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
-    manifest = directories.Model.read(path, flag="", strict=True)
-    shared, experts = open_model(path, manifest, str(path))
+    manifest = read_model(path, strict=True)
+    shared, experts = model_directory.open_model(path, manifest)
+    statistics = model_directory.open_statistics(path, manifest)
     if check:
         check_model(manifest, shared, experts)
-        _check_company(epath.Path(path), manifest)
+        check_content(statistics, {expert.name: expert.statistics for expert in manifest.experts})
+        _check_other_files(epath.Path(path), manifest)
     facts = {
+        **({} if manifest.method == STACK else {"method": manifest.method}),
         "architecture": _architecture(manifest.architecture),
         "anchor digest": manifest.anchor_digest,
         "shared leaves": f"{_parameters(shared):,} parameters",
         "dtype": _dtypes({"": shared, **experts}),
         **_casts([(expert.name, expert.casts) for expert in manifest.experts], manifest.casts),
+        **_statistics(statistics),
         "experts per token": f"{min(manifest.top_k, len(manifest.experts))} of {len(manifest.experts)}",
-        "tuned since": ", ".join(manifest.tuned["leaves"]) if manifest.tuned else "nothing",
+        "tuned since": ", ".join(manifest.tuned.leaves) if manifest.tuned else "nothing",
     }
-    return facts, _roster([(expert, experts[expert.name]) for expert in manifest.experts])
+    members = [(expert, experts[expert.name]) for expert in manifest.experts]
+    return facts, _roster([*members, *((expert, {}) for expert in manifest.combined)])
 
 
-def _check_company(path: epath.Path, manifest: directories.Model) -> None:
+def _check_other_files(path: epath.Path, manifest: ModelManifest) -> None:
     """Checks what lies beside a model's parameters: tokenizer, merged router, public sample."""
-    tokenizer = path / directories.TOKENIZER_FILE
+    tokenizer = path / model_directory.TOKENIZER_FILE
     if tokenizer.exists() and load_tokenizer(tokenizer, eos_id=manifest.eos_id).digest != manifest.tokenizer_digest:
         raise UserError(f"{tokenizer}: not the tokenizer that the model was trained with; copy it again")
     if manifest.tuned:
-        check_content(directories.merged_router(path, manifest), manifest.stored_router)
-    if (path / directories.PUBLIC).exists():
-        Corpus.open(path / directories.PUBLIC).verify()
+        check_content(model_directory.open_merged_router(path, manifest), manifest.stored_router)
+    if (path / model_directory.PUBLIC).exists():
+        Corpus.open(path / model_directory.PUBLIC).verify()
 
 
 def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
-    contribution = directories.Contribution.read(path, flag="", strict=True)
-    expert = contribution.expert
-    leaves = {leaf: Slice(s, None, f"{path}: leaf {leaf}") for leaf, s in directories.open_params(path).items()}
-    check_leaves(leaves, expert.leaves, str(path))
+    manifest = model_directory.read_contribution(path, strict=True)
+    leaves = {leaf: Slice(s, None, f"{path}: leaf {leaf}") for leaf, s in model_directory.open_params(path).items()}
+    check_leaves(leaves, manifest.leaves, str(path))
+    statistics = model_directory.open_statistics(path, manifest)
     if check:
-        check_content({"expert": leaves}, {"expert": expert.stored})
+        check_content({"expert": leaves}, {"expert": manifest.stored})
+        check_content(statistics, {manifest.name: manifest.statistics})
     facts = {
-        "architecture": _architecture(contribution.architecture),
-        "anchor digest": contribution.anchor_digest,
+        "architecture": _architecture(manifest.architecture),
+        "anchor digest": manifest.anchor_digest,
         "dtype": _dtypes({"expert": leaves}),
-        **_casts([(expert.name, expert.casts)]),
+        **_casts([(manifest.name, manifest.casts)]),
+        **_statistics(statistics),
     }
-    return facts, _roster([(expert, leaves)])
+    return facts, _roster([(ExpertRecord.of(manifest), leaves)])
 
 
 def _corpus(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], None]:
@@ -95,16 +102,16 @@ def _corpus(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], None]:
     return facts, None
 
 
-def _roster(members: list[tuple[directories.Expert, Mapping[str, Slice]]]) -> Table:
+def _roster(members: list[tuple[ExpertRecord, Mapping[str, Slice]]]) -> Table:
     table = Table("expert", "digest", "parameters", "trained tokens", "data")
     for expert, leaves in members:
         card = expert.card
         tokens = card.get("trained_tokens")
         trained = f"{tokens:,}" if isinstance(tokens, int) else "-"
-        said = "; ".join(str(card[key]) for key in ("description", "license") if card.get(key)) or "-"
+        words = "; ".join(str(card[key]) for key in ("description", "license") if card.get(key)) or "-"
         name = expert.name if expert.owner_name == expert.name else f"{expert.name} (its owner's {expert.owner_name})"
         # Text: what an owner wrote is no markup.
-        table.add_row(Text(name), expert.digest[:12], f"{_parameters(leaves):,}", trained, Text(said))
+        table.add_row(Text(name), expert.digest[:12], f"{_parameters(leaves):,}", trained, Text(words))
     return table
 
 
@@ -117,9 +124,15 @@ def _dtypes(groups: Mapping[str, Mapping[str, Slice]]) -> str:
 def _casts(experts: list[tuple[str, Casts]], shared: Casts | None = None) -> dict[str, str]:
     """A line where leaves are stored in another dtype than they were published in."""
     groups = [*experts, ("shared", shared or {})]
-    counts = collections.Counter((name, " to ".join(c["dtypes"])) for name, casts in groups for c in casts.values())
-    said = "; ".join(f"{name}: {n} leaves from {dtypes}" for (name, dtypes), n in counts.items())
-    return {"cast": said} if said else {}
+    counts = collections.Counter((name, " to ".join(c.dtypes)) for name, casts in groups for c in casts.values())
+    lines = "; ".join(f"{name}: {n} leaves from {dtypes}" for (name, dtypes), n in counts.items())
+    return {"cast": lines} if lines else {}
+
+
+def _statistics(statistics: Mapping[str, Mapping[str, Slice]]) -> dict[str, str]:
+    """A line where experts have statistics."""
+    lines = "; ".join(f"{name}: {', '.join(leaves)}" for name, leaves in statistics.items() if leaves)
+    return {"statistics": lines} if lines else {}
 
 
 def _parameters(leaves: Mapping[str, Slice]) -> int:

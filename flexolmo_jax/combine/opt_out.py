@@ -1,17 +1,23 @@
 """Opting out: a model without an expert, exactly as if that expert had never been merged."""
 
-import dataclasses
 import json
 from collections.abc import Sequence, Set
 from typing import Any
 
 from etils import epath
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.verify import open_model, write_merged_router
-from flexolmo_jax.combine.stack import assemble, copy_tokenizer
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.checkpoint.manifests import ExpertRecord, ModelManifest, is_router_leaf
+from flexolmo_jax.checkpoint.model_directory import (
+    CERTIFICATE_FILE,
+    copy_tokenizer,
+    open_merged_router,
+    open_model,
+    open_statistics,
+    read_model,
+    write_model,
+)
+from flexolmo_jax.combine.merge import METHODS
+from flexolmo_jax.errors import ArgumentError, UserError
 
 IMPORTED = "imported"  # in an anchor's data card: where a model came from; "experts" are those that came with it
 EXACT = "exact: every leaf equals, byte for byte, the merge that never had the removed experts"
@@ -43,18 +49,21 @@ def opt_out(
       model: model directory.
       names: experts to remove.
       out: the model directory to make.
-      keep_tuned_router: keep router rows and biases as tuned.
+      keep_tuned_router: keep router weights and biases as tuned.
 
     Raises:
-      UserError: a name is not on the roster or is the anchor, the model is damaged or holds what does not belong in
-        it, or `out` exists.
+      ArgumentError: a name is not on the roster or is the anchor.
+      UserError: the model is damaged, holds what does not belong in it, or was combined by a method that does not keep
+        experts apart; or `out` exists.
     """
-    manifest = directories.Model.read(model, flag="--model", strict=True)
-    check_removable(names, manifest.roster, "--expert")
-    shared, experts = open_model(model, manifest, f"--model={model}")
-    trained = set(manifest.tuned["leaves"]) if manifest.tuned else set()
-    together = trained if keep_tuned_router else trained - set(directories.ROUTER_LEAVES)
-    routers = directories.merged_router(model, manifest) if trained else {}
+    manifest = read_model(model, strict=True)
+    _check_method(model, manifest)
+    check_removable(names, manifest.roster)
+    shared, experts = open_model(model, manifest)
+    statistics = open_statistics(model, manifest)
+    trained = set(manifest.tuned.leaves) if manifest.tuned else set()
+    together = trained if keep_tuned_router else {leaf for leaf in trained if not is_router_leaf(leaf)}
+    routers = open_merged_router(model, manifest) if trained else {}
     if trained and not keep_tuned_router:
         experts = {name: leaves | routers[name] for name, leaves in experts.items()}
         manifest = with_merged_router(manifest)
@@ -66,32 +75,50 @@ def opt_out(
         "guarantee": _guarantee(trained, together, bool(imported_experts(manifest))),
         "trained_together": sorted(together),
     }
-    with atomic_directory(out) as directory:
-        assemble(directory, remaining, shared, {e.name: experts[e.name] for e in remaining.experts})
+
+    def complete(directory: epath.Path, written: ModelManifest) -> None:
         copy_tokenizer(model, directory)
-        if remaining.tuned:
-            routers = {name: routers[name] for name in remaining.roster}
-            write_merged_router(directory, routers, remaining)
-        (directory / directories.CERTIFICATE_FILE).write_text(json.dumps(certificate, indent=2) + "\n")
+        (directory / CERTIFICATE_FILE).write_text(json.dumps(certificate, indent=2) + "\n")
+
+    write_model(
+        out,
+        remaining,
+        shared,
+        {name: experts[name] for name in remaining.roster},
+        statistics={name: statistics[name] for name in remaining.roster},
+        merged_router={name: routers[name] for name in remaining.roster} if remaining.tuned else None,
+        complete=complete,
+        title=f"{len(remaining.experts)} experts",
+    )
     return certificate
 
 
-def _line(expert: directories.Expert) -> dict[str, str]:
+def _check_method(model: epath.PathLike, manifest: ModelManifest) -> None:
+    """Raises UserError where the model does not hold every expert as it was contributed."""
+    method = METHODS.get(manifest.method)
+    if method is None or not method.keeps_experts:
+        raise UserError(
+            f"{model}: its experts were combined by the method '{manifest.method}', which does not keep them apart; "
+            "merge the anchor and the other contributions again"
+        )
+
+
+def _line(expert: ExpertRecord) -> dict[str, str]:
     """An expert in a certificate; its owner's name for it, where that is another."""
     line = {"name": expert.name, "digest": expert.digest}
     return line if expert.owner_name == expert.name else line | {"owner_name": expert.owner_name}
 
 
-def check_removable(names: Sequence[str], roster: Sequence[str], flag: str) -> None:
-    """Raises UserError unless every name is a contributed expert of the roster."""
+def check_removable(names: Sequence[str], roster: Sequence[str]) -> None:
+    """Raises ArgumentError unless every name is a contributed expert of the roster."""
     for name in names:
         if name not in roster[1:]:
-            what = "the anchor, which every model keeps" if name == roster[0] else "not on the roster"
+            problem = "the anchor, which every model keeps" if name == roster[0] else "not on the roster"
             known = ", ".join(roster[1:]) or "none, this is an anchor"
-            raise UserError(f"{flag}={name}: {what}; contributed experts: {known}")
+            raise ArgumentError("names", name, f"{problem}; contributed experts: {known}")
 
 
-def imported_experts(manifest: directories.Model) -> list[str]:
+def imported_experts(manifest: ModelManifest) -> list[str]:
     """The contributed experts that were imported together with the anchor, of whose merge nothing is known."""
     note = manifest.experts[0].card.get(IMPORTED)
     names = note.get("experts") if isinstance(note, dict) else None
@@ -104,26 +131,23 @@ def _guarantee(trained: Set[str], together: Set[str], imported: bool) -> str:
         return REMOVED_ONLY + UNKNOWN if together else AS_IMPORTED
     if not together:
         return ROUTER_RETURNED if trained else EXACT
-    return ROUTER_KEPT if together <= set(directories.ROUTER_LEAVES) else REMOVED_ONLY
+    return ROUTER_KEPT if all(map(is_router_leaf, together)) else REMOVED_ONLY
 
 
-def _without(manifest: directories.Model, names: Sequence[str], together: Set[str]) -> directories.Model:
+def _without(manifest: ModelManifest, names: Sequence[str], together: Set[str]) -> ModelManifest:
     """The manifest without some experts, in which the leaves `together` are tuned."""
-    experts = tuple(expert for expert in manifest.experts if expert.name not in names)
-    tuned = None
-    if together:
-        tuned = dataclasses.replace(manifest, experts=experts).tuned_in(together)
+    experts = [expert for expert in manifest.experts if expert.name not in names]
+    tuned = manifest.but(experts=experts).tuned_in(together) if together else None
     # An anchor alone is the anchor again, as it was published.
-    top_k = manifest.top_k if len(experts) > 1 else 1
-    return dataclasses.replace(manifest, experts=experts, tuned=tuned, top_k=top_k)
+    return manifest.but(experts=experts, tuned=tuned, top_k=manifest.top_k if len(experts) > 1 else 1)
 
 
-def with_merged_router(manifest: directories.Model) -> directories.Model:
+def with_merged_router(manifest: ModelManifest) -> ModelManifest:
     """The manifest that describes the experts with the merge's router in place of the tuned one."""
     merged, casts = manifest.merged_router, manifest.merged_router_casts
     experts = []
     for expert in manifest.experts:
         others = {leaf: cast for leaf, cast in expert.casts.items() if leaf not in merged[expert.name]}
         leaves = {**expert.leaves, **merged[expert.name]}
-        experts.append(dataclasses.replace(expert, leaves=leaves, casts=others | casts.get(expert.name, {})))
-    return dataclasses.replace(manifest, experts=tuple(experts))
+        experts.append(expert.but(leaves=leaves, casts=others | casts.get(expert.name, {})))
+    return manifest.but(experts=experts)

@@ -23,7 +23,7 @@ from etils import epath
 from rich.progress import SpinnerColumn, TimeElapsedColumn
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.tree import combined_digest
+from flexolmo_jax.checkpoint.digests import combined_digest
 from flexolmo_jax.data.bad_records import BadRecords, StoppedError
 from flexolmo_jax.data.token_files import TokenFileWriter, file_digest, find_above, find_document_ends, map_token_file
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer

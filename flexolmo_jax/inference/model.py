@@ -12,7 +12,9 @@ import numpy as np
 from etils import epath
 
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint import directories, tree
+from flexolmo_jax.checkpoint.manifests import ModelManifest
+from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FILE, open_params, read_model
+from flexolmo_jax.checkpoint.params import read_leaf
 from flexolmo_jax.data.pipeline import ARRAYS
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
@@ -45,7 +47,7 @@ class Model:
 
     def __init__(
         self,
-        manifest: directories.Model,
+        manifest: ModelManifest,
         params: Mapping[str, jax.Array],
         tokenizer: Tokenizer | None = None,
         dtype: str = "float32",
@@ -231,9 +233,9 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    manifest = directories.Model.read(path, flag="--model")
-    stored = directories.open_params(path)
-    file = epath.Path(path) / directories.TOKENIZER_FILE
+    manifest = read_model(path)
+    stored = open_params(path)
+    file = epath.Path(path) / TOKENIZER_FILE
     model = Model(manifest, {}, load_tokenizer(file, eos_id=manifest.eos_id) if file.exists() else None, dtype)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     expected = model.decoder.clone(compute=Compute()).abstract()
@@ -247,7 +249,7 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
     remedy = "load a smaller model" if dtype == "bfloat16" else "load it as bfloat16 (--dtype), or a smaller model"
     check_fits(size, f"--model={path}: as {dtype} it", remedy)
     for name, leaf in separate_layers(leaves, model.decoder.architecture.num_layers).items():
-        model.params[name] = tree.read_leaf(leaf, device, jnp.dtype(dtype), f"--model={path}: leaf {name}")
+        model.params[name] = read_leaf(leaf, device, jnp.dtype(dtype), f"--model={path}: leaf {name}")
     return model
 
 

@@ -4,8 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.roster import Casts
+from flexolmo_jax.checkpoint.manifests import Casts, ExpertRecord, ModelManifest
 from flexolmo_jax.combine.opt_out import imported_experts
 from flexolmo_jax.interop import parity
 
@@ -46,7 +45,7 @@ after the import. What was trained together before the import is not known; `cer
 
 
 def model_card(
-    manifest: directories.Model,
+    manifest: ModelManifest,
     *,
     size_of: Mapping[str, int],
     gate: parity.Parity,
@@ -89,7 +88,7 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(manifest: directories.Model) -> str:
+def _front_matter(manifest: ModelManifest) -> str:
     licenses = list(dict.fromkeys(str(e.card["license"]) for e in manifest.experts if e.card.get("license")))
     # Front matter knows one license; where there are several, the table says which.
     said = [f"license: {json.dumps(licenses[0] if len(licenses) == 1 else 'other')}"] if licenses else []
@@ -98,7 +97,7 @@ def _front_matter(manifest: directories.Model) -> str:
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
 
 
-def _introduction(manifest: directories.Model, size_of: Mapping[str, int]) -> str:
+def _introduction(manifest: ModelManifest, size_of: Mapping[str, int]) -> str:
     total, arch = sum(size_of.values()), manifest.architecture
     shape = f"{arch['num_layers']} layers of width {arch['d_model']}, vocabulary {arch['vocab_size']:,}"
     if len(manifest.experts) == 1:
@@ -114,11 +113,11 @@ def _introduction(manifest: directories.Model, size_of: Mapping[str, int]) -> st
     )
 
 
-def _how(manifest: directories.Model) -> _How:
+def _how(manifest: ModelManifest) -> _How:
     return _IMPORTED if imported_experts(manifest) else _MERGED
 
 
-def _roster(manifest: directories.Model, size_of: Mapping[str, int]) -> str:
+def _roster(manifest: ModelManifest, size_of: Mapping[str, int]) -> str:
     rows = [["expert", "digest", "parameters", "tokens", "trained tokens", "license", "data"]]
     for expert in manifest.experts:
         card = expert.card
@@ -128,7 +127,7 @@ def _roster(manifest: directories.Model, size_of: Mapping[str, int]) -> str:
     return _table(rows) + f"\n\nAll experts share {size_of['']:,} parameters (attention, norms, embeddings)."
 
 
-def _details(manifest: directories.Model) -> list[str]:
+def _details(manifest: ModelManifest) -> list[str]:
     """What the data cards say besides."""
     rows = [
         [expert.name, _cell(key.replace("_", " ")), _cell(value)]
@@ -139,16 +138,16 @@ def _details(manifest: directories.Model) -> list[str]:
     return [_table([["expert", "data card", ""], *rows])] if rows else []
 
 
-def _called(expert: directories.Expert) -> str:
+def _called(expert: ExpertRecord) -> str:
     """The name in the roster, and its owner's where that is another."""
     return expert.name if expert.owner_name == expert.name else f"{expert.name} (its owner's {expert.owner_name})"
 
 
-def _all_casts(manifest: directories.Model) -> list[Casts]:
+def _all_casts(manifest: ModelManifest) -> list[Casts]:
     return [manifest.casts, *(expert.casts for expert in manifest.experts)]
 
 
-def _merge(manifest: directories.Model) -> str:
+def _merge(manifest: ModelManifest) -> str:
     top_k = min(manifest.top_k, len(manifest.experts))
     lines = [
         f"{_how(manifest).merge}; {top_k} of {len(manifest.experts)} compute each token.",
@@ -156,16 +155,16 @@ def _merge(manifest: directories.Model) -> str:
         f"- anchor: `{manifest.anchor_digest}`",
         *(f"- {_called(expert)}: `{expert.digest}`" for expert in manifest.experts[1:]),
     ]
-    dtypes = {" to ".join(c["dtypes"]) for casts in _all_casts(manifest) for c in casts.values()}
+    dtypes = {" to ".join(c.dtypes) for casts in _all_casts(manifest) for c in casts.values()}
     if dtypes:
         said = ", ".join(sorted(dtypes))
         lines += ["", f"Weights were cast from {said}; the digests are those of what was published."]
     if manifest.tuned:
-        lines += ["", f"Changed since: {', '.join(f'`{leaf}`' for leaf in manifest.tuned['leaves'])}."]
+        lines += ["", f"Changed since: {', '.join(f'`{leaf}`' for leaf in manifest.tuned.leaves)}."]
     return "\n".join(lines)
 
 
-def _opt_out(manifest: directories.Model, drop_bias: bool) -> str:
+def _opt_out(manifest: ModelManifest, drop_bias: bool) -> str:
     name, flag = manifest.roster[1], " --drop_bias" if drop_bias else ""
     return f"""An expert is removed in the form that the model was merged in, and the rest exported again:
 
@@ -194,7 +193,7 @@ def _checks(gate: parity.Parity, dropped: Mapping[str, parity.Difference]) -> st
     return "\n".join(lines)
 
 
-def _normalized(manifest: directories.Model) -> bool:
+def _normalized(manifest: ModelManifest) -> bool:
     return bool(manifest.architecture.get("norm_topk_prob"))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.manifests import DEFAULT_LENGTH, ModelManifest
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import Architecture
 
@@ -92,11 +92,11 @@ def read_config(directory: pathlib.Path) -> Config:
         num_experts,
         top_k,
         _eos_ids(number, architecture.vocab_size),
-        number.size("max_position_embeddings", default=directories.DEFAULT_LENGTH),
+        number.size("max_position_embeddings", default=DEFAULT_LENGTH),
     )
 
 
-def config_document(manifest: directories.Model, dtype: np.dtype) -> dict[str, Any]:
+def config_document(manifest: ModelManifest, dtype: np.dtype) -> dict[str, Any]:
     """The `config.json` of a model, as transformers reads it; `dtype` is that of the weights."""
     arch = Architecture.from_dict(manifest.architecture, "the model")
     experts = len(manifest.experts)
@@ -134,7 +134,7 @@ def config_document(manifest: directories.Model, dtype: np.dtype) -> dict[str, A
     return document
 
 
-def generation_document(manifest: directories.Model) -> dict[str, Any]:
+def generation_document(manifest: ModelManifest) -> dict[str, Any]:
     """The `generation_config.json`: a document begins and ends with EOS, which pads as well."""
     return {f"{kind}_token_id": manifest.eos_id for kind in ("bos", "eos", "pad")}
 

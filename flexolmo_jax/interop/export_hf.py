@@ -4,7 +4,6 @@ What is written is what `AutoModelForCausalLM.from_pretrained` and vLLM load. Te
 finished directory is read back: mapped to our leaves again, it must have the digests of the manifest.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -14,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint import model_directory
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.tree import Slice, digest_slice
-from flexolmo_jax.checkpoint.verify import cast_router, cast_slices, check_digests, open_model, with_casts
-from flexolmo_jax.combine.contribution import size
-from flexolmo_jax.combine.stack import gather
+from flexolmo_jax.checkpoint.casts import cast_router, cast_slices, check_digests, with_casts
+from flexolmo_jax.checkpoint.manifests import MOE, ModelManifest, digest_name, is_router_leaf
+from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_model, open_statistics, size
+from flexolmo_jax.checkpoint.params import Slice, digest_slice
+from flexolmo_jax.combine.merge import gather
+from flexolmo_jax.combine.stack import stack
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
@@ -47,15 +48,17 @@ class Source(NamedTuple):
       manifest: of the model, or of the merge of the pair.
       shared: its shared leaves.
       experts: {expert: {leaf: slice}}.
-      merged_router: of a model that was changed after its merge, what `directories.merged_router` gives.
+      statistics: {expert: {leaf: slice}}.
+      merged_router: of a model that was changed after its merge, what `model_directory.open_merged_router` gives.
       pair: whether `path` is the anchor's alone, so that what else lies there is not of what is exported.
     """
 
     path: epath.Path
     label: str
-    manifest: directories.Model
+    manifest: ModelManifest
     shared: dict[str, Slice]
     experts: dict[str, dict[str, Slice]]
+    statistics: dict[str, dict[str, Slice]]
     merged_router: dict[str, dict[str, Slice]] | None = None
     pair: bool = False
 
@@ -66,14 +69,15 @@ def open_source(model: epath.PathLike, dtype: str | None = None) -> Source:
     Raises:
       UserError: it is no such directory or damaged, or a value is too large for `dtype`.
     """
-    manifest = directories.Model.read(model, flag="--model", strict=True)
+    manifest = model_directory.read_model(model, strict=True)
     label = f"--model={model}"
-    slices = cast_slices(manifest, *open_model(model, manifest, label), dtype)
+    slices = cast_slices(manifest, *open_model(model, manifest), dtype)
     router = None
     if manifest.tuned:
-        router = directories.merged_router(model, manifest)
+        router = open_merged_router(model, manifest)
         manifest, router = cast_router(manifest, router, dtype)
-    return _resolved(Source(epath.Path(model), label, manifest, *slices, router))
+    statistics = open_statistics(model, manifest)
+    return _resolved(Source(epath.Path(model), label, manifest, *slices, statistics, router))
 
 
 def open_pair(contribution: epath.PathLike, anchor: epath.PathLike, dtype: str | None = None) -> Source:
@@ -83,7 +87,9 @@ def open_pair(contribution: epath.PathLike, anchor: epath.PathLike, dtype: str |
       UserError: either is damaged, the contribution was made on another anchor, or a value is too large for its dtype.
     """
     label = f"--contribution={contribution} with --anchor={anchor}"
-    return _resolved(Source(epath.Path(anchor), label, *gather(anchor, [contribution], 2, dtype), pair=True))
+    inputs = gather(anchor, [contribution], 2, dtype)
+    statistics = {member.expert.name: member.statistics for member in inputs.members}
+    return _resolved(Source(epath.Path(anchor), label, *stack(inputs), statistics, pair=True))
 
 
 def _resolved(source: Source) -> Source:
@@ -94,10 +100,9 @@ def _resolved(source: Source) -> Source:
     with byte_progress("cast", sum(map(size, cast.values()))) as advance:
         for name, leaves in cast.items():
             for leaf, part in leaves.items():
-                found[name][leaf] = digest_slice(part, directories.digest_name(leaf))
+                found[name][leaf] = digest_slice(part, digest_name(leaf))
                 advance(part.nbytes)
-    shared = found.pop("")
-    return source._replace(manifest=with_casts(source.manifest, source.shared, source.experts, shared, found))
+    return source._replace(manifest=with_casts(source.manifest, groups, found))
 
 
 def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, drop_bias: bool = False) -> list[str]:
@@ -128,7 +133,7 @@ def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, dr
         dropped = _measure_dropping(source) if biased else {}
         source = _without_bias(source) if biased else source
         manifest, experts = source.manifest, source.experts
-        write_sidecar(directory, manifest, experts, source.merged_router)
+        write_sidecar(directory, manifest, experts, source.merged_router, source.statistics)
         if not source.pair:
             copy_beside(source.path, directory / FOLDER)
         files = _write_weights(directory, source, shard_bytes)
@@ -162,15 +167,15 @@ def _without_bias(source: Source) -> Source:
         experts[expert.name] = {**source.experts[expert.name], names.ROUTER_BIAS: zeros}
         digests = {**expert.leaves, names.ROUTER_BIAS: digest_slice(zeros, names.ROUTER_BIAS)}
         casts = {leaf: cast for leaf, cast in expert.casts.items() if leaf != names.ROUTER_BIAS}
-        roster.append(dataclasses.replace(expert, leaves=digests, casts=casts))
-    router = [directories.digest_name(path) for path in directories.ROUTER_LEAVES]
+        roster.append(expert.but(leaves=digests, casts=casts))
     before = source.manifest.tuned
-    trained = {*(before["leaves"] if before else ()), directories.MOE + "experts/" + names.ROUTER_BIAS}
+    trained = {*(before.leaves if before else ()), MOE + "experts/" + names.ROUTER_BIAS}
     tuned = source.manifest.tuned_in(trained, None if before else {"description": "expert biases were left out"})
     merged_router = source.merged_router or {
-        name: {leaf: leaves[leaf] for leaf in router} for name, leaves in source.experts.items()
+        name: {leaf: part for leaf, part in leaves.items() if is_router_leaf(leaf)}
+        for name, leaves in source.experts.items()
     }
-    manifest = dataclasses.replace(source.manifest, experts=tuple(roster), tuned=tuned)
+    manifest = source.manifest.but(experts=roster, tuned=tuned)
     return source._replace(manifest=manifest, experts=experts, merged_router=merged_router)
 
 
@@ -191,9 +196,9 @@ def _measure_dropping(source: Source) -> dict[str, parity.Difference]:
 def _samples(source: Source) -> dict[str, np.ndarray]:
     """{name: token ids [ROWS, LENGTH]}: random ones, and text: the model's public sample, or some words of ours."""
     samples = {"random tokens": parity.random_tokens(source.manifest.architecture["vocab_size"])}
-    tokenizer = source.path / directories.TOKENIZER_FILE
-    if (source.path / directories.PUBLIC).exists():
-        corpus = Corpus.open(source.path / directories.PUBLIC)
+    tokenizer = source.path / model_directory.TOKENIZER_FILE
+    if (source.path / model_directory.PUBLIC).exists():
+        corpus = Corpus.open(source.path / model_directory.PUBLIC)
         text, ids = "its public sample", _first_tokens(corpus)
     elif tokenizer.exists():
         encoder = load_tokenizer(tokenizer, eos_id=source.manifest.eos_id, label=str(tokenizer))
@@ -227,7 +232,7 @@ def _write_weights(directory: epath.Path, source: Source, shard_bytes: int) -> l
         )
 
 
-def _table(manifest: directories.Model) -> dict[str, names.Tensor]:
+def _table(manifest: ModelManifest) -> dict[str, names.Tensor]:
     architecture = Architecture.from_dict(manifest.architecture, "the model")
     experts = len(manifest.experts)
     return names.tensors(architecture, experts if experts > 1 else None)
@@ -250,7 +255,7 @@ def _check_leaves(leaves: Mapping[str, Slice], digests: Mapping[str, str], advan
     if leaves.keys() != digests.keys():
         raise UserError(f"--out: leaf {min(leaves.keys() ^ digests.keys())} has no place in Hugging Face's form")
     for leaf, part in leaves.items():
-        check_digests({leaf: digest_slice(part, directories.digest_name(leaf))}, digests, leaves)
+        check_digests({leaf: digest_slice(part, digest_name(leaf))}, digests, leaves)
         advance(size({leaf: part}))
 
 

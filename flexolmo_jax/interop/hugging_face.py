@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.tree import Slice
+from flexolmo_jax.checkpoint.manifests import digest_name
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import names
 from flexolmo_jax.interop.config import Config, read_config
@@ -65,7 +65,7 @@ def open_hugging_face(path: pathlib.Path, flag: str, label: str | None = None) -
 def leaf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """{leaf: shape} of a model; an expert's leaves under their own names."""
     abstract = Decoder(architecture, ANCHOR).abstract()
-    return {directories.digest_name(path): leaf.shape for path, leaf in abstract.items()}
+    return {digest_name(path): leaf.shape for path, leaf in abstract.items()}
 
 
 def absent_leaves(leaves: dict[str, Slice], architecture: Architecture, label: str) -> dict[str, Slice]:

@@ -6,13 +6,27 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.tree import Slice, write_tree
-from flexolmo_jax.checkpoint.verify import open_model
-from flexolmo_jax.combine.contribution import size
+from flexolmo_jax.checkpoint.casts import check_digests
+from flexolmo_jax.checkpoint.manifests import (
+    ANCHOR_NAME,
+    NAME_RULE,
+    ContributionManifest,
+    ExpertRecord,
+    ModelManifest,
+    is_expert_name,
+)
+from flexolmo_jax.checkpoint.model_directory import (
+    STATISTICS,
+    open_merged_router,
+    open_model,
+    open_params,
+    open_statistics,
+    size,
+    write_contribution,
+)
+from flexolmo_jax.checkpoint.params import Slice, write_tree
+from flexolmo_jax.combine.merge import read_anchor
 from flexolmo_jax.combine.opt_out import IMPORTED, with_merged_router
-from flexolmo_jax.combine.stack import read_anchor
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import names, parity
 from flexolmo_jax.interop.hugging_face import HuggingFace, absent_leaves, open_hugging_face, same_bytes
@@ -24,7 +38,7 @@ from flexolmo_jax.progress import byte_progress
 
 def import_contribution(
     source: str, anchor: epath.PathLike, name: str, out: epath.PathLike
-) -> tuple[directories.Contribution, list[str]]:
+) -> tuple[ContributionManifest, list[str]]:
     """Makes a contribution of the second expert of a pair.
 
     All that the pair shares with the anchor is compared with it first, bit for bit: the shared leaves, and the first
@@ -44,15 +58,15 @@ def import_contribution(
     Raises:
       UserError: the source is no such pair, or not of this anchor, or the parity gate fails.
     """
-    if not directories.is_expert_name(name):
-        raise UserError(f"--expert={name}: is no name; {directories.NAME_RULE}")
+    if not is_expert_name(name):
+        raise UserError(f"--expert={name}: is no name; {NAME_RULE}")
     base = read_anchor(anchor)
     opened = open_hugging_face(pathlib.Path(source), "--source")
     if opened.config.num_experts != 2:
         raise UserError(f"--source={source}: has {opened.config.num_experts or 1} experts; a contribution comes of two")
-    shared, own = open_model(anchor, base, f"--anchor={anchor}")
+    shared, own = open_model(anchor, base)
     shared = _in_dtypes_of(opened.shared, shared)
-    first = _in_dtypes_of(opened.experts[0], own[directories.ANCHOR_NAME])
+    first = _in_dtypes_of(opened.experts[0], own[ANCHOR_NAME])
     _check_architecture(opened, base, anchor)
     _check_rows(opened, first, anchor)
     same = {key: tensor for key, tensor in opened.table.items() if all(not part.expert for part in tensor.parts)}
@@ -68,14 +82,14 @@ def import_contribution(
     _check_anchor(sidecar, base, first, source, anchor)
     without_bias = absent_leaves(opened.experts[1], opened.config.architecture, label)
     leaves = opened.experts[1] | without_bias | (_bias(sidecar) if sidecar else {})
-    with atomic_directory(out) as directory:
-        with byte_progress("import", size(leaves)) as advance:
-            content = dict(sorted(leaves.items()))
-            digests = write_tree(directory / directories.PARAMS, content, lambda leaf: leaf, advance)
-        expert = directories.Expert(name, digests, {})
+    merged = with_merged_router(sidecar.manifest).experts[1] if sidecar else None
+    statistics = open_statistics(sidecar.path, sidecar.manifest)[merged.name] if sidecar else {}
+    lines = []
+
+    def complete(directory: epath.Path, manifest: ContributionManifest) -> ContributionManifest:
+        """Compares what was written with the source; gives back the owner's manifest of what is still its export."""
         written = {
-            leaf: Slice(stored, None, f"{label}: leaf {leaf}")
-            for leaf, stored in directories.open_params(directory).items()
+            leaf: Slice(stored, None, f"{label}: leaf {leaf}") for leaf, stored in open_params(directory).items()
         }
         different = parity.check_bytes(
             {key: tensor for key, tensor in opened.table.items() if key not in same},
@@ -85,25 +99,32 @@ def import_contribution(
         )
         if different:
             raise failed(opened, different)
-        pair = dataclasses.replace(base, experts=(base.experts[0], expert), top_k=opened.config.top_k)
-        experts = {directories.ANCHOR_NAME: first | without_bias, name: written | without_bias}
+        pair = base.but(experts=[base.experts[0], ExpertRecord.of(manifest)], top_k=opened.config.top_k)
+        experts = {ANCHOR_NAME: first | without_bias, name: written | without_bias}
         gate = parity.Parity(len(opened.table), parity.compare_logits(opened.path, pair, shared, experts))
-        merged = with_merged_router(sidecar.manifest).experts[1] if sidecar else None
-        exported = merged is not None and digests == merged.stored
-        if exported:
-            expert = dataclasses.replace(merged, name=name)
-        else:
-            expert = dataclasses.replace(expert, card={IMPORTED: imported_note(opened, gate)})
-        contribution = directories.Contribution(expert, base.anchor_digest, base.architecture)
-        contribution.write(directory)
-    changed = sidecar is not None and not exported
-    lines = [f"{source}: was changed since its export; imported as it is now, without its owner's card"]
-    return contribution, [*(lines if changed else []), *gate.lines()]
+        exported = merged is not None and manifest.leaves == merged.stored
+        if merged is not None and not exported:
+            lines.append(f"{source}: was changed since its export; imported as it is now, without its owner's card")
+        lines.extend(gate.lines())
+        if not exported:
+            return manifest.but(card={IMPORTED: imported_note(opened, gate)})
+        if not merged.contribution:
+            return manifest.but(card=merged.card, leaves=merged.leaves, casts=merged.casts)
+        if statistics:
+            digests = write_tree(directory / STATISTICS, statistics, str)
+            check_digests(digests, merged.statistics, statistics)
+        owner = ContributionManifest(**{key: x for key, x in merged.contribution.items() if key != "digest"})
+        return owner.but(**({} if owner.name == name else {"name": name}), casts=merged.casts)
+
+    manifest = ContributionManifest(
+        name=name, anchor_digest=base.anchor_digest, architecture=base.architecture, card={}, leaves={}
+    )
+    return write_contribution(out, manifest, leaves, complete=complete), lines
 
 
 def _check_anchor(
     sidecar: Sidecar | None,
-    base: directories.Model,
+    base: ModelManifest,
     first: Mapping[str, Slice],
     source: str,
     anchor: epath.PathLike,
@@ -125,7 +146,7 @@ def _bias(sidecar: Sidecar) -> dict[str, Slice]:
     """The expert's bias as its owner made it, which lies in the router as merged where it was left out."""
     name, held = sidecar.manifest.roster[1], sidecar.leaves
     if sidecar.manifest.tuned:
-        held = directories.merged_router(sidecar.path, sidecar.manifest)
+        held = open_merged_router(sidecar.path, sidecar.manifest)
     return {names.ROUTER_BIAS: held[name][names.ROUTER_BIAS]}
 
 
@@ -134,7 +155,7 @@ def _in_dtypes_of(theirs: Mapping[str, Slice], ours: Mapping[str, Slice]) -> dic
     return {leaf: part.as_dtype(theirs[leaf].dtype) if leaf in theirs else part for leaf, part in ours.items()}
 
 
-def _check_architecture(opened: HuggingFace, base: directories.Model, anchor: epath.PathLike) -> None:
+def _check_architecture(opened: HuggingFace, base: ModelManifest, anchor: epath.PathLike) -> None:
     ours = Architecture.from_dict(base.architecture, str(anchor))
     # Of two experts both compute every token, so that their weights sum to 1 anyway.
     theirs = dataclasses.replace(opened.config.architecture, norm_topk_prob=ours.norm_topk_prob)

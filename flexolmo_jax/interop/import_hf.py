@@ -11,11 +11,9 @@ from typing import Any
 
 from etils import epath
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.tree import Slice, write_tree
-from flexolmo_jax.checkpoint.verify import open_model
-from flexolmo_jax.combine.contribution import size
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, NAME_RULE, ExpertRecord, ModelManifest, is_expert_name
+from flexolmo_jax.checkpoint.model_directory import open_model, size, write_model
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.combine.opt_out import IMPORTED
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import names, parity
@@ -30,7 +28,7 @@ Experts = dict[str, dict[str, Slice]]
 
 def import_model(
     source: str, out: epath.PathLike, expert_names: Sequence[str] = (), public_rows_from: str | None = None
-) -> tuple[directories.Model, list[str]]:
+) -> tuple[ModelManifest, list[str]]:
     """Makes a model directory of a Hugging Face directory.
 
     A dense model becomes an anchor; its router rows are zeros, as such a model has none, or those of the first expert
@@ -51,22 +49,22 @@ def import_model(
     """
     opened = open_hugging_face(pathlib.Path(source), "--source")
     sidecar = _open_sidecar(opened, expert_names, public_rows_from)
-    order = [directories.ANCHOR_NAME, *_names(opened, expert_names, sidecar)]
+    order = [ANCHOR_NAME, *_names(opened, expert_names, sidecar)]
     experts = _experts(opened, order, sidecar, _public_rows(opened, public_rows_from))
     digest, eos_id = read_tokenizer(opened.path, opened.config)
     lines = unused_eos(opened.path, opened.config)
     if not digest:
         lines.append(f"{source}: has no tokenizer.json; the model takes and gives token ids only")
-    with atomic_directory(out) as directory:
-        shared_digests, expert_digests = _write(directory, opened.shared, experts)
-        manifest = directories.Model(
-            architecture=dataclasses.asdict(opened.config.architecture),
-            experts=tuple(directories.Expert(name, expert_digests[name], {}) for name in experts),
-            shared=shared_digests,
-            top_k=opened.config.top_k,
-            tokenizer_digest=digest,
-            eos_id=eos_id,
-        )
+    manifest = ModelManifest(
+        architecture=dataclasses.asdict(opened.config.architecture),
+        experts=[ExpertRecord(name=name, leaves={}, card={}) for name in experts],
+        shared={},
+        top_k=opened.config.top_k,
+        tokenizer_digest=digest,
+        eos_id=eos_id,
+    )
+
+    def complete(directory: epath.Path, manifest: ModelManifest) -> ModelManifest:
         changes = _changes(manifest, sidecar.manifest) if sidecar else []
         restored = sidecar is not None and not changes
         if restored:
@@ -81,8 +79,10 @@ def import_model(
             note |= {"public_rows_from": _name(public_rows_from)} if public_rows_from else {}
             manifest = _as_known(manifest, sidecar.manifest) if sidecar else manifest
             manifest = _with_anchor_card(manifest, {SEQUENCE_LENGTH: opened.config.max_length, IMPORTED: note})
-        manifest.write(directory)
-    return manifest, [*lines, *gate.lines()]
+        lines.extend(gate.lines())
+        return manifest
+
+    return write_model(out, manifest, opened.shared, experts, complete=complete, title="import"), lines
 
 
 def imported_note(opened: HuggingFace, gate: parity.Parity) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def _names(opened: HuggingFace, given: Sequence[str], sidecar: Sidecar | None) -
     if len(given) != count:
         raise UserError(f"--expert_names={','.join(given)}: {len(given)} names for the {count} experts after the first")
     for name in given:
-        if not directories.is_expert_name(name):
-            raise UserError(f"--expert_names: {name!r} is no name; {directories.NAME_RULE}")
+        if not is_expert_name(name):
+            raise UserError(f"--expert_names: {name!r} is no name; {NAME_RULE}")
         if given.count(name) > 1:
             raise UserError(f"--expert_names: {name} came twice; give each expert a name of its own")
     return list(given)
@@ -156,29 +156,15 @@ def _experts(opened: HuggingFace, order: Sequence[str], sidecar: Sidecar | None,
     experts = {}
     for name, leaves in zip(order, opened.experts, strict=True):
         absent = absent_leaves(leaves, opened.config.architecture, label)
-        if public_rows and name == directories.ANCHOR_NAME:
+        if public_rows and name == ANCHOR_NAME:
             absent[names.ROUTER_WEIGHT] = public_rows
         experts[name] = leaves | absent | (sidecar.leaves[name] if sidecar else {})
     return {name: experts[name] for name in [order[0], *sorted(order[1:])]}
 
 
-def _write(
-    directory: epath.Path, shared: Mapping[str, Slice], experts: Experts
-) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Writes the parameters; returns their digests, of the shared leaves and of each expert."""
-    total = sum(size(leaves) for leaves in (shared, *experts.values()))
-    with byte_progress("import", total) as advance:
-        content = directories.model_leaves(shared, experts)
-        digests = write_tree(directory / directories.PARAMS, content, directories.digest_name, advance)
-    shared_digests, expert_digests = directories.split_digests(digests, list(experts))
-    return shared_digests, dict(zip(experts, expert_digests, strict=True))
-
-
-def _check(
-    opened: HuggingFace, directory: epath.Path, manifest: directories.Model, order: Sequence[str]
-) -> parity.Parity:
+def _check(opened: HuggingFace, directory: epath.Path, manifest: ModelManifest, order: Sequence[str]) -> parity.Parity:
     """The parity gate: opens what was written, and compares it with the source."""
-    shared, experts = open_model(directory, manifest, f"--source={opened.path}")
+    shared, experts = open_model(directory, manifest)
     total = sum(size(leaves) for leaves in (opened.shared, *opened.experts))
     with byte_progress("compare", total) as advance:
         different = parity.check_bytes(opened.table, opened.stored, shared, [experts[name] for name in order], advance)
@@ -187,7 +173,7 @@ def _check(
     return parity.Parity(len(opened.table), parity.compare_logits(opened.path, manifest, shared, experts))
 
 
-def _changes(now: directories.Model, then: directories.Model) -> list[str]:
+def _changes(now: ModelManifest, then: ModelManifest) -> list[str]:
     """What of an exported model is no longer what its manifest says."""
     experts = len(now.experts)
     changes = []
@@ -203,7 +189,7 @@ def _changes(now: directories.Model, then: directories.Model) -> list[str]:
     return changes + [name for name, changed in settings if changed]
 
 
-def _as_known(now: directories.Model, then: directories.Model) -> directories.Model:
+def _as_known(now: ModelManifest, then: ModelManifest) -> ModelManifest:
     """The manifest of a changed model with what is still known of it: cards, and all of leaves that are the same."""
 
     def known(found, published, stored, casts):
@@ -214,13 +200,13 @@ def _as_known(now: directories.Model, then: directories.Model) -> directories.Mo
     experts = []
     for mine, theirs in zip(now.experts, then.experts, strict=True):
         leaves, casts = known(mine.leaves, theirs.leaves, theirs.stored, theirs.casts)
-        owners = theirs.contribution if leaves == dict(theirs.leaves) else None
-        experts.append(directories.Expert(mine.name, leaves, theirs.card, casts, owners))
+        owners = theirs.contribution if leaves == theirs.leaves else None
+        experts.append(mine.but(leaves=leaves, card=theirs.card, casts=casts, contribution=owners))
     shared, casts = known(now.shared, then.shared, then.stored[""], then.casts)
-    return dataclasses.replace(now, experts=tuple(experts), shared=shared, casts=casts)
+    return now.but(experts=experts, shared=shared, casts=casts)
 
 
-def _with_anchor_card(manifest: directories.Model, more: Mapping[str, Any]) -> directories.Model:
+def _with_anchor_card(manifest: ModelManifest, more: Mapping[str, Any]) -> ModelManifest:
     """The manifest with more on the anchor's data card."""
     anchor, *others = manifest.experts
-    return dataclasses.replace(manifest, experts=(dataclasses.replace(anchor, card={**anchor.card, **more}), *others))
+    return manifest.but(experts=[anchor.but(card={**anchor.card, **more}), *others])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.checkpoint.tree import Slice
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.interop.safetensors_io import Stored
 from flexolmo_jax.model.architecture import Architecture
 
@@ -133,7 +133,7 @@ def separate_experts(stored: Mapping[str, Stored], d_ff: int) -> dict[str, Store
 
 
 class Layers:
-    """A leaf of ours, read from their tensors when a block of it is asked for; a source for `tree.Slice`.
+    """A leaf of ours, read from their tensors when a block of it is asked for; a source for `params.Slice`.
 
     Blocks split a layer's matrix along rows, which are columns of theirs: the tensor at hand is kept until the last of
     its blocks was read.

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.tree import Slice
+from flexolmo_jax.checkpoint.manifests import ModelManifest
+from flexolmo_jax.checkpoint.model_directory import stack_experts
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.interop import names
@@ -114,11 +115,11 @@ def too_large(shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Sl
 
 
 def in_memory(
-    manifest: directories.Model, shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]
+    manifest: ModelManifest, shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]
 ) -> Model:
     """A float32 model of these leaves."""
     params = {}
-    for path, content in directories.model_leaves(shared, experts).items():
+    for path, content in stack_experts(shared, experts).items():
         one = isinstance(content, Slice)
         values = _whole(content) if one else np.stack([_whole(part) for part in content], axis=1)
         for name, leaf in separate_layers({path: values}, manifest.architecture["num_layers"]).items():
@@ -128,7 +129,7 @@ def in_memory(
 
 def compare_logits(
     directory: pathlib.Path,
-    manifest: directories.Model,
+    manifest: ModelManifest,
     shared: Mapping[str, Slice],
     experts: Mapping[str, Mapping[str, Slice]],
 ) -> Difference | str:

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from etils import epath
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.tree import Slice, open_tree, write_tree
-from flexolmo_jax.checkpoint.verify import check_digests, write_merged_router
+from flexolmo_jax.checkpoint import model_directory
+from flexolmo_jax.checkpoint.casts import check_digests
+from flexolmo_jax.checkpoint.manifests import ModelManifest, write_manifest
+from flexolmo_jax.checkpoint.model_directory import write_experts, write_merged_router, write_statistics
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop.hugging_face import HuggingFace, leaf_shapes
@@ -33,20 +35,21 @@ class Sidecar(NamedTuple):
     """
 
     path: epath.Path
-    manifest: directories.Model
+    manifest: ModelManifest
     leaves: dict[str, dict[str, Slice]]
 
 
-def unplaced(manifest: directories.Model) -> tuple[str, ...]:
+def unplaced(manifest: ModelManifest) -> tuple[str, ...]:
     """The leaves of an expert for which Hugging Face's form of that model has no tensor."""
     return (ROUTER_BIAS,) if len(manifest.experts) > 1 else (ROUTER_BIAS, ROUTER_WEIGHT)
 
 
 def write_sidecar(
     directory: epath.Path,
-    manifest: directories.Model,
+    manifest: ModelManifest,
     experts: Mapping[str, Mapping[str, Slice]],
     merged_router: Mapping[str, Mapping[str, Slice]] | None,
+    statistics: Mapping[str, Mapping[str, Slice]],
 ) -> None:
     """Writes the folder into a directory.
 
@@ -54,22 +57,21 @@ def write_sidecar(
       directory: the directory that is being exported.
       manifest: of the model, as it is exported.
       experts: {expert: {leaf: slice}}, all leaves.
-      merged_router: of a tuned model, what `directories.merged_router` gives.
+      merged_router: of a tuned model, what `model_directory.open_merged_router` gives.
+      statistics: what `model_directory.open_statistics` gives.
 
     Raises:
       UserError: a leaf is not what the manifest says.
     """
     folder = directory / FOLDER
     own = {name: {leaf: leaves[leaf] for leaf in unplaced(manifest)} for name, leaves in experts.items()}
-    tree = directories.model_leaves({}, own)
-    digests = directories.split_digests(
-        write_tree(folder / directories.PARAMS, tree, directories.digest_name), manifest.roster
-    )[1]
-    for expert, found in zip(manifest.experts, digests, strict=True):
-        check_digests(found, expert.stored, own[expert.name])
+    found = write_experts(folder / model_directory.PARAMS, {}, own)
+    for expert in manifest.experts:
+        check_digests(found[expert.name], expert.stored, own[expert.name])
+    write_statistics(folder, statistics, manifest)
     if merged_router:
         write_merged_router(folder, merged_router, manifest)
-    manifest.write(folder)
+    write_manifest(folder / model_directory.MODEL_FILE, manifest)
 
 
 def open_sidecar(opened: HuggingFace, flag: str) -> Sidecar | None:
@@ -79,14 +81,14 @@ def open_sidecar(opened: HuggingFace, flag: str) -> Sidecar | None:
       UserError: it is damaged, or describes another model than the directory holds.
     """
     folder = epath.Path(opened.path) / FOLDER
-    if not (folder / directories.MODEL_FILE).exists():
+    if not (folder / model_directory.MODEL_FILE).exists():
         return None
-    manifest = directories.Model.read(folder, flag=flag)
+    manifest = model_directory.read_model(folder)
     architecture = Architecture.from_dict(manifest.architecture, str(folder))
     if architecture != opened.config.architecture or len(manifest.experts) != len(opened.experts):
         raise UserError(f"{flag}={folder}: describes another model than config.json; remove the folder")
-    stored = open_tree(folder / directories.PARAMS)
-    _, leaves = directories.model_slices(stored, manifest.roster, f"{flag}={folder}")
+    stored = model_directory.open_params(folder)
+    _, leaves = model_directory.split_experts(stored, manifest.roster, f"{flag}={folder}")
     shapes = leaf_shapes(architecture)
     expected = {leaf: shapes[leaf] for leaf in unplaced(manifest)}
     for name, own in leaves.items():
@@ -99,10 +101,10 @@ def open_sidecar(opened: HuggingFace, flag: str) -> Sidecar | None:
 
 def copy_beside(source: epath.Path, directory: epath.Path) -> None:
     """Copies what may lie beside a model's parameters: its certificate, and its sample of public data."""
-    certificate = directories.CERTIFICATE_FILE
+    certificate = model_directory.CERTIFICATE_FILE
     if (source / certificate).exists():
         (source / certificate).copy(directory / certificate)
-    directories.copy_files(source / directories.PUBLIC, directory / directories.PUBLIC)
+    model_directory.copy_files(source / model_directory.PUBLIC, directory / model_directory.PUBLIC)
 
 
 def restore(sidecar: Sidecar, directory: epath.Path) -> None:
@@ -112,8 +114,9 @@ def restore(sidecar: Sidecar, directory: epath.Path) -> None:
       UserError: the router as merged, or the public sample, is not what was exported.
     """
     if sidecar.manifest.tuned:
-        routers = directories.merged_router(sidecar.path, sidecar.manifest)
+        routers = model_directory.open_merged_router(sidecar.path, sidecar.manifest)
         write_merged_router(directory, routers, sidecar.manifest)
-    if (sidecar.path / directories.PUBLIC).exists():
-        Corpus.open(sidecar.path / directories.PUBLIC).verify()
+    write_statistics(directory, model_directory.open_statistics(sidecar.path, sidecar.manifest), sidecar.manifest)
+    if (sidecar.path / model_directory.PUBLIC).exists():
+        Corpus.open(sidecar.path / model_directory.PUBLIC).verify()
     copy_beside(sidecar.path, directory)

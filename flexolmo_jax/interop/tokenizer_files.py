@@ -9,13 +9,14 @@ import pathlib
 
 from etils import epath
 
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint import model_directory
+from flexolmo_jax.checkpoint.manifests import ModelManifest
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop.config import CONFIG_FILE, Config, generation_document
 
-KEPT = directories.TOKENIZER_FOLDER
-FILES = directories.TOKENIZER_FILES
+KEPT = model_directory.TOKENIZER_FOLDER
+FILES = model_directory.TOKENIZER_FILES
 
 
 def read_tokenizer(source: pathlib.Path, config: Config) -> tuple[str, int]:
@@ -24,7 +25,7 @@ def read_tokenizer(source: pathlib.Path, config: Config) -> tuple[str, int]:
     Raises:
       UserError: no file says which token EOS is, or the tokenizer is damaged or larger than the embedding.
     """
-    file = source / directories.TOKENIZER_FILE
+    file = source / model_directory.TOKENIZER_FILE
     if not file.exists():
         if config.eos_id is None:
             raise UserError(f"{source / CONFIG_FILE}: lacks eos_token_id; add the id of the token that ends a document")
@@ -45,11 +46,11 @@ def unused_eos(source: pathlib.Path, config: Config) -> list[str]:
     return [f"{file}: names {len(ids)} tokens as EOS; the first, {ids[0]}, is used here"] if len(ids) > 1 else []
 
 
-def import_tokenizer(source: pathlib.Path, directory: epath.Path, manifest: directories.Model) -> None:
+def import_tokenizer(source: pathlib.Path, directory: epath.Path, manifest: ModelManifest) -> None:
     """Copies the tokenizer into a model directory, and what else was said of it and of generation."""
-    file = source / directories.TOKENIZER_FILE
+    file = source / model_directory.TOKENIZER_FILE
     if file.exists():
-        (directory / directories.TOKENIZER_FILE).write_bytes(file.read_bytes())
+        (directory / model_directory.TOKENIZER_FILE).write_bytes(file.read_bytes())
     made = _documents(directory, manifest)
     for name in FILES:
         content = (source / name).read_bytes() if (source / name).is_file() else None
@@ -58,11 +59,11 @@ def import_tokenizer(source: pathlib.Path, directory: epath.Path, manifest: dire
             (directory / KEPT / name).write_bytes(content)
 
 
-def export_tokenizer(model: epath.Path, directory: epath.Path, manifest: directories.Model) -> bool:
+def export_tokenizer(model: epath.Path, directory: epath.Path, manifest: ModelManifest) -> bool:
     """Writes the files of a tokenizer beside exported weights; returns whether the model has one."""
-    found = (model / directories.TOKENIZER_FILE).exists()
+    found = (model / model_directory.TOKENIZER_FILE).exists()
     if found:
-        (model / directories.TOKENIZER_FILE).copy(directory / directories.TOKENIZER_FILE)
+        (model / model_directory.TOKENIZER_FILE).copy(directory / model_directory.TOKENIZER_FILE)
     for name, text in _documents(directory, manifest).items():
         (directory / name).write_text(text)
     for name in FILES:
@@ -71,10 +72,10 @@ def export_tokenizer(model: epath.Path, directory: epath.Path, manifest: directo
     return found
 
 
-def _documents(directory: epath.Path, manifest: directories.Model) -> dict[str, str]:
+def _documents(directory: epath.Path, manifest: ModelManifest) -> dict[str, str]:
     """{file: text} as made from the manifest, and from the tokenizer.json in `directory` where there is one."""
     documents = {"generation_config.json": generation_document(manifest)}
-    file = directory / directories.TOKENIZER_FILE
+    file = directory / model_directory.TOKENIZER_FILE
     if file.exists():
         eos = load_tokenizer(file, eos_id=manifest.eos_id, label=str(file)).backend.id_to_token(manifest.eos_id)
         documents["tokenizer_config.json"] = {

@@ -17,7 +17,7 @@ from etils import epath
 from jinja2 import ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FOLDER
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError, rust_errors
 
@@ -117,7 +117,7 @@ class ChatTemplate:
 
 def load_chat_template(directory: epath.Path, tokenizer: Tokenizer) -> ChatTemplate | str:
     """The chat template of a model directory; or why there is none, in a line."""
-    kept = directory / directories.TOKENIZER_FOLDER
+    kept = directory / TOKENIZER_FOLDER
     config, file = _read_json(kept / "tokenizer_config.json"), kept / "chat_template.jinja"
     try:
         source = file.read_text() if file.exists() else config.get("chat_template")

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, MOE, NAME_RULE, ModelManifest, is_expert_name
+from flexolmo_jax.checkpoint.model_directory import PUBLIC, kind_of, read_model
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
@@ -21,7 +22,7 @@ from flexolmo_jax.model.dispatch import DISPATCH
 from flexolmo_jax.model.kernels.causal_attention import KERNELS
 from flexolmo_jax.training.partition import trainable_paths
 
-EXPERT = directories.MOE + "expert/"  # where the leaves of the expert in training lie
+EXPERT = MOE + "expert/"  # where the leaves of the expert in training lie
 _CHOICES = {
     ("compute", "dtype"): ("float32", "bfloat16"),
     ("compute", "frozen_dtype"): ("float32", "bfloat16"),
@@ -64,7 +65,7 @@ class Inputs(NamedTuple):
     """
 
     model: Decoder
-    manifest: directories.Model | None
+    manifest: ModelManifest | None
     trainable: set[str]
     corpora: list[tuple[list[Corpus], float]]
     held_out: dict[str, Corpus]
@@ -78,11 +79,11 @@ class Inputs(NamedTuple):
     def roster(self) -> list[str]:
         """Names in the order of the router's logits."""
         if self.model.layout is PAIR:
-            return [directories.ANCHOR_NAME, "expert"]
-        return self.manifest.roster if self.manifest else [directories.ANCHOR_NAME]
+            return [ANCHOR_NAME, "expert"]
+        return self.manifest.roster if self.manifest else [ANCHOR_NAME]
 
 
-def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decoder, directories.Model | None]:
+def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decoder, ModelManifest | None]:
     """The decoder a configuration describes, and the manifest of the model it starts from, if any.
 
     `platform` (`sharding.platform_of`) is that of the devices that will compute, by default of those that are here;
@@ -98,7 +99,7 @@ def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decode
     if config.expert:
         _check_expert(config, manifest)
     elif manifest and _names_expert(config):
-        raise UserError(f"--config.expert: empty; name the expert that is trained ({directories.NAME_RULE})")
+        raise UserError(f"--config.expert: empty; name the expert that is trained ({NAME_RULE})")
     if manifest is None:
         architecture = Architecture.from_dict(config.model.to_dict(), "--config.model")
         layout = _fresh_layout(config)
@@ -163,7 +164,7 @@ def split_paths(value: str) -> list[str]:
 
 def public_path(public: str, start_from: str) -> str:
     """The corpus of public data: as configured, or the sample that came with the start."""
-    return public or os.path.join(start_from, directories.PUBLIC)
+    return public or os.path.join(start_from, PUBLIC)
 
 
 def _training_corpora(config: ConfigDict) -> list[tuple[list[Corpus], float]]:
@@ -228,12 +229,12 @@ def _check_values(config: ConfigDict) -> None:
         )
 
 
-def _read_start(start_from: str) -> directories.Model:
+def _read_start(start_from: str) -> ModelManifest:
     """The manifest of the model directory to start from; a run's workdir is not one, but may hold it."""
     inside = epath.Path(start_from) / "model"
-    if directories.kind_of(start_from) is None and directories.kind_of(inside) == "model":
+    if kind_of(start_from) is None and kind_of(inside) == "model":
         raise UserError(f"--config.start_from={start_from}: is the workdir of a run; give its model, {inside}")
-    return directories.Model.read(start_from, flag="--config.start_from")
+    return read_model(start_from)
 
 
 def _names_expert(config: ConfigDict) -> bool:
@@ -259,9 +260,9 @@ def _check_fresh(config: ConfigDict, layout: Layout) -> None:
         )
 
 
-def _check_expert(config: ConfigDict, manifest: directories.Model | None) -> None:
-    if not directories.is_expert_name(config.expert):
-        raise UserError(f"--config.expert={config.expert}: becomes the expert's name; {directories.NAME_RULE}")
+def _check_expert(config: ConfigDict, manifest: ModelManifest | None) -> None:
+    if not is_expert_name(config.expert):
+        raise UserError(f"--config.expert={config.expert}: becomes the expert's name; {NAME_RULE}")
     if manifest is None:
         raise UserError("--config.start_from: empty; an expert starts from an anchor, give its model directory")
     if len(manifest.experts) > 1:

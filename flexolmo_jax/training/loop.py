@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint.manager import Checkpoints, latest_whole_step
-from flexolmo_jax.checkpoint.verify import check_model, open_model
+from flexolmo_jax.checkpoint.model_directory import check_model, open_model
+from flexolmo_jax.checkpoint.train_state import Checkpoints, latest_whole_step
 from flexolmo_jax.data.corpus import verify_corpora
 from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
@@ -114,8 +114,7 @@ def _steps(
         Checkpoints(workdir / CHECKPOINTS, config.checkpoint.keep) as checkpoints,
     ):
         if inputs.manifest:
-            source = f"--config.start_from={config.start_from}"
-            check_model(inputs.manifest, *open_model(config.start_from, inputs.manifest, source))
+            check_model(inputs.manifest, *open_model(config.start_from, inputs.manifest))
         trainable, frozen = initial_leaves(config, inputs, program.shardings)
         workdirs.claim(workdir, record)
         state = initial_state(trainable, program.optimizer, program.mesh)

@@ -9,11 +9,27 @@ import tensorstore as ts
 from etils import epath
 from ml_collections import ConfigDict
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.roster import stored_digests
-from flexolmo_jax.checkpoint.tree import Slice, write_tree
-from flexolmo_jax.checkpoint.verify import check_digests, write_merged_router
+from flexolmo_jax.checkpoint.manifests import (
+    ANCHOR_NAME,
+    MOE,
+    ContributionManifest,
+    ExpertRecord,
+    ModelManifest,
+    digest_name,
+)
+from flexolmo_jax.checkpoint.model_directory import (
+    PUBLIC,
+    TOKENIZER_FILE,
+    TOKENIZER_FOLDER,
+    copy_files,
+    open_merged_router,
+    open_params,
+    open_statistics,
+    split_experts,
+    write_contribution,
+    write_model,
+)
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.data.corpus import Corpus, copy_documents
 from flexolmo_jax.training.inputs import EXPERT, Inputs
 from flexolmo_jax.training.state import start_leaf
@@ -29,7 +45,7 @@ def publish(product: epath.Path, config: ConfigDict, inputs: Inputs, leaves: Lea
     Raises:
       UserError: a trained leaf is not finite, or too large for its dtype; or the start has changed since.
     """
-    stored = directories.open_params(config.start_from) if inputs.manifest else {}
+    stored = open_params(config.start_from) if inputs.manifest else {}
     if config.expert:
         own = {path: leaf for path, leaf in leaves.items() if path.startswith(EXPERT)}
         return _write_contribution(product, config, inputs, own, stored)
@@ -45,7 +61,7 @@ def data_card(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
         "documents": sum(corpus.documents for corpus in own),
         "tokens": sum(corpus.tokens for corpus in own),
         "sequence_length": config.data.sequence_length,
-        # Of all rows, public ones included.
+        # Of all sequences, public ones included.
         "trained_tokens": config.steps * config.data.batch_size * config.data.sequence_length,
         "public_share": config.data.public_share,
     }
@@ -57,11 +73,15 @@ def _write_contribution(
     slices = {}
     for path, leaf in sorted(tree.items()):
         dtype = stored[start_leaf(path)].dtype.numpy_dtype
-        slices[directories.digest_name(path)] = Slice(leaf, None, f"the trained leaf {path}").as_dtype(dtype)
-    with atomic_directory(product, flag="--workdir") as directory:
-        digests = write_tree(directory / directories.PARAMS, slices, digest_name=lambda leaf: leaf)
-        expert = directories.Expert(config.expert, dict(sorted(digests.items())), data_card(config, inputs))
-        directories.Contribution(expert, inputs.manifest.anchor_digest, inputs.manifest.architecture).write(directory)
+        slices[digest_name(path)] = Slice(leaf, None, f"the trained leaf {path}").as_dtype(dtype)
+    manifest = ContributionManifest(
+        name=config.expert,
+        anchor_digest=inputs.manifest.anchor_digest,
+        architecture=inputs.manifest.architecture,
+        card=data_card(config, inputs),
+        leaves={},
+    )
+    write_contribution(product, manifest, slices)
     return product
 
 
@@ -74,64 +94,51 @@ def _write_model(
 ) -> epath.Path:
     """Writes a model of the leaves in `tree`; `stored` are those it started from, none where they were fresh."""
     dtypes = {path: leaf.dtype.numpy_dtype for path, leaf in stored.items()}
-    shared, experts = directories.model_slices(tree, inputs.roster, "the trained model", dtypes)
-    with atomic_directory(product, flag="--workdir") as directory:
-        content = directories.model_leaves(shared, experts)
-        digests = write_tree(directory / directories.PARAMS, content, directories.digest_name)
-        shared_digests, expert_digests = directories.split_digests(digests, inputs.roster)
-        before = inputs.manifest
+    before, corpus = inputs.manifest, inputs.corpora[0][0][0]
+    if before:
+        manifest = _without_leaves(before, inputs.trainable)
+        if len(before.experts) > 1:
+            trained = inputs.trainable | set(before.tuned.leaves if before.tuned else ())
+            manifest = manifest.but(tuned=before.tuned_in(trained, data_card(config, inputs)))
+    else:
+        manifest = ModelManifest(
+            architecture=dataclasses.asdict(inputs.model.architecture),
+            experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card=data_card(config, inputs))],
+            shared={},
+            top_k=1,
+            tokenizer_digest=corpus.tokenizer_digest,
+            eos_id=corpus.eos_id,
+        )
+
+    def complete(directory: epath.Path, written: ModelManifest) -> None:
+        (corpus.path / TOKENIZER_FILE).copy(directory / TOKENIZER_FILE)
         if before:
-            found = dict(zip(inputs.roster, expert_digests, strict=True))
-            manifest = _trained(before, inputs.trainable, shared, experts, shared_digests, found)
-        else:
-            manifest = directories.Model(
-                architecture=dataclasses.asdict(inputs.model.architecture),
-                experts=(directories.Expert(directories.ANCHOR_NAME, *expert_digests, data_card(config, inputs)),),
-                shared=shared_digests,
-                top_k=1,
-                tokenizer_digest=inputs.corpora[0][0][0].tokenizer_digest,
-                eos_id=inputs.corpora[0][0][0].eos_id,
-            )
-        if before and len(before.experts) > 1:
-            write_merged_router(directory, directories.merged_router(config.start_from, before), before)
-            trained = inputs.trainable | set(before.tuned["leaves"] if before.tuned else ())
-            manifest = dataclasses.replace(manifest, tuned=before.tuned_in(trained, data_card(config, inputs)))
-        manifest.write(directory)
-        (inputs.corpora[0][0][0].path / directories.TOKENIZER_FILE).copy(directory / directories.TOKENIZER_FILE)
-        if before:
-            source = epath.Path(config.start_from)
-            directories.copy_files(source / directories.TOKENIZER_FOLDER, directory / directories.TOKENIZER_FOLDER)
+            copy_files(epath.Path(config.start_from) / TOKENIZER_FOLDER, directory / TOKENIZER_FOLDER)
         if config.publish.public_documents:
-            _publish_sample(config, inputs.corpora[0][0][0], directory / directories.PUBLIC)
+            _publish_sample(config, corpus, directory / PUBLIC)
+
+    shared, experts = split_experts(tree, inputs.roster, "the trained model", dtypes)
+    write_model(
+        product,
+        manifest,
+        shared,
+        experts,
+        statistics=open_statistics(config.start_from, before) if before else None,
+        merged_router=open_merged_router(config.start_from, before) if before else None,
+        complete=complete,
+    )
     return product
 
 
-def _trained(
-    before: directories.Model,
-    trainable: Set[str],
-    shared: Mapping[str, Slice],
-    experts: Mapping[str, Mapping[str, Slice]],
-    found_shared: Mapping[str, str],
-    found_experts: Mapping[str, Mapping[str, str]],
-) -> directories.Model:
-    """The manifest of a model after training: trained leaves have new digests, the others what they had.
+def _without_leaves(manifest: ModelManifest, trained: Set[str]) -> ModelManifest:
+    """The manifest before trained leaves are written: it names neither digests nor casts of them."""
+    own = {digest_name(path) for path in trained if path.startswith(MOE)}
 
-    Raises:
-      UserError: a leaf that was not trained is not what the manifest says.
-    """
+    def rest(values: Mapping[str, Any], leaves: Set[str]) -> dict[str, Any]:
+        return {leaf: value for leaf, value in values.items() if leaf not in leaves}
 
-    def of(published, casts, slices, found, trained):
-        check_digests({leaf: found[leaf] for leaf in found.keys() - trained}, stored_digests(published, casts), slices)
-        digests = {leaf: found[leaf] if leaf in trained else digest for leaf, digest in published.items()}
-        return digests, {leaf: cast for leaf, cast in casts.items() if leaf not in trained}
-
-    own = {directories.digest_name(path) for path in trainable if path.startswith(directories.MOE)}
-    roster = []
-    for e in before.experts:
-        leaves, casts = of(e.leaves, e.casts, experts[e.name], found_experts[e.name], own)
-        roster.append(dataclasses.replace(e, leaves=leaves, casts=casts))
-    leaves, casts = of(before.shared, before.casts, shared, found_shared, trainable)
-    return dataclasses.replace(before, experts=tuple(roster), shared=leaves, casts=casts)
+    experts = [e.but(leaves=rest(e.leaves, own), casts=rest(e.casts, own)) for e in manifest.experts]
+    return manifest.but(experts=experts, shared=rest(manifest.shared, trained), casts=rest(manifest.casts, trained))
 
 
 def _publish_sample(config: ConfigDict, corpus: Corpus, out: epath.Path) -> None:

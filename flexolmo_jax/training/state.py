@@ -12,7 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint import directories, tree
+from flexolmo_jax.checkpoint.manifests import MOE
+from flexolmo_jax.checkpoint.model_directory import open_params
+from flexolmo_jax.checkpoint.params import read_leaf
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.leaves import INIT_STDDEV
 from flexolmo_jax.model.moe import ROUTER
@@ -54,7 +56,7 @@ def initial_leaves(
         leaves = jax.jit(inputs.model.init_flat, out_shardings=dict(where))(key)
         leaves["embedding"] *= config.init.embedding_stddev / INIT_STDDEV
     else:
-        stored = directories.open_params(config.start_from)
+        stored = open_params(config.start_from)
         new = _new_expert(config, inputs) if config.expert else {}
         trainable, frozen = (
             {
@@ -109,7 +111,7 @@ def _read(
     label = f"--config.start_from={config.start_from}: leaf {source}"
     if source not in stored or tuple(stored[source].shape) != like.shape:
         raise UserError(f"{label} is missing or misshapen; copy the model again from its source")
-    return tree.read_leaf(stored[source], like.sharding, like.dtype, label)
+    return read_leaf(stored[source], like.sharding, like.dtype, label)
 
 
 def _new_expert(config: ConfigDict, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -123,4 +125,4 @@ def _new_expert(config: ConfigDict, inputs: Inputs) -> dict[str, np.ndarray]:
 
 def start_leaf(path: str) -> str:
     """The leaf of `start_from` that a leaf starts from, an expert's from the anchor's."""
-    return path.replace(EXPERT, directories.MOE + "anchor/")
+    return path.replace(EXPERT, MOE + "anchor/")

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from configs import base
-from flexolmo_jax.checkpoint.tree import combined_digest
+from flexolmo_jax.checkpoint.digests import combined_digest
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.inputs import Inputs, public_path, split_paths
 from flexolmo_jax.training.optimizer import warmup_steps

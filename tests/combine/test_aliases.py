@@ -5,7 +5,7 @@ import json
 import pytest
 
 from flexolmo_jax.combine.contribution import Alias
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
 

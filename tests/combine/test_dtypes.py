@@ -9,8 +9,8 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import EXACT, ROUTER_RETURNED, opt_out
-from flexolmo_jax.combine.stack import merge
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
 

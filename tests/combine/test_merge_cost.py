@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.checkpoint import tree
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import opt_out
-from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.model.architecture import Architecture
 from tests.support import small
 

@@ -8,6 +8,7 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import (
     AS_IMPORTED,
     EXACT,
@@ -17,7 +18,6 @@ from flexolmo_jax.combine.opt_out import (
     UNKNOWN,
     opt_out,
 )
-from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.errors import UserError
 from tests.support import small
 from tests.support.small import flexolmo

@@ -14,7 +14,7 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories, tree
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.model.architecture import Architecture
 from tests.support import small
 
@@ -93,7 +93,7 @@ KILLED = """
 import sys, time
 from tests.support import small
 from flexolmo_jax.checkpoint import tree
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 
 tree.BLOCK_BYTES, blocks = 100, []
 read_block = tree.read_block
@@ -131,7 +131,7 @@ def test_a_killed_merge_leaves_nothing_under_its_name_and_the_next_succeeds(home
 
 PEAK = """
 import re, sys
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

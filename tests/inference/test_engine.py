@@ -9,7 +9,7 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference import decoding
 from flexolmo_jax.inference import engine as engine_module

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.model.decoder import separate_layers

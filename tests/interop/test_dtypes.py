@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.interop import parity
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo

@@ -8,8 +8,8 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import AS_IMPORTED
-from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.interop import parity
 from tests.support import hf_directories as hf
 from tests.support import small

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
 from flexolmo_jax.serving.chat import ChatTemplate

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 from tests.support import small
 
 ROOT = pathlib.Path(__file__).parents[2]

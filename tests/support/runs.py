@@ -19,10 +19,10 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from jax.experimental.compilation_cache import compilation_cache
 
 from flexolmo_jax import cli
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.manager import Checkpoints
-from flexolmo_jax.checkpoint.tree import read_block
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.checkpoint.model_directory import open_params
+from flexolmo_jax.checkpoint.params import read_block
+from flexolmo_jax.checkpoint.train_state import Checkpoints
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.training import loop
@@ -115,7 +115,7 @@ def once(path: pathlib.Path):
 
 def read_params(directory) -> dict[str, np.ndarray]:
     """{path: array} of a model or a contribution."""
-    stored = directories.open_params(directory)
+    stored = open_params(directory)
     return {path: read_block(leaf, (slice(None),) * len(leaf.shape), path) for path, leaf in stored.items()}
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import pathlib
 import sys
 from typing import NamedTuple
@@ -19,9 +20,17 @@ from etils import epath
 
 from configs import router
 from flexolmo_jax import cli
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.tree import Slice, read_block, write_tree
+from flexolmo_jax.checkpoint import manifests
+from flexolmo_jax.checkpoint.digests import document_digest
+from flexolmo_jax.checkpoint.model_directory import (
+    TOKENIZER_FILE,
+    open_params,
+    read_model,
+    split_experts,
+    write_contribution,
+    write_model,
+)
+from flexolmo_jax.checkpoint.params import Slice, read_block
 from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.model.architecture import ANCHOR, Architecture, Layout
@@ -34,7 +43,7 @@ ARCHITECTURE = Architecture(
     vocab_size=260, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, d_ff=24, rope_theta=10_000.0, norm_eps=1e-6
 )
 TEXTS = ("the first document", "a second one", "naïve", "and the last of them, which is longer than a row")
-ROUTER = directories.ROUTER_LEAVES
+ROUTER = tuple(f"{manifests.MOE}experts/router/{leaf}" for leaf in ("weight", "bias"))
 
 
 class Result(NamedTuple):
@@ -104,32 +113,39 @@ def random_leaves(seed, architecture=ARCHITECTURE, dtype=np.float32):
     }
 
 
-def anchor(path, seed=0, architecture=ARCHITECTURE, leaves=None):
+def anchor(path, seed=0, architecture=ARCHITECTURE, leaves=None, statistics=None):
     """Writes an anchor; returns its directory."""
     leaves = random_leaves(seed, architecture) if leaves is None else leaves
-    shared, experts = directories.model_slices(leaves, [directories.ANCHOR_NAME], "the test")
-    with atomic_directory(path) as directory:
-        content = directories.model_leaves(shared, experts)
-        digests = write_tree(directory / directories.PARAMS, content, directories.digest_name)
-        shared, (own,) = directories.split_digests(digests, [directories.ANCHOR_NAME])
-        directories.Model(
-            architecture=dataclasses.asdict(architecture),
-            experts=(directories.Expert(directories.ANCHOR_NAME, own, {"tokens": 1000}),),
-            shared=shared,
-            top_k=1,
-            tokenizer_digest=byte_tokenizer().digest,
-            eos_id=byte_tokenizer().eos_id,
-        ).write(directory)
-        byte_tokenizer().save(directory / directories.TOKENIZER_FILE)
+    shared, experts = split_experts(leaves, [manifests.ANCHOR_NAME], "the test")
+    manifest = manifests.ModelManifest(
+        architecture=dataclasses.asdict(architecture),
+        experts=[manifests.ExpertRecord(name=manifests.ANCHOR_NAME, leaves={}, card={"tokens": 1000})],
+        shared={},
+        top_k=1,
+        tokenizer_digest=byte_tokenizer().digest,
+        eos_id=byte_tokenizer().eos_id,
+    )
+    statistics = {manifests.ANCHOR_NAME: slices(statistics or {})}
+    write_model(path, manifest, shared, experts, statistics=statistics, complete=save_tokenizer)
     return path
+
+
+def save_tokenizer(directory, manifest):
+    """Saves the tokenizer of bytes into a model directory that is being written."""
+    byte_tokenizer().save(directory / TOKENIZER_FILE)
+
+
+def slices(leaves):
+    """{leaf: array} as what is to be written."""
+    return {leaf: Slice(array, None, leaf) for leaf, array in leaves.items()}
 
 
 def expert_leaves(anchor_path, seed=None):
     """{leaf: array} of an expert of that anchor: random, or the anchor's own where there is no seed."""
     own = {
-        directories.digest_name(path): leaf
+        manifests.digest_name(path): leaf
         for path, leaf in read_params(anchor_path).items()
-        if path.startswith(directories.MOE)
+        if path.startswith(manifests.MOE)
     }
     if seed is None:
         return own
@@ -137,25 +153,38 @@ def expert_leaves(anchor_path, seed=None):
     return {leaf: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype) for leaf, x in sorted(own.items())}
 
 
-def contribution(path, anchor_path, name=None, seed=None, leaves=None):
+def contribution(path, anchor_path, name=None, seed=None, leaves=None, statistics=None, card=None):
     """Writes a contribution for that anchor; returns its directory."""
     name = epath.Path(path).name if name is None else name
     leaves = expert_leaves(anchor_path, seed) if leaves is None else leaves
-    before = directories.Model.read(anchor_path, flag="--anchor")
-    with atomic_directory(path) as directory:
-        slices = {leaf: Slice(array, None, leaf) for leaf, array in leaves.items()}
-        digests = write_tree(directory / directories.PARAMS, slices, digest_name=lambda leaf: leaf)
-        card = {"description": f"data of {name}", "license": "none", "tokens": 10, "trained_tokens": 20}
-        expert = directories.Expert(name, digests, card)
-        directories.Contribution(expert, before.anchor_digest, before.architecture).write(directory)
+    before = read_model(anchor_path)
+    manifest = manifests.ContributionManifest(
+        name=name,
+        anchor_digest=before.anchor_digest,
+        architecture=before.architecture,
+        card={"description": f"data of {name}", "license": "none", "tokens": 10, "trained_tokens": 20} | (card or {}),
+        leaves={},
+    )
+    write_contribution(path, manifest, slices(leaves), statistics=slices(statistics or {}))
     return path
+
+
+def reseal(file, change=lambda document: None):
+    """Changes a manifest (the function may return another) and gives it, and the owners' in it, matching digests."""
+    document = json.loads(file.read_text())
+    document = change(document) or document
+    for record in document.get("experts", []) if isinstance(document.get("experts"), list) else []:
+        if isinstance(record, dict) and isinstance(record.get("contribution"), dict):
+            record["contribution"]["digest"] = document_digest(record["contribution"])
+    document["digest"] = document_digest(document)
+    file.write_text(json.dumps(document))
 
 
 def tuned(path, model, corpus_path, leaves=ROUTER, seed=9):
     """Publishes `model` as a run that trained `leaves` of it would: with random values there; returns `path`."""
     config = router.get_config()
     config.start_from, config.data.train, config.steps = str(model), str(corpus_path), 7
-    manifest = directories.Model.read(model, flag="--model")
+    manifest = read_model(model)
     decoder = Decoder(ARCHITECTURE, Layout.of_roster(len(manifest.experts), manifest.top_k))
     inputs = Inputs(decoder, manifest, set(leaves), [([Corpus.open(corpus_path)], 1.0)], {})
     rng = np.random.default_rng(seed)
@@ -168,7 +197,7 @@ def tuned(path, model, corpus_path, leaves=ROUTER, seed=9):
 
 def read_params(directory):
     """{path: array} of a model or a contribution."""
-    stored = directories.open_params(directory)
+    stored = open_params(directory)
     return {path: read_block(leaf, (slice(None),) * len(leaf.shape), path) for path, leaf in stored.items()}
 
 

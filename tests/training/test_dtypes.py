@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import opt_out
-from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.training.inputs import read_inputs

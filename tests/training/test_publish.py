@@ -10,7 +10,7 @@ import pytest
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import directories
 from flexolmo_jax.checkpoint.tree import combined_digest, open_tree
-from flexolmo_jax.combine.stack import merge
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError

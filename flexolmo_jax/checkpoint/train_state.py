@@ -1,12 +1,15 @@
-"""Whether a checkpoint is whole: every file can be read, and holds what was saved.
+"""Checkpoints of a run in progress: the train state and the data position, written by Orbax in the background.
 
-It is read here before Orbax is asked to, whose errors do not tell damage from other faults. The formats are those
-that Orbax writes: JSON, and arrays in zarr on OCDBT, which tensorstore reads.
+A checkpoint keeps checksums of the position and of every leaf. It is read and compared here before Orbax reads it,
+whose errors do not tell damage from other faults. The formats are those that Orbax writes: JSON, and arrays in zarr on
+OCDBT, which tensorstore reads.
 """
 
 import functools
+import itertools
 import json
 import os
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from flexolmo_jax.checkpoint.tree import COPY_THREADS, blocks
+from flexolmo_jax.checkpoint.digests import chunks, whole
+from flexolmo_jax.checkpoint.params import COPY_THREADS
 from flexolmo_jax.errors import UserError
 
 # What tensorstore says of files that are missing, cut off, or hold something else.
@@ -29,7 +34,100 @@ class DamagedError(Exception):
     """A checkpoint cannot be read, or is not what was saved; the message says of which part."""
 
 
-def checksums(state: Any, position: dict[str, Any], label: str) -> dict[str, int]:
+def latest_whole_step(directory: epath.PathLike, like_position: dict[str, Any]) -> int | None:
+    """The latest step whose checkpoint can be read; later ones, which are damaged, get another name.
+
+    A checkpoint that is looked at is read once, a few chunks at a time. Nothing is renamed where none can be read. To
+    be called before `Checkpoints` opens the folder, which knows no checkpoint by another name.
+
+    Args:
+      directory: the folder, which need not be there.
+      like_position: a data position, for its structure.
+
+    Raises:
+      UserError: there are checkpoints, and all are damaged.
+    """
+    directory = epath.Path(directory)
+    steps = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()] if directory.exists() else []
+    damaged = {}
+    for step in sorted(steps, reverse=True):
+        try:
+            _check(directory / str(step), like_position)
+        except DamagedError as error:
+            damaged[step] = error
+            continue
+        for later, reason in damaged.items():
+            name = _set_aside(directory, later)
+            folder = directory / str(later)
+            sys.stderr.write(f"{folder}: damaged ({reason}); renamed to {name}, resuming from step {step}\n")
+        return step
+    if damaged:
+        step, reason = max(damaged.items())
+        raise UserError(
+            f"{directory}: no checkpoint can be read (step {step}: {reason}); put back a copy of one, or "
+            "remove the folder to train from the start"
+        )
+    return None
+
+
+def _set_aside(directory: epath.Path, step: int) -> str:
+    """Renames a checkpoint so that it is none any more; returns its new name."""
+    names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged-{count}" for count in itertools.count(2)))
+    name = next(name for name in names if not (directory / name).exists())
+    (directory / str(step)).rename(directory / name)
+    return name
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a workdir; a checkpoint is there whole or not at all.
+
+    Beside the data position a checkpoint keeps checksums of the position and of every leaf of the state, which
+    are compared when it is read.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int):
+        """Opens the folder; `keep` is how many of the latest checkpoints stay."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._directory = epath.Path(directory).resolve()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Starts to save in the background, unless that step is saved already.
+
+        Raises:
+          UserError: a leaf of the state is not finite; nothing is saved.
+        """
+        if step == self.latest_step():
+            return
+        data = {"position": position, "checksums": _checksums(state, position, f"step {step}")}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads (state, data position); `like` gives the state's structure, shapes, dtypes and shardings.
+
+        Raises:
+          UserError: the checkpoint is of a state of another structure.
+        """
+        _check_structure(self._directory / str(step), like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return restored.state, _position_of(restored.data)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Waits for the save under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _checksums(state: Any, position: dict[str, Any], label: str) -> dict[str, int]:
     """{leaf: the sum of its bits modulo 2**32}, and a CRC-32 of the data position.
 
     Sums do not depend on how leaves are spread over devices. `label` says in errors when this is.
@@ -42,17 +140,17 @@ def checksums(state: Any, position: dict[str, Any], label: str) -> dict[str, int
     if broken:
         raise UserError(
             f"{label}: {broken[0]} is not finite after the update; no checkpoint of this step is kept: check the data, "
-            "or lower --config.optimizer.learning_rate, in a new workdir"
+            "or lower config.optimizer.learning_rate, in a new workdir"
         )
     return {**{leaf: int(total) for leaf, (_, total) in examined.items()}, _POSITION: _position_checksum(position)}
 
 
-def position_of(data: dict[str, Any]) -> dict[str, Any]:
+def _position_of(data: dict[str, Any]) -> dict[str, Any]:
     """The data position in what stands beside a state; once it stood there alone."""
     return data["position"] if "checksums" in data else data
 
 
-def check(folder: epath.Path, like_position: dict[str, Any]) -> None:
+def _check(folder: epath.Path, like_position: dict[str, Any]) -> None:
     """Reads a whole checkpoint, a few chunks at a time.
 
     Args:
@@ -66,7 +164,7 @@ def check(folder: epath.Path, like_position: dict[str, Any]) -> None:
     folder = folder.resolve()
     data = _read_json(folder / "data" / "metadata")
     named = data.get("checksums", {}) if isinstance(data, dict) else {}
-    position = position_of(data) if named else data
+    position = _position_of(data) if named else data
     if _structure(position) != _structure(like_position):
         raise DamagedError("data position: not one")
     if named and named.get(_POSITION) != _position_checksum(position):
@@ -76,20 +174,20 @@ def check(folder: epath.Path, like_position: dict[str, Any]) -> None:
     with ThreadPoolExecutor(COPY_THREADS) as pool:
         for leaf, array in _open(folder).items():
             chunk = array.chunk_layout.read_chunk.shape or array.shape
-            total = sum(pool.map(functools.partial(_chunk_sum, leaf, array), blocks(array.shape, chunk))) % 2**32
+            total = sum(pool.map(functools.partial(_chunk_sum, leaf, array), chunks(whole(array.shape), chunk))) % 2**32
             if named and named.get(leaf) != total:
                 raise DamagedError(f"{leaf}: altered")
 
 
-def check_structure(folder: epath.Path, like: Any) -> None:
+def _check_structure(folder: epath.Path, like: Any) -> None:
     """Raises UserError unless a checkpoint that is whole has the leaves of `like`, in their shapes."""
     stored = {leaf: tuple(array.shape) for leaf, array in _open(folder).items()}
     wanted = {_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(like)}
-    odd = sorted(leaf for leaf in stored.keys() | wanted.keys() if stored.get(leaf) != wanted.get(leaf))
-    if odd:
+    mismatched = sorted(leaf for leaf in stored.keys() | wanted.keys() if stored.get(leaf) != wanted.get(leaf))
+    if mismatched:
         raise UserError(
-            f"{folder}: of another program's run (its {odd[0]} is {stored.get(odd[0])}, this one's "
-            f"{wanted.get(odd[0])}); resume with the version that began the run, or name a new workdir"
+            f"{folder}: of another program's run (its {mismatched[0]} is {stored.get(mismatched[0])}, this one's "
+            f"{wanted.get(mismatched[0])}); resume with the version that began the run, or name a new workdir"
         )
 
 
