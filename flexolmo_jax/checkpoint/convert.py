@@ -25,6 +25,7 @@ from flexolmo_jax.checkpoint.manifests import (
     Tuning,
     digest_name,
     is_router_leaf,
+    problem,
 )
 from flexolmo_jax.checkpoint.model_directory import (
     CERTIFICATE_FILE,
@@ -42,7 +43,7 @@ from flexolmo_jax.checkpoint.model_directory import (
     write_model,
 )
 from flexolmo_jax.checkpoint.params import Slice, check_digest, digest_slice, open_tree
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, first_line
 
 _MIXTURE = "blocks/mixture"  # of a path in format 1, what is blocks/moe
 _ROUTER = {"router/weight": "row", "router/bias": "bias"}  # {leaf of an expert: its name in format 1}
@@ -241,7 +242,7 @@ def _read(kind: type, directory: epath.Path, file: str, content: Mapping[str, An
             raise UserError(f"{directory / file}: format {version}; only format 1 is converted")
         return kind.model_validate(document)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:100]
+        reason = problem(error) if isinstance(error, pydantic.ValidationError) else first_line(error)
         raise UserError(f"{directory / file}: damaged ({reason}); {_AGAIN}") from None
 
 

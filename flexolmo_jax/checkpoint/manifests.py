@@ -149,7 +149,7 @@ class ExpertRecord(_Record):
             try:
                 owner = _checked(ContributionManifest, self.contribution)
             except pydantic.ValidationError as error:
-                raise ValueError(f"contribution.{_problem(error)}") from None
+                raise ValueError(f"contribution.{problem(error)}") from None
             except AlteredError as error:
                 raise AlteredError(f"contribution of {self.name}: {error}") from None
             for field in ("card", "statistics"):
@@ -364,7 +364,7 @@ def read_manifest(kind: type[Manifest], file: epath.Path) -> Manifest:
             raise _damaged(file, "format: missing")
         return _checked(kind, document)
     except pydantic.ValidationError as error:
-        raise _damaged(file, _problem(error)) from None
+        raise _damaged(file, problem(error)) from None
     except (ValueError, RecursionError) as error:
         raise _damaged(file, first_line(error)) from None
     except AlteredError as error:
@@ -390,7 +390,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _problem(error: pydantic.ValidationError) -> str:
+def problem(error: pydantic.ValidationError) -> str:
     """The first field that is wrong, and why."""
     first = error.errors(include_url=False, include_context=False)[0]
     field, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")

@@ -20,6 +20,7 @@ from flexolmo_jax.checkpoint.manifests import (
     ModelManifest,
     digest_name,
     is_router_leaf,
+    problem,
     read_manifest,
     write_manifest,
 )
@@ -109,10 +110,7 @@ def read_contribution(
     try:
         casts = pydantic.TypeAdapter(Casts).validate_json(file.read_bytes(), strict=True)
     except pydantic.ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise UserError(
-            f"{file}: damaged ({'.'.join(map(str, problem['loc']))}: {problem['msg']}); copy the directory again"
-        ) from None
+        raise UserError(f"{file}: damaged ({problem(error)}); copy the directory again from its source") from None
     if not casts.keys() <= manifest.leaves.keys():
         raise UserError(f"{file}: damaged (names unknown leaves); copy the directory again from its source")
     return manifest.but(casts=casts)
@@ -124,8 +122,8 @@ def _read(kind: type[Manifest], files: Kind, directory: epath.PathLike, strict: 
         raise NotFoundError(f"{label}: no such directory; give a {files.name} directory")
     if not (directory / files.manifest).exists():
         found = kind_of(directory)
-        problem = f"is a {found} directory" if found else f"has no {files.manifest}"
-        raise UserError(f"{label}: {problem}; give a {files.name} directory")
+        state = f"is a {found} directory" if found else f"has no {files.manifest}"
+        raise UserError(f"{label}: {state}; give a {files.name} directory")
     if strict:
         check_files(directory, files.content, label)
     if not (directory / files.manifest).is_file():

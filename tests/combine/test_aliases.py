@@ -48,7 +48,7 @@ def test_the_owners_manifest_stands_beside_the_alias(home, tmp_path):
     for record, folder, name in ((a, "a", "code"), (b, "b", "code-b")):
         theirs = json.loads((home / folder / "contribution.json").read_text())
         assert record["contribution"] == theirs
-        assert (record["name"], theirs["expert"], record["digest"]) == (name, "code", theirs["digest"])
+        assert (record["name"], theirs["name"], record["digest"]) == (name, "code", theirs["digest"])
     shown = " ".join(flexolmo("inspect", tmp_path / "model").out.split())
     assert "code-b" in shown
     assert "owner's" in shown
@@ -93,7 +93,7 @@ def test_a_relative_directory_that_exists_is_that_directory(home, tmp_path, monk
 @pytest.mark.parametrize(
     ("contributions", "words"),
     [
-        (["{home}/a", "{home}/b"], ["{home}/b", "'code'", "{home}/a", "--contribution=NAME={home}/b"]),
+        (["{home}/a", "{home}/b"], ["{home}/b", "'code'", "{home}/a", "NAME={home}/b"]),
         (["x={home}/a", "x={home}/b"], ["{home}/b", "'x'", "{home}/a", "NAME="]),
         (["news={home}/a", "{home}/news"], ["{home}/news", "'news'"]),
         (["News={home}/a"], ["'News' is no name", "lower-case"]),

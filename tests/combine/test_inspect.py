@@ -83,6 +83,7 @@ def test_a_data_card_is_text_and_no_markup(home, tmp_path):
         .replace('"data of odd"', '"[/b] [red]"')
         .replace('"trained_tokens": 20', '"trained_tokens": "many"')
     )
+    small.reseal(file)
     result = flexolmo("inspect", tmp_path / "odd")
     assert result.status == 0
     assert "[/b] [red]" in result.out

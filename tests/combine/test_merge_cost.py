@@ -1,4 +1,4 @@
-"""What a merge and an opt-out read and hold: every byte once, and a piece at a time."""
+"""What a merge and an opt-out read and hold: every byte once, and a buffer for each thread."""
 
 import math
 import threading
@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
-from flexolmo_jax.checkpoint import tree
+from flexolmo_jax.checkpoint import digests, params
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import opt_out
 from flexolmo_jax.model.architecture import Architecture
@@ -17,22 +17,22 @@ ARCHITECTURE = Architecture(
     vocab_size=300, num_layers=3, d_model=64, num_heads=2, num_kv_heads=1, d_ff=160, rope_theta=1e4, norm_eps=1e-6
 )
 NAMES = ["code", "legal", "news"]
-BLOCK_BYTES, PIECE_BYTES = 2**14, 2**12
+CHUNK_BYTES, BUFFER_BYTES = 2**14, 2**12
 
 
 class Reads:
-    """Stands for `tree.read_block_file` and `tree.read_block`, and keeps account of what they read and hold."""
+    """Stands for `params.read_chunk_file` and `params.read_block`, and keeps account of what they read and hold."""
 
     def __init__(self, monkeypatch):
         self.blocks, self.peak = [], 0
         self._buffers, self._lock = {}, threading.Lock()
-        self._read_block_file, self._read_block = tree.read_block_file, tree.read_block
-        monkeypatch.setattr(tree, "read_block_file", self.read_block_file)
-        monkeypatch.setattr(tree, "read_block", self.read_block)
+        self._read_chunk_file, self._read_block = params.read_chunk_file, params.read_block
+        monkeypatch.setattr(params, "read_chunk_file", self.read_chunk_file)
+        monkeypatch.setattr(params, "read_block", self.read_block)
 
-    def read_block_file(self, folder, index, block, expert, buffer):
+    def read_chunk_file(self, folder, index, chunk, expert, buffer):
         size = 0
-        for values in self._read_block_file(folder, index, block, expert, buffer):
+        for values in self._read_chunk_file(folder, index, chunk, expert, buffer):
             self._hold(values)
             size += values.nbytes
             yield values
@@ -55,8 +55,8 @@ class Reads:
 
 @pytest.fixture
 def reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(tree, "BLOCK_BYTES", BLOCK_BYTES)
-    monkeypatch.setattr(tree, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(params, "BUFFER_BYTES", BUFFER_BYTES)
     small.anchor(tmp_path / "anchor", architecture=ARCHITECTURE, leaves=small.random_leaves(0, ARCHITECTURE))
     for seed, name in enumerate(NAMES, 1):
         small.contribution(tmp_path / name, tmp_path / "anchor", seed=seed)
@@ -73,21 +73,14 @@ def sizes():
 def check(reads, total, most):
     assert len({block[:2] for block in reads.blocks}) == len(reads.blocks)
     assert sum(size for *_, size in reads.blocks) == total
-    assert len(reads.blocks) > 5 * tree.COPY_THREADS
-    assert most / 2 < reads.peak <= tree.COPY_THREADS * most < total / 5
+    assert len(reads.blocks) > 5 * params.COPY_THREADS
+    assert most / 2 < reads.peak <= params.COPY_THREADS * most < total / 5
 
 
-def test_a_merge_reads_every_byte_once_and_holds_a_piece_a_thread(tmp_path, reads):
+def test_a_merge_reads_every_byte_once_and_holds_a_buffer_for_each_thread(tmp_path, reads):
     merge(tmp_path / "anchor", [tmp_path / name for name in NAMES], tmp_path / "merged", top_k=2)
     shared, expert = sizes()
-    check(reads, shared + 4 * expert, PIECE_BYTES)
-
-
-def test_of_blocks_of_another_size_a_merge_holds_one_a_thread(tmp_path, reads, monkeypatch):
-    monkeypatch.setattr(tree, "BLOCK_BYTES", BLOCK_BYTES - 2**10)
-    merge(tmp_path / "anchor", [tmp_path / name for name in NAMES], tmp_path / "merged", top_k=2)
-    shared, expert = sizes()
-    check(reads, shared + 4 * expert, BLOCK_BYTES)
+    check(reads, shared + 4 * expert, BUFFER_BYTES)
 
 
 def test_opting_out_does_not_read_what_it_removes(tmp_path, reads):
@@ -95,7 +88,7 @@ def test_opting_out_does_not_read_what_it_removes(tmp_path, reads):
     reads.blocks, reads.peak = [], 0
     opt_out(tmp_path / "merged", ["legal"], tmp_path / "rest")
     shared, expert = sizes()
-    check(reads, shared + 3 * expert, PIECE_BYTES)
+    check(reads, shared + 3 * expert, BUFFER_BYTES)
     experts = {name.split()[1] for name, *_ in reads.blocks}
     assert experts == {"None", "0", "1", "3"}  # all but legal
 
@@ -104,6 +97,6 @@ def test_opting_out_does_not_read_what_it_removes(tmp_path, reads):
 def test_the_number_of_threads_changes_no_byte(tmp_path, reads, monkeypatch, threads):
     inputs = [tmp_path / name for name in NAMES]
     merge(tmp_path / "anchor", inputs, tmp_path / "merged", top_k=2)
-    monkeypatch.setattr(tree, "COPY_THREADS", threads)
+    monkeypatch.setattr(params, "COPY_THREADS", threads)
     merge(tmp_path / "anchor", inputs, tmp_path / "again", top_k=2)
     assert small.files(tmp_path / "again") == small.files(tmp_path / "merged")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.manifests import MOE
+from flexolmo_jax.checkpoint.model_directory import read_contribution, read_model
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import (
     AS_IMPORTED,
@@ -25,7 +26,7 @@ from tests.support.small import flexolmo
 CERTIFICATE_FILE = "certificate.json"
 NAMES = ["code", "legal", "news"]
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12))
-GATE = directories.MOE + "experts/gate"
+GATE = MOE + "experts/gate"
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,9 @@ def test_equals_the_merge_that_never_had_them(home, tmp_path, names, never_merge
     assert certificate["trained_together"] == []
     roster = ["anchor", *(name for name in NAMES if name not in names)]
     assert [expert["name"] for expert in certificate["remaining"]] == roster
-    removed = {name: directories.Contribution.read(home / name, flag="").expert.digest for name in names}
+    removed = {name: read_contribution(home / name).digest for name in names}
     assert {expert["name"]: expert["digest"] for expert in certificate["removed"]} == removed
-    assert certificate["anchor_digest"] == directories.Model.read(home / "anchor", flag="").anchor_digest
+    assert certificate["anchor_digest"] == read_model(home / "anchor").anchor_digest
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -128,15 +129,13 @@ def test_what_else_was_tuned_is_named(home, tmp_path, keep):
     for path in (GATE, *small.ROUTER):
         source = np.delete(tuned[path], 2, axis=1) if keep or path == GATE else never[path]
         np.testing.assert_array_equal(out[path], source)
-    assert directories.Model.read(tmp_path / "out", flag="").tuned["leaves"] == certificate["trained_together"]
+    assert read_model(tmp_path / "out").tuned.leaves == certificate["trained_together"]
 
 
 def with_card(path, source, card):
     """A copy of a model whose anchor has that data card."""
     shutil.copytree(source, path)
-    document = json.loads((path / "model.json").read_text())
-    document["experts"][0]["card"] = card
-    (path / "model.json").write_text(json.dumps(document))
+    small.reseal(path / "model.json", lambda document: document["experts"][0].update(card=card))
     return path
 
 
@@ -178,7 +177,7 @@ def test_settings_of_the_tokenizer_come_along(home, tmp_path):
 def test_a_damaged_tuned_model_is_refused(home, tmp_path, kept):
     shutil.copytree(home / "tuned", tmp_path / "bad")
     leaf = "router/weight" if kept == "merged_router" else "up"
-    chunk = min((tmp_path / "bad" / kept / f"blocks.moe.experts.{leaf}").glob("c.*"))
+    chunk = min((tmp_path / "bad" / kept / f"blocks.moe.experts.{leaf.replace('/', '.')}").glob("c.*"))
     data = bytearray(chunk.read_bytes())
     data[0] ^= 1
     chunk.write_bytes(data)

@@ -66,7 +66,18 @@ def file_with(name, change):
 
 
 def manifest_with(**changes):
-    return file_with("contribution.json", lambda data: json.dumps(json.loads(data) | changes).encode())
+    """Makes contributions of which the manifest has other values, and the digest of these."""
+
+    def make(home, path):
+        small.contribution(path, home / "anchor", name="bad", seed=3)
+        small.reseal(path / "contribution.json", lambda document: document | changes)
+
+    return make
+
+
+def manifest_altered(old, new):
+    """Makes contributions of which the manifest was altered by hand."""
+    return file_with("contribution.json", lambda data: data.replace(old, new))
 
 
 def flip(data):
@@ -81,7 +92,7 @@ GATE = "params/gate/c.0.0.0"
 REFUSED = {
     "made on another anchor": (
         lambda home, path: small.contribution(path, home / "other", seed=3),
-        ["--contribution=", "another anchor", "--anchor"],
+        ["--contribution=", "another anchor", "give the anchor"],
     ),
     "other architecture": (
         lambda home, path: small.contribution(path, home / "wide", seed=3),
@@ -105,8 +116,15 @@ REFUSED = {
     "damaged leaf": (file_with("params/up/zarr.json", lambda data: data[:-9]), ["bad/params", "leaf up"]),
     "damaged manifest": (file_with("contribution.json", lambda data: data[:-9]), ["contribution.json", "damaged"]),
     "no digest": (manifest_with(leaves={}), ["--contribution=", "names no digest"]),
-    "newer format": (manifest_with(format=2), ["contribution.json", "format 2", "reads format 1"]),
-    "called the anchor": (manifest_with(expert="anchor"), ["contribution.json", "'anchor'", "lower-case"]),
+    "newer format": (manifest_with(format=3), ["contribution.json", "format 3", "reads format 2"]),
+    "another licence": (
+        manifest_altered(b'"license": "none"', b'"license": "public domain"'),
+        ["bad/contribution.json", "altered", "copy the directory again"],
+    ),
+    "another name": (manifest_altered(b'"name": "bad"', b'"name": "good"'), ["bad/contribution.json", "altered"]),
+    "another anchor by hand": (manifest_altered(b'"anchor_digest": "', b'"anchor_digest": "0'), ["altered"]),
+    "format 1": (manifest_with(format=1), ["format 1; convert it: flexolmo convert --source=", "bad --out=DIR"]),
+    "called the anchor": (manifest_with(name="anchor"), ["contribution.json", "'anchor'", "lower-case"]),
     "a corpus": (
         lambda home, path: shutil.copytree(home / "corpus", path),
         ["--contribution=", "is a corpus directory", "give a contribution directory"],
@@ -128,7 +146,7 @@ def test_a_bad_contribution_is_refused(home, tmp_path, fault):
 def test_two_contributions_of_one_name_are_refused(home, tmp_path):
     small.contribution(tmp_path / "bad", home / "anchor", name="news", seed=3)
     result = merge(tmp_path, home / "anchor", home / "news", tmp_path / "bad")
-    words = [f"--contribution={tmp_path}/bad", "'news'", home / "news", f"--contribution=NAME={tmp_path}/bad"]
+    words = [f"--contribution={tmp_path}/bad", "'news'", home / "news", f"NAME={tmp_path}/bad"]
     assert_refused(result, "merge", *words)
 
 
@@ -155,7 +173,7 @@ def test_only_a_model_is_an_anchor(home, tmp_path, kind):
             ["holds params/head", "no part of"],
         ),
         ("model.json", lambda data: data[:-9], ["model.json", "damaged"]),
-        ("model.json", lambda data: data.replace(b'"embedding"', b'"embeddings"'), ["leaf embedding", "manifest"]),
+        ("model.json", lambda data: data.replace(b'"embedding"', b'"embeddings"'), ["model.json", "altered"]),
     ],
 )
 def test_a_damaged_anchor_is_refused(home, tmp_path, name, change, words):
@@ -169,6 +187,7 @@ def test_an_anchor_that_was_trained_on_after_a_merge_is_refused(home, tmp_path):
     manifest = json.loads((tmp_path / "bad" / "model.json").read_text())
     manifest["tuned"] = {"leaves": ["head"], "merged_router": {"anchor": {}}}
     (tmp_path / "bad" / "model.json").write_text(json.dumps(manifest))
+    small.reseal(tmp_path / "bad" / "model.json")
     assert_refused(merge(tmp_path, tmp_path / "bad", home / "news"), "merge", "bad", "as it was published")
 
 

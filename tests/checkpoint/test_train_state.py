@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import flexolmo_jax.checkpoint.whole
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint.manager import Checkpoints, latest_whole_step
+from flexolmo_jax.checkpoint import train_state
+from flexolmo_jax.checkpoint.train_state import Checkpoints, latest_whole_step
 from flexolmo_jax.errors import UserError
 
 SIZES = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
@@ -50,7 +50,7 @@ def test_steps_that_donate_the_state_do_not_reach_a_save_under_way(tmp_path, cou
 
 
 def test_a_checkpoint_is_restored_onto_other_devices(tmp_path):
-    state, position = make_state(jax.devices()), {"rows": [[3, 4], {"epoch": 1}], "name": "x"}
+    state, position = make_state(jax.devices()), {"parents": [[3, 4], {"epoch": 1}], "name": "x"}
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest_step() is None
         checkpoints.save(5, state, position)
@@ -201,7 +201,7 @@ def test_a_checkpoint_that_is_not_finite_is_damaged(tmp_path):
     states[5]["matrix"] = states[5]["matrix"].at[3, 4].set(np.inf)
     sums = {"matrix": 0, "step": 10, "data position": 0}
     with (
-        mock.patch.object(flexolmo_jax.checkpoint.whole, "checksums", return_value=sums),
+        mock.patch.object(train_state, "_checksums", return_value=sums),
         Checkpoints(tmp_path, keep=5) as checkpoints,
     ):
         checkpoints.save(10, states[5], POSITION)
@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_structure_is_refused_and_is_not_damaged(tmp_pat
 def test_what_is_no_damage_is_not_taken_for_it(tmp_path, error):
     saved(tmp_path)
     with (
-        mock.patch.object(flexolmo_jax.checkpoint.whole, "_chunk_sum", side_effect=error),
+        mock.patch.object(train_state, "_chunk_sum", side_effect=error),
         pytest.raises(type(error)),
     ):
         latest_whole_step(tmp_path, POSITION)

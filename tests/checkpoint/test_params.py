@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from flexolmo_jax.checkpoint import tree
-from flexolmo_jax.checkpoint.tree import Slice, digest_slice, open_tree, read_block, read_leaf, write_tree
-from flexolmo_jax.checkpoint.zarr import block_folder
+from flexolmo_jax.checkpoint import digests, params
+from flexolmo_jax.checkpoint.params import Slice, digest_slice, open_tree, read_block, read_leaf, write_tree
+from flexolmo_jax.checkpoint.zarr import METADATA, chunk_folder
 from flexolmo_jax.errors import UserError
 from tests.support import small
 
@@ -21,11 +21,22 @@ DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (5, 1, 3, 2), (1, 40), (2, 1, 33)]
 
 
+FORMAT_GRIDS = {  # {(shape, bytes of a number): chunk}
+    ((32, 4096, 11008), 4): (1, 256, 11008),
+    ((32, 4096, 11008), 2): (1, 512, 11008),
+    ((4096, 100352), 4): (32, 100352),
+    ((16, 2048), 4): (16, 2048),
+    ((100, 1024, 1024), 4): (4, 1024, 1024),
+}
+
+
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Leaves of a few numbers take several blocks, of several pieces each."""
-    monkeypatch.setattr(tree, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(tree, "PIECE_BYTES", 24)
+def small_chunks(monkeypatch, request):
+    """Leaves of a few numbers take several chunks, and a chunk several buffers."""
+    if request.node.name == "test_a_chunk_grid_is_that_of_the_format":
+        return
+    monkeypatch.setattr(digests, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(params, "BUFFER_BYTES", 24)
 
 
 def array(shape, dtype=np.float32, seed=0):
@@ -41,23 +52,45 @@ def unnamed(path):
 
 
 def plain_digest(name, values):
-    header = json.dumps([name, values.dtype.name, list(values.shape)]).encode() + b"\n"
-    return hashlib.sha256(header + values.astype(values.dtype.newbyteorder("<")).tobytes()).hexdigest()
+    """As docs/formats.md says it, without a generator, a thread or a buffer."""
+    chunk = digests.chunk_shape(values.shape, values.itemsize)
+    header = json.dumps([name, values.dtype.name, list(values.shape), list(chunk)]).encode() + b"\n"
+    places = np.ndindex(*(-(-length // step) for length, step in zip(values.shape, chunk, strict=True)))
+    parts = [
+        values[tuple(slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True))] for place in places
+    ]
+    little = values.dtype.newbyteorder("<")
+    chunks = [hashlib.sha256(part.astype(little).tobytes()).digest() for part in parts]
+    return hashlib.sha256(header + b"".join(chunks)).hexdigest()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_blocks_cover_an_array_once_in_c_order(shape, itemsize):
+def test_chunks_cover_an_array_once_in_c_order(shape, itemsize):
     numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    block = tree.block_shape(shape, itemsize)
-    assert np.prod(block, dtype=int) * itemsize <= tree.BLOCK_BYTES
-    parts = [numbers[index].ravel() for index in tree.blocks(shape, block)]
+    chunk = digests.chunk_shape(shape, itemsize)
+    assert np.prod(chunk, dtype=int) * itemsize <= digests.CHUNK_BYTES
+    parts = [numbers[index].ravel() for index in digests.chunks(digests.whole(shape), chunk)]
     np.testing.assert_array_equal(np.concatenate(parts), numbers.ravel())
-    # Blocks are no smaller than they must be: one row more would be too much.
-    split = [axis for axis in range(len(shape)) if block[axis] < shape[axis]]
+    # Edges along split axes are powers of two, and the largest that are small enough.
+    split = [axis for axis in range(len(shape)) if chunk[axis] < shape[axis]]
+    assert all(chunk[axis].bit_count() == 1 for axis in split)
     if split:
-        row_bytes = np.prod(shape[split[-1] + 1 :], dtype=int) * itemsize
-        assert (block[split[-1]] + 1) * row_bytes > tree.BLOCK_BYTES
+        step_bytes = np.prod(shape[split[-1] + 1 :], dtype=int) * itemsize
+        assert 2 * chunk[split[-1]] * step_bytes > digests.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 33), (7, 1, 9), (40,), (3, 4, 5)])
+def test_chunks_of_a_narrower_dtype_are_unions_of_those_of_a_wider_one(shape):
+    wide, narrow = (digests.chunk_shape(shape, itemsize) for itemsize in (4, 2))
+    parts = [part for unit in digests.chunks(digests.whole(shape), narrow) for part in digests.chunks(unit, wide)]
+    assert parts == list(digests.chunks(digests.whole(shape), wide))
+
+
+def test_a_chunk_grid_is_that_of_the_format():
+    """16 MiB at most: of the published model's feed-forward, a head, a short leaf."""
+    found = [digests.chunk_shape(shape, itemsize) for shape, itemsize in FORMAT_GRIDS]
+    assert found == list(FORMAT_GRIDS.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,17 +154,17 @@ def rewrite(folder, values, **metadata):
     ids=["folders", "chunks", *FOREIGN],
 )
 def test_leaves_stored_in_another_way_are_the_same_leaves(tmp_path, metadata):
-    values = array((4, 4, 4))  # one block is [1, 4, 4]
+    values = array((4, 4, 4))  # one chunk is [1, 4, 4]
     (digest,) = write_tree(tmp_path / "tree", {"x": Slice(values, None, "")}, unnamed).values()
     grid = {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, 4, 4]}}}
     rewrite(tmp_path / "tree" / "x", values, **(grid | metadata))
     stored = Slice(open_tree(tmp_path / "tree")["x"], None, "leaf x")
-    assert block_folder(stored.source, (1, 4, 4)) is None
+    assert chunk_folder(stored.source, (1, 4, 4)) is None
     assert digest_slice(stored, "x") == digest
     assert write_tree(tmp_path / "again", {"x": stored}, unnamed) == {"x": digest}
     again = open_tree(tmp_path / "again")["x"]
     np.testing.assert_array_equal(whole(again), values)
-    assert block_folder(again, (1, 4, 4)) == tmp_path / "again" / "x"
+    assert chunk_folder(again, (1, 4, 4)) == tmp_path / "again" / "x"
 
 
 def test_a_tree_that_orbax_wrote_is_read(tmp_path):
@@ -139,7 +172,7 @@ def test_a_tree_that_orbax_wrote_is_read(tmp_path):
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
     ocp.Checkpointer(handler).save(tmp_path / "theirs", {"x": values})
     for file in (tmp_path / "theirs").iterdir():
-        if file.name not in ("x", tree.METADATA):
+        if file.name not in ("x", METADATA):
             file.unlink()
     digests = write_tree(tmp_path / "ours", {"x": Slice(values, None, "")}, unnamed)
     stored = Slice(open_tree(tmp_path / "theirs")["x"], None, "leaf x")
@@ -149,7 +182,7 @@ def test_a_tree_that_orbax_wrote_is_read(tmp_path):
 @pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1]], ids=["shorter", "wider"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_casting_a_stored_leaf_is_numpys_and_checks_it(tmp_path, shape, dtypes):
-    """The blocks of the two dtypes differ; what is written lies as if it had never had another dtype."""
+    """The chunks of the two dtypes differ; what is written lies as if it had never had another dtype."""
     source, target = dtypes
     values = array(shape, source)
     digests = write_tree(tmp_path / "tree", {"x": Slice(values, None, "")}, unnamed)
@@ -172,17 +205,34 @@ def test_digest_depends_on_name_dtype_shape_and_every_value():
     assert len({digest_slice(Slice(array, None, ""), name) for name, array in variants}) == len(variants)
 
 
-def test_digest_does_not_depend_on_the_size_of_blocks(monkeypatch):
+def test_digest_does_not_depend_on_how_much_is_read_at_once(monkeypatch):
     part = Slice(array((4, 5, 6)), None, "")
     small = digest_slice(part, "gate")
-    monkeypatch.setattr(tree, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(params, "BUFFER_BYTES", 2**20)
     assert digest_slice(part, "gate") == small
+
+
+def test_a_source_that_is_read_in_order_is_read_by_one_thread(tmp_path):
+    """As an imported tensor is, which keeps what it read until the last of it was asked for."""
+    values, asked = array((9, 8)), []
+
+    class InOrder:
+        shape, dtype = values.shape, values.dtype
+
+        def __getitem__(self, index):
+            asked.append(index[0].start)
+            return values[index]
+
+    part = Slice(InOrder(), None, "")
+    assert write_tree(tmp_path / "tree", {"x": part}, unnamed) == {"x": plain_digest("x", values)}
+    assert asked == sorted(asked)
+    assert len(asked) > 3
 
 
 def test_combined_digest_is_that_of_the_sorted_pairs():
     leaves = {"up": "12", "gate": "34"}
     plain = hashlib.sha256(b'[["gate", "34"], ["up", "12"]]').hexdigest()
-    assert tree.combined_digest(leaves) == tree.combined_digest(dict(sorted(leaves.items()))) == plain
+    assert digests.combined_digest(leaves) == digests.combined_digest(dict(sorted(leaves.items()))) == plain
 
 
 def test_devices_read_their_shards_and_cast(tmp_path):
@@ -209,7 +259,7 @@ def test_refuses_values_that_are_not_finite(tmp_path, dtype, value):
     values[3, 7] = value
     with pytest.raises(UserError, match="the last leaf: holds values that are not finite"):
         write_tree(tmp_path / "tree", {"x": Slice(values, None, "the last leaf")}, unnamed)
-    assert not (tmp_path / "tree" / tree.METADATA).exists()
+    assert not (tmp_path / "tree" / METADATA).exists()
 
 
 CHUNK = "x/c.1.0"
@@ -222,16 +272,16 @@ DAMAGES = {
     "missing leaf metadata": lambda path: (path / "x" / "zarr.json").unlink(),
     "damaged leaf metadata": lambda path: (path / "x" / "zarr.json").write_text("{"),
     "other leaf metadata": lambda path: (path / "x" / "zarr.json").write_text("[]"),
-    "missing index": lambda path: (path / tree.METADATA).unlink(),
+    "missing index": lambda path: (path / METADATA).unlink(),
     "missing directory": shutil.rmtree,
 }
 INDICES = ["{", "[]", "3", "null", "{}", '{"tree_metadata": []}', '{"tree_metadata": {"a": 3}}', "\udcff"]
 DAMAGES |= {
-    f"index {i}": lambda path, text=text: (path / tree.METADATA).write_bytes(text.encode(errors="surrogateescape"))
+    f"index {i}": lambda path, text=text: (path / METADATA).write_bytes(text.encode(errors="surrogateescape"))
     for i, text in enumerate(INDICES)
 }
-DAMAGES["other layout"] = lambda path: (path / tree.METADATA).write_text(
-    (path / tree.METADATA).read_text().replace('"use_zarr3": true', '"use_zarr3": false')
+DAMAGES["other layout"] = lambda path: (path / METADATA).write_text(
+    (path / METADATA).read_text().replace('"use_zarr3": true', '"use_zarr3": false')
 )
 
 

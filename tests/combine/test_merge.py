@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
-from flexolmo_jax.checkpoint import directories, tree
+from flexolmo_jax.checkpoint import digests, params
+from flexolmo_jax.checkpoint.manifests import ExpertRecord
+from flexolmo_jax.checkpoint.model_directory import read_contribution, read_model
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.model.architecture import Architecture
 from tests.support import small
@@ -55,12 +57,14 @@ def test_holds_the_anchor_and_a_plain_stack_of_experts(home):
     assert (home / "merged" / "tokenizer.json").read_bytes() == (home / "anchor" / "tokenizer.json").read_bytes()
 
 
-def test_several_blocks_a_leaf_give_the_same_content(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(tree, "BLOCK_BYTES", 100)
-    merge(home / "anchor", [home / name for name in NAMES], tmp_path / "merged", top_k=2)
-    assert (tmp_path / "merged" / "model.json").read_bytes() == (home / "merged" / "model.json").read_bytes()
-    blocks = len(small.files(tmp_path / "merged")) / len(small.files(home / "merged"))
-    assert blocks > 5
+def test_several_chunks_a_leaf_give_the_same_content(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "CHUNK_BYTES", 100)
+    small.anchor(tmp_path / "anchor")
+    for seed, name in enumerate(NAMES, 1):
+        small.contribution(tmp_path / name, tmp_path / "anchor", seed=seed)
+    merge(tmp_path / "anchor", [tmp_path / name for name in NAMES], tmp_path / "merged", top_k=2)
+    chunks = len(small.files(tmp_path / "merged")) / len(small.files(home / "merged"))
+    assert chunks > 5
     merged = small.read_params(home / "merged")
     for path, leaf in small.read_params(tmp_path / "merged").items():
         np.testing.assert_array_equal(leaf, merged[path])
@@ -68,9 +72,9 @@ def test_several_blocks_a_leaf_give_the_same_content(home, tmp_path, monkeypatch
 
 def test_an_expert_has_the_same_digest_in_its_contribution_and_every_merge(home, tmp_path):
     merge(home / "anchor", [home / "news"], tmp_path / "pair", top_k=2)
-    models = [directories.Model.read(path, flag="") for path in (home / "merged", tmp_path / "pair", home / "anchor")]
-    contribution = directories.Contribution.read(home / "news", flag="")
-    assert [models[i].experts[-1] for i in (0, 1)] == [contribution.expert] * 2
+    models = [read_model(path) for path in (home / "merged", tmp_path / "pair", home / "anchor")]
+    contribution = read_contribution(home / "news")
+    assert [models[i].experts[-1] for i in (0, 1)] == [ExpertRecord.of(contribution)] * 2
     assert len({model.experts[0].digest for model in models}) == 1
     assert {model.anchor_digest for model in models} == {contribution.anchor_digest}
 
@@ -92,20 +96,19 @@ def test_untouched_copies_compute_what_the_anchor_computes(home, tmp_path, top_k
 KILLED = """
 import sys, time
 from tests.support import small
-from flexolmo_jax.checkpoint import tree
+from flexolmo_jax.checkpoint import params
 from flexolmo_jax.combine.merge import merge
 
-tree.BLOCK_BYTES, blocks = 100, []
-read_block = tree.read_block
+chunks, read_chunk_file = [], params.read_chunk_file
 
 def slow_read(*args):
-    blocks.append(args)
-    if len(blocks) == 100:
+    chunks.append(args)
+    if len(chunks) == 15:
         print("in the middle", flush=True)
         time.sleep(600)
-    return read_block(*args)
+    return read_chunk_file(*args)
 
-tree.read_block = slow_read
+params.read_chunk_file = slow_read
 merge(sys.argv[1], sys.argv[3:], sys.argv[2], top_k=2)
 """
 
@@ -149,13 +152,14 @@ def test_peak_memory_does_not_grow_with_the_number_of_experts(tmp_path):
     leaves = {path: np.ones(shape, np.float32) for path, shape in small.shapes(wide).items()}
     small.anchor(tmp_path / "anchor", architecture=wide, leaves=leaves)
     leaf_bytes = leaves["blocks/moe/anchor/gate"].nbytes
-    assert leaf_bytes > 1.4 * tree.BLOCK_BYTES
+    assert leaf_bytes > 1.4 * digests.CHUNK_BYTES
     small.contribution(tmp_path / "x0", tmp_path / "anchor")
     document = json.loads((tmp_path / "x0" / "contribution.json").read_text())
     for i in range(1, 8):  # the same weights under other names: no need to write them again
         shutil.copytree(tmp_path / "x0", tmp_path / f"x{i}", copy_function=os.link)
         (tmp_path / f"x{i}" / "contribution.json").unlink()
-        (tmp_path / f"x{i}" / "contribution.json").write_text(json.dumps(document | {"expert": f"x{i}"}))
+        (tmp_path / f"x{i}" / "contribution.json").write_text(json.dumps(document | {"name": f"x{i}"}))
+        small.reseal(tmp_path / f"x{i}" / "contribution.json")
     peaks = {}
     for count in (2, 8):
         inputs = [tmp_path / f"x{i}" for i in range(count)]
@@ -164,6 +168,6 @@ def test_peak_memory_does_not_grow_with_the_number_of_experts(tmp_path):
         assert process.returncode == 0
         subprocess.run(["rm", "-r", tmp_path / "merged"], check=True)
     # The six experts more are 18 leaves more, and a stacked leaf alone is six leaves larger.
-    assert peaks[8] - peaks[2] < tree.BLOCK_BYTES < leaf_bytes / 1.4
-    # The threads hold pieces; a block for each would be more than this with two threads, besides what reads it.
-    assert peaks[8] < tree.COPY_THREADS * leaf_bytes / 2 + tree.BLOCK_BYTES
+    assert peaks[8] - peaks[2] < digests.CHUNK_BYTES < leaf_bytes / 1.4
+    # The threads hold buffers; a chunk for each would be more than this with two threads, besides what reads it.
+    assert peaks[8] < params.COPY_THREADS * leaf_bytes / 2 + digests.CHUNK_BYTES
