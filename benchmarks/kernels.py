@@ -1,11 +1,12 @@
-"""Speed of the kernels of a mixture and of attention on the device that is here.
+"""Speed of the grouped matmul and of attention on this machine's device.
 
-    python benchmarks/kernels.py --rows 65536 --experts 4 --d_model 2048 --d_ff 8192
+    python benchmarks/kernels.py --tokens 65536 --experts 4 --d_model 2048 --d_ff 8192
 
-The grouped matmul of `--rows` rows, divided unevenly among `--experts` experts, in the ways that all devices have and
-the one that is chosen for this device, beside one plain matmul of all rows; and causal attention of `--batch` rows of
-`--length` tokens, of one document and of eight. bfloat16. Times are means of `--runs` calls after one; FLOPs are those
-that are needed: of attention what is visible to a single document. `mosaic` is `blocks` where its tiles do not fit.
+Measures the grouped matmul of `--tokens` routed tokens, divided unevenly among `--experts` experts, by the
+implementations for any device and the one chosen for this device, beside one plain matmul of all tokens; and causal
+attention of `--batch` sequences of `--length` tokens, of one document and of eight. All in bfloat16. Times are means of
+`--runs` calls after a first one. FLOPs are those that are needed: for attention, of a single document without masked
+scores. `mosaic` is `blocks` where its tiles do not fit.
 """
 
 import argparse
@@ -45,26 +46,28 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = dict(rows=65_536, experts=4, d_model=2048, d_ff=8192, batch=2, length=4096, heads=32, head_dim=128, runs=20)
+    sizes = dict(
+        tokens=65_536, experts=4, d_model=2048, d_ff=8192, batch=2, length=4096, heads=32, head_dim=128, runs=20
+    )
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     return parser.parse_args()
 
 
 def _grouped(options: argparse.Namespace, platform: str) -> Iterator[tuple]:
-    """(name, FLOPs of the forward pass, function, its arguments, toward its result last)."""
-    shapes = (options.rows, options.d_model), (options.experts, options.d_model, options.d_ff)
-    x_RxD, kernels_ExDxF, toward_RxF = _random(*shapes, (options.rows, options.d_ff))
+    """(name, FLOPs of the forward pass, function, its arguments, the cotangent last)."""
+    shapes = (options.tokens, options.d_model), (options.experts, options.d_model, options.d_ff)
+    x_RxD, kernels_ExDxF, cotangent_RxF = _random(*shapes, (options.tokens, options.d_ff))
     rng = np.random.default_rng(0)
-    sizes_E = jnp.asarray(rng.multinomial(options.rows, rng.dirichlet([20] * options.experts)), jnp.int32)
-    flops = 2 * options.rows * options.d_model * options.d_ff
-    yield "matmul", flops, jnp.matmul, (x_RxD, kernels_ExDxF[0], toward_RxF)
+    sizes_E = jnp.asarray(rng.multinomial(options.tokens, rng.dirichlet([20] * options.experts)), jnp.int32)
+    flops = 2 * options.tokens * options.d_model * options.d_ff
+    yield "matmul", flops, jnp.matmul, (x_RxD, kernels_ExDxF[0], cotangent_RxF)
     for name in dict.fromkeys((*ANYWHERE, grouped_matmul.choose(platform))):
 
         def multiply(x_RxD, kernels_ExDxF, name=name):
             return grouped_matmul.grouped_matmul(x_RxD, kernels_ExDxF, sizes_E, name)
 
-        yield f"grouped: {name}", flops, multiply, (x_RxD, kernels_ExDxF, toward_RxF)
+        yield f"grouped: {name}", flops, multiply, (x_RxD, kernels_ExDxF, cotangent_RxF)
 
 
 def _attention(options: argparse.Namespace, platform: str) -> Iterator[tuple]:
@@ -91,9 +94,9 @@ def _forward(function: Callable) -> Callable:
 
 def _with_gradients(function: Callable) -> Callable:
     def both(*arguments):
-        *inputs, toward = arguments
-        result, pull = jax.vjp(function, *inputs)
-        return result, pull(toward)
+        *inputs, cotangent = arguments
+        output, vjp = jax.vjp(function, *inputs)
+        return output, vjp(cotangent)
 
     return both
 

@@ -35,7 +35,7 @@ def test_merging_is_compared_with_copying_as_many_bytes(tmp_path):
 
 
 def test_kernels_are_measured_beside_a_plain_matmul():
-    sizes = dict(rows=256, experts=3, d_model=64, d_ff=96, batch=1, length=128, heads=2, head_dim=16, runs=1)
+    sizes = dict(tokens=256, experts=3, d_model=64, d_ff=96, batch=1, length=128, heads=2, head_dim=16, runs=1)
     arguments = [f"--{name}={size}" for name, size in sizes.items()]
     command = [sys.executable, str(BENCHMARKS / "kernels.py"), *arguments]
     done = subprocess.run(

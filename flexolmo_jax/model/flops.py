@@ -22,9 +22,10 @@ and softmaxes.
 import math
 from collections.abc import Collection
 
+from flexolmo_jax.checkpoint.manifests import ROUTER
 from flexolmo_jax.model.architecture import ANCHOR, Architecture, Layout
 from flexolmo_jax.model.leaves import Leaf
-from flexolmo_jax.model.moe import ROUTER, expert_leaves
+from flexolmo_jax.model.moe import expert_leaves
 
 
 def train_step_flops(

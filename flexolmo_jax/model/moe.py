@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flexolmo_jax import sharding
+from flexolmo_jax.checkpoint.manifests import ROUTER
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.dispatch import apply_expert, stacked_experts
 from flexolmo_jax.model.experts import EXPERT_KINDS
@@ -17,7 +18,6 @@ from flexolmo_jax.model.leaves import Leaf, parameters
 from flexolmo_jax.model.routers import ROUTERS
 
 MASKED_LOGIT = -1e30
-ROUTER = "router/"  # prefix of the router's leaves among an expert's
 
 
 def expert_leaves(architecture: Architecture) -> dict[str, Leaf]:

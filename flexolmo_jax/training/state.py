@@ -12,12 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint.manifests import MOE
+from flexolmo_jax.checkpoint.manifests import MOE, ROUTER
 from flexolmo_jax.checkpoint.model_directory import open_params
 from flexolmo_jax.checkpoint.params import read_leaf
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.leaves import INIT_STDDEV
-from flexolmo_jax.model.moe import ROUTER
 from flexolmo_jax.model.routers import ROUTERS
 from flexolmo_jax.training import partition
 from flexolmo_jax.training.inputs import EXPERT, Inputs

@@ -10,8 +10,8 @@ import pytest
 import flexolmo_jax
 from configs.base import SHARDING_RULES
 from flexolmo_jax import sharding
+from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import opt_out
-from flexolmo_jax.combine.stack import merge
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.model.architecture import ANCHOR, PAIR
 from flexolmo_jax.model.dispatch import stacked_experts
