@@ -2,11 +2,11 @@
 
     python benchmarks/merge.py --experts 4 16
 
-An anchor and its contributions have random float32 weights. In turns, each verb runs in a process of its own, `cp -r`
-copies as many bytes as the verb writes, and every byte that it must read is read once; inputs lie in the page cache,
-where they fit. Times are medians, and the ratio is that of the verb to copying and reading. A verb's time is that of
-all it does once Python has started and the modules are imported; the command's is from start to end. Its memory is
-the peak of the process above what it held before the verb. Linux only.
+An anchor and its contributions have random float32 weights. In turns, each command runs in a process of its own,
+`cp -r` copies as many bytes as the command writes, and every byte that it must read is read once; inputs lie in the
+page cache if they fit. Times are medians. "work" is the time after Python has started and the modules are imported,
+"command" that from start to end; the ratio is work to copying and reading. Memory is the peak of the process above what
+it held before. Linux only.
 """
 
 import argparse
@@ -25,12 +25,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.tree import Slice, write_tree
+from flexolmo_jax.checkpoint.manifests import (
+    ANCHOR_NAME,
+    MOE,
+    ContributionManifest,
+    ExpertRecord,
+    ModelManifest,
+    digest_name,
+)
+from flexolmo_jax.checkpoint.model_directory import PARAMS, write_contribution, write_model
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
 
-VERB = """
+COMMAND = """
 import json, re, sys, time
 from flexolmo_jax import cli
 from flexolmo_jax.combine import merge, opt_out
@@ -45,7 +53,7 @@ print(json.dumps({"seconds": time.perf_counter() - start, "memory": peak() - bef
 
 
 def main() -> None:
-    """Measures every number of experts, prints a table, and writes the figures where asked."""
+    """Measures every number of experts, prints a table, and writes the results to a file if asked."""
     options = _options()
     results = []
     for experts in options.experts:
@@ -63,7 +71,7 @@ def _options() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--experts", type=int, nargs="+", default=[4], help="with the anchor")
     parser.add_argument("--directory", help="where to put a temporary directory; the system's own by default")
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--json", help="file for the results")
     return parser.parse_args()
 
 
@@ -73,11 +81,11 @@ def _measure(home: pathlib.Path, experts: int, options: argparse.Namespace) -> l
     inputs = [f"--anchor={home}/inputs/anchor", *(f"--contribution={home}/inputs/{name}" for name in names)]
     merge = ["merge", *inputs, f"--out={home}/out"]
     results = [_compare(merge, home / "inputs", home / "out", options)]
-    _verb([*merge[:-1], f"--out={home}/model"])
+    _command([*merge[:-1], f"--out={home}/model"])
     shutil.rmtree(home / "inputs")
     # What opting out reads and writes: the model without the files of an expert. Links to them take no room.
     shutil.copytree(home / "model", home / "rest", copy_function=os.link)
-    for part in (home / "rest" / directories.PARAMS).glob("blocks.moe.experts.*/c.*"):
+    for part in (home / "rest" / PARAMS).glob("blocks.moe.experts.*/c.*"):
         if part.name.split(".")[2] == str(experts - 1):
             part.unlink()
     opt_out = ["opt-out", f"--model={home}/model", f"--expert={names[-1]}", f"--out={home}/out"]
@@ -102,37 +110,44 @@ def _write_inputs(home: pathlib.Path, experts: int, options: argparse.Namespace)
         path: Slice(rng.random(leaf.shape, np.float32), None, path)
         for path, leaf in Decoder(architecture, ANCHOR).abstract().items()
     }
-    digests = write_tree(home / "anchor" / directories.PARAMS, leaves, directories.digest_name)
-    shared, (own,) = directories.split_digests(digests, [directories.ANCHOR_NAME])
-    fields = dataclasses.asdict(architecture)
-    anchor = directories.Model(fields, (directories.Expert(directories.ANCHOR_NAME, own, {}),), shared, 1, "", 0)
-    anchor.write(home / "anchor")
-    expert = {directories.digest_name(path): leaf for path, leaf in leaves.items() if directories.MOE in path}
+    shared = {path: leaf for path, leaf in leaves.items() if not path.startswith(MOE)}
+    expert = {digest_name(path): leaf for path, leaf in leaves.items() if path.startswith(MOE)}
+    manifest = ModelManifest(
+        architecture=dataclasses.asdict(architecture),
+        experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card={})],
+        shared={},
+        top_k=1,
+        tokenizer_digest="",
+        eos_id=0,
+    )
+    anchor = write_model(home / "anchor", manifest, shared, {ANCHOR_NAME: expert})
     names = [f"owner-{i:03}" for i in range(1, experts)]
     for name in names:
         for leaf in expert.values():
             leaf.source[...] += 1  # no two experts have the same weights
-        digests = write_tree(home / name / directories.PARAMS, expert, str)
-        directories.Contribution(directories.Expert(name, digests, {}), anchor.anchor_digest, fields).write(home / name)
+        contribution = ContributionManifest(
+            name=name, anchor_digest=anchor.anchor_digest, architecture=anchor.architecture, card={}, leaves={}
+        )
+        write_contribution(home / name, contribution, expert)
     return names
 
 
 def _compare(arguments: list[str], source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace) -> dict:
-    """Runs a verb, which makes `out`, and copies and reads `source`, in turns."""
-    verbs, commands, copies, reads = [], [], [], []
+    """Runs a command, which makes `out`, and copies and reads `source`, in turns."""
+    runs, commands, copies, reads = [], [], [], []
     _read(source)
     total = _size(source)
     for _ in range(options.runs):
-        commands.append(_timed(lambda: verbs.append(_verb(arguments)), options.pause, total))
+        commands.append(_timed(lambda: runs.append(_command(arguments)), options.pause, total))
         size = _size(out)
         shutil.rmtree(out)
         copies.append(_timed(lambda: subprocess.run(["cp", "-r", source, out], check=True), options.pause, total))
         shutil.rmtree(out)
         reads.append(_timed(lambda: _read(source), options.pause, 0))
-    seconds = float(np.median([verb["seconds"] for verb in verbs]))
+    seconds = float(np.median([run["seconds"] for run in runs]))
     copy, read = float(np.median(copies)), float(np.median(reads))
     return {
-        "verb": arguments[0],
+        "command": arguments[0],
         "gigabytes": size / 1e9,
         "copied_gigabytes": total / 1e9,
         "seconds": seconds,
@@ -140,7 +155,7 @@ def _compare(arguments: list[str], source: pathlib.Path, out: pathlib.Path, opti
         "copy_seconds": copy,
         "read_seconds": read,
         "ratio": seconds / (copy + read),
-        "memory_megabytes": max(verb["memory"] for verb in verbs) / 2**20,
+        "memory_megabytes": max(run["memory"] for run in runs) / 2**20,
     }
 
 
@@ -160,9 +175,9 @@ def _timed(run: Callable[[], object], pause: int, size: int) -> float:
     return time.perf_counter() - start
 
 
-def _verb(arguments: list[str]) -> dict:
-    """Runs a verb in a process of its own; returns its seconds and its memory in bytes."""
-    command = [sys.executable, "-c", VERB, *arguments]
+def _command(arguments: list[str]) -> dict:
+    """Runs a command in a process of its own; returns its seconds and its memory in bytes."""
+    command = [sys.executable, "-c", COMMAND, *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -180,10 +195,12 @@ def _read(directory: pathlib.Path) -> None:
 
 
 def _show(results: list[dict]) -> None:
-    table = Table("experts", "GB", "verb, s", "cp, s", "read, s", "ratio", "command, s", "MiB")
+    table = Table("experts", "GB", "work, s", "cp, s", "read, s", "ratio", "command, s", "MiB")
     for r in results:
         times = [f"{r[key]:.2f}" for key in ("seconds", "copy_seconds", "read_seconds", "ratio", "command_seconds")]
-        table.add_row(f"{r['verb']} of {r['experts']}", f"{r['gigabytes']:.2f}", *times, f"{r['memory_megabytes']:.0f}")
+        table.add_row(
+            f"{r['command']} of {r['experts']}", f"{r['gigabytes']:.2f}", *times, f"{r['memory_megabytes']:.0f}"
+        )
     Console().print(table)
 
 

@@ -23,7 +23,7 @@ import local_texts
 from rich.console import Console
 
 import flexolmo_jax
-from flexolmo_jax.checkpoint.directories import CERTIFICATE_FILE
+from flexolmo_jax.checkpoint.model_directory import CERTIFICATE_FILE
 from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.evaluation.loss import evaluate_shown

@@ -107,8 +107,8 @@ def _check_link(path: str, root: str, label: str) -> None:
     try:
         end = os.path.realpath(path, strict=True)
     except OSError as error:
-        where = "in a circle" if error.errno == errno.ELOOP else "nowhere"
-        raise UserError(f"{label} is a link that leads {where}; copy the directory again from its source") from None
+        problem = "in a circle" if error.errno == errno.ELOOP else "nowhere"
+        raise UserError(f"{label} is a link that leads {problem}; copy the directory again from its source") from None
     step = os.path.join(os.path.realpath(os.path.dirname(target)), os.path.basename(target))
     for at in (os.path.normpath(step), end):
         if os.path.commonpath([root, at]) != root:

@@ -262,7 +262,7 @@ class ModelManifest(_Record):
             "method": self.method,
             "anchor_digest": self.anchor_digest,
             "architecture": self.architecture,
-            "experts": [expert.model_dump(exclude_defaults=True) for expert in self.experts],
+            "experts": [e.model_dump(exclude_defaults=True) | {"digest": e.digest} for e in self.experts],
             "shared": self.shared,
             "top_k": self.top_k,
             "tokenizer_digest": self.tokenizer_digest,

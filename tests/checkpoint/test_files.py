@@ -134,13 +134,13 @@ def moved_out(name):
 
 
 def listen(directory):
-    where = os.getcwd()
+    before = os.getcwd()
     os.chdir(directory)  # a socket's path is short
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind("talk")
     finally:
-        os.chdir(where)
+        os.chdir(before)
 
 
 def by_way_of_outside(directory):

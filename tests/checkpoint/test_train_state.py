@@ -27,11 +27,11 @@ def change(state):
 
 
 def make_state(devices, size=16):
-    """A state spread over devices: a matrix in rows, and a scalar on all."""
+    """A state spread over devices: a matrix, sharded along its first axis, and a scalar on all."""
     mesh = sharding.make_mesh(SIZES, devices)
-    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+    sharded, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
     matrix = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
-    return {"matrix": jax.device_put(matrix, rows), "step": jax.device_put(jnp.int32(7), everywhere)}
+    return {"matrix": jax.device_put(matrix, sharded), "step": jax.device_put(jnp.int32(7), everywhere)}
 
 
 @pytest.mark.parametrize("count", [1, 8])
@@ -124,7 +124,7 @@ def each(folder, name, change):
 
 
 def altered_value(folder):
-    """Saves another value, whole but for what was said of it when the checkpoint was made."""
+    """Saves another value, whole but for its checksum."""
     data = json.loads((folder / "data" / "metadata").read_text())
     data["checksums"]["matrix"] ^= 1
     (folder / "data" / "metadata").write_text(json.dumps(data))

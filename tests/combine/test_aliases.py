@@ -30,9 +30,9 @@ def roster(model):
 
 
 def test_two_owners_of_one_name_in_any_order(home, tmp_path):
-    given = [f"{home}/a", f"zeta={home}/b", f"{home}/news"]
-    for out, contributions in (("one", given), ("two", given[::-1])):
-        result = merged(home, tmp_path / out, *contributions)
+    contributions = [f"{home}/a", f"zeta={home}/b", f"{home}/news"]
+    for out, ordered in (("one", contributions), ("two", contributions[::-1])):
+        result = merged(home, tmp_path / out, *ordered)
         assert (result.status, result.err) == (0, "")
         assert result.out.endswith("anchor, code, news, zeta\n")
     assert small.files(tmp_path / "one") == small.files(tmp_path / "two")
@@ -46,9 +46,9 @@ def test_the_owners_manifest_stands_beside_the_alias(home, tmp_path):
     merged(home, tmp_path / "model", f"{home}/a", f"code-b={home}/b")
     _, a, b = json.loads((tmp_path / "model" / "model.json").read_text())["experts"]
     for record, folder, name in ((a, "a", "code"), (b, "b", "code-b")):
-        theirs = json.loads((home / folder / "contribution.json").read_text())
-        assert record["contribution"] == theirs
-        assert (record["name"], theirs["name"], record["digest"]) == (name, "code", theirs["digest"])
+        manifest = json.loads((home / folder / "contribution.json").read_text())
+        assert record["contribution"] == manifest
+        assert (record["name"], manifest["name"], record["digest"]) == (name, "code", manifest["digest"])
     shown = " ".join(flexolmo("inspect", tmp_path / "model").out.split())
     assert "code-b" in shown
     assert "owner's" in shown

@@ -72,8 +72,8 @@ def test_one_dtype_for_all_leaves_rounded_once(home, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", CASTS)
 def test_any_order_gives_the_same_bytes(home, tmp_path, dtype):
     orders = (OWNERS, reversed(OWNERS))
-    one, other = (merged(home, tmp_path / str(i), *names, dtype=dtype) for i, names in enumerate(orders))
-    assert small.files(one) == small.files(other)
+    first, second = (merged(home, tmp_path / str(i), *names, dtype=dtype) for i, names in enumerate(orders))
+    assert small.files(first) == small.files(second)
 
 
 @pytest.mark.parametrize("dtype", CASTS)
@@ -118,14 +118,15 @@ def test_owners_digests_and_manifests_stay_as_they_were(home, tmp_path, dtype):
     assert model.anchor_digest == read_model(home / "anchor").anchor_digest
     document = json.loads((tmp_path / "out" / "model.json").read_text())
     for record, (name, published) in zip(document["experts"][1:], OWNERS.items(), strict=True):
-        theirs = json.loads((home / name / "contribution.json").read_text())
-        assert record["contribution"] == theirs
-        assert (record["leaves"], record["card"]) == (theirs["leaves"], theirs["card"])
-        assert model.experts[model.roster.index(name)].digest == theirs["digest"]
+        owner = json.loads((home / name / "contribution.json").read_text())
+        assert record["contribution"] == owner
+        assert (record["digest"], record["leaves"], record["card"]) == tuple(
+            owner[key] for key in ("digest", "leaves", "card")
+        )
         stored = dtype or home.name
         casts = record.get("casts", {})
         assert [cast["dtypes"] for cast in casts.values()] == (
-            [] if stored == published else [[published, stored]] * len(theirs["leaves"])
+            [] if stored == published else [[published, stored]] * len(owner["leaves"])
         )
     assert bool(document.get("casts")) is (dtype not in (None, home.name))
 
@@ -168,11 +169,11 @@ def test_ties_go_to_even(tmp_path):
 def test_what_is_too_large_for_a_dtype_is_refused_by_name(tmp_path, dtype, value, place):
     leaves = small.random_leaves(0)
     small.anchor(tmp_path / "anchor", leaves=leaves)
-    own = small.expert_leaves(tmp_path / "anchor", 1)
-    (leaves[ANCHOR + "up"] if place == "anchor" else own["up"])[1, 2, 3] = value
+    expert = small.expert_leaves(tmp_path / "anchor", 1)
+    (leaves[ANCHOR + "up"] if place == "anchor" else expert["up"])[1, 2, 3] = value
     shutil.rmtree(tmp_path / "anchor")
     small.anchor(tmp_path / "anchor", leaves=leaves)
-    small.contribution(tmp_path / "news", tmp_path / "anchor", leaves=own)
+    small.contribution(tmp_path / "news", tmp_path / "anchor", leaves=expert)
     arguments = [f"--anchor={tmp_path}/anchor", f"--contribution={tmp_path}/news", f"--out={tmp_path}/out"]
     result = flexolmo("merge", *arguments, f"--dtype={dtype}")
     leaf = "leaf blocks/moe/anchor/up" if place == "anchor" else "leaf up"

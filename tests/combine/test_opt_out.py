@@ -186,7 +186,7 @@ def test_a_damaged_tuned_model_is_refused(home, tmp_path, kept):
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
-def test_the_verb_prints_the_roster_and_the_guarantee(home, tmp_path):
+def test_the_command_prints_the_roster_and_the_guarantee(home, tmp_path):
     arguments = [f"--model={home}/tuned", "--expert=legal", "--expert=news"]
     result = flexolmo("opt-out", *arguments, f"--out={tmp_path}/out")
     assert (result.status, result.err) == (0, "")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, ExpertRecord, ModelManifest
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference import decoding
@@ -70,9 +70,15 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("name", [golden.DENSE, golden.MIXTURE])
 def test_greedy_tokens_are_those_of_transformers(name):
     architecture, layout, params, expected = golden.load(name)
-    roster = [directories.ANCHOR_NAME, "a", "b", "c"][: layout.num_experts]
-    experts = tuple(directories.Expert(expert, {}, {}) for expert in roster)
-    manifest = directories.Model(dataclasses.asdict(architecture), experts, {}, layout.top_k, "", eos_id=2)
+    roster = [ANCHOR_NAME, "a", "b", "c"][: layout.num_experts]
+    manifest = ModelManifest(
+        architecture=dataclasses.asdict(architecture),
+        experts=[ExpertRecord(name=expert, leaves={}, card={}) for expert in roster],
+        shared={},
+        top_k=layout.top_k,
+        tokenizer_digest="",
+        eos_id=2,
+    )
     model = Model(manifest, separate_layers(params, architecture.num_layers))
     for rows in (slice(1), slice(None)):  # one row and several are computed in different ways
         prompts, generated = (np.tile(expected[key], (6, 1))[rows].tolist() for key in ("prompt", "generated"))

@@ -192,6 +192,7 @@ def test_a_model_whose_leaves_are_not_its_architectures_is_refused(home, tmp_pat
     file = tmp_path / "odd" / "model.json"
     wide = dataclasses.replace(small.ARCHITECTURE, d_ff=32)
     file.write_text(file.read_text().replace(f'"d_ff": {small.ARCHITECTURE.d_ff}', f'"d_ff": {wide.d_ff}'))
+    small.reseal(file)
     with pytest.raises(UserError, match="missing or misshapen"):
         flexolmo_jax.load(tmp_path / "odd")
 
@@ -250,6 +251,7 @@ def short_context(home, path):
     manifest = json.loads((path / "model.json").read_text())
     manifest["experts"][0]["card"]["sequence_length"] = 20
     (path / "model.json").write_text(json.dumps(manifest))
+    small.reseal(path / "model.json")
     return path
 
 
@@ -284,6 +286,7 @@ def test_a_model_knows_the_token_that_closes_its_documents(home, tmp_path):
     shutil.copytree(home / "anchor", tmp_path / "model")
     manifest = tmp_path / "model" / "model.json"
     manifest.write_text(manifest.read_text().replace('"eos_id": 256', '"eos_id": 10'))
+    small.reseal(manifest)
     assert flexolmo_jax.load(tmp_path / "model").tokenizer.eos_id == 10
 
 

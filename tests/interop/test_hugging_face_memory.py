@@ -11,8 +11,9 @@ import numpy as np
 import psutil
 import pytest
 
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.tree import Slice
+from flexolmo_jax.checkpoint.manifests import DEFAULT_LENGTH
+from flexolmo_jax.checkpoint.model_directory import read_model
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.interop import config, names, parity
 from flexolmo_jax.interop.safetensors_io import write_tensors
 from flexolmo_jax.model.architecture import Architecture
@@ -23,10 +24,10 @@ RUN = """
 import re, sys
 sys.modules["torch"] = None  # no comparison of logits, which needs a whole model
 from flexolmo_jax import cli
-from flexolmo_jax.checkpoint import tree
+from flexolmo_jax.checkpoint import digests
 from flexolmo_jax.interop import safetensors_io
-# A block is less than a matrix, so that both are filled whatever the size of the model.
-tree.BLOCK_BYTES = safetensors_io.PIECE_BYTES = 2**19
+# A chunk is less than a matrix, so that both are filled whatever the size of the model.
+digests.CHUNK_BYTES = safetensors_io.PIECE_BYTES = 2**19
 cli.main(sys.argv[1:])
 # Not ru_maxrss, which a process inherits from the one that started it.
 print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
@@ -107,7 +108,7 @@ def test_logits_of_what_does_not_fit_are_not_compared(tmp_path, monkeypatch):
         result = flexolmo(verb, flag, f"--out={tmp_path}/{verb}")
         assert (result.status, result.err) == (0, "")
         assert f"logits were not compared: {reason}\n" in result.out
-    note = directories.Model.read(tmp_path / "import-hf", flag="").experts[0].card["imported"]
+    note = read_model(tmp_path / "import-hf").experts[0].card["imported"]
     assert (note["logits"], note["because"]) == ("not compared", reason)
     assert (
         f"were not compared with those of transformers: {reason}." in (tmp_path / "export-hf" / "README.md").read_text()
@@ -117,7 +118,7 @@ def test_logits_of_what_does_not_fit_are_not_compared(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("said", "length"), [("long", 64), (-3, 64), (0, 64), (True, 64), (None, 64), (16, 16)])
 def test_logits_are_compared_over_no_more_tokens_than_the_model_was_trained_on(tmp_path, monkeypatch, said, length):
     small.anchor(tmp_path / "anchor")
-    manifest = directories.Model.read(tmp_path / "anchor", flag="")
+    manifest = read_model(tmp_path / "anchor")
     anchor = dataclasses.replace(manifest.experts[0], card={config.SEQUENCE_LENGTH: said})
     manifest = dataclasses.replace(manifest, experts=(anchor,))
     monkeypatch.setattr(parity, "transformers_installed", lambda: True)
@@ -125,7 +126,7 @@ def test_logits_are_compared_over_no_more_tokens_than_the_model_was_trained_on(t
     for side in ("_their_logits", "our_logits"):
         monkeypatch.setattr(parity, side, lambda _, tokens: np.zeros((*tokens.shape, 3), np.float32))
     assert parity.compare_logits(tmp_path, manifest, {}, {}).tokens == parity.ROWS * length
-    assert manifest.context_length == (16 if length == 16 else directories.DEFAULT_LENGTH)
+    assert manifest.context_length == (16 if length == 16 else DEFAULT_LENGTH)
 
 
 @pytest.fixture(scope="module")

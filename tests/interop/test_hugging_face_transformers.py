@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.model_directory import read_model
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import parity
@@ -117,7 +117,7 @@ def test_the_gate_compared_logits(case):
         assert "logits, float32, against transformers: max abs difference" in printed
     page = (case.home / "back" / "README.md").read_text()
     assert "over 128 tokens (allowed: 0.0001 and 1e-06)" in page
-    manifest = directories.Model.read(case.home / "ours", flag="")
+    manifest = read_model(case.home / "ours")
     found = manifest.experts[0].card["imported"]["logits"]
     assert 0 < found["max_abs"] < 1e-4
     assert found["kl"] < 1e-6
@@ -143,7 +143,7 @@ def test_router_gradients_are_equal(case):
     tokens = torch.from_numpy(case.tokens)
     case.theirs(tokens, labels=tokens).loss.backward()
     expected = np.stack([layer.mlp.gate.weight.grad.numpy() for layer in case.theirs.model.layers])
-    manifest = directories.Model.read(case.home / "ours", flag="")
+    manifest = read_model(case.home / "ours")
     layout = Layout.of_roster(case.experts, manifest.top_k)
     decoder = Decoder(Architecture.from_dict(manifest.architecture, ""), layout)
     params = small.read_params(case.home / "ours")
@@ -182,7 +182,7 @@ def test_the_fused_layout_of_memory_is_read(case, tmp_path):
     source = hf.write(tmp_path / "fused", tensors, hf.config(case.home / "theirs"))
     byte_tokenizer().save(source / "tokenizer.json")
     assert flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/ours").status == 0
-    found, expected = (directories.Model.read(path, flag="") for path in (tmp_path / "ours", case.home / "ours"))
+    found, expected = (read_model(path) for path in (tmp_path / "ours", case.home / "ours"))
     assert found.shared == expected.shared
     assert [expert.digest for expert in found.experts] == [expert.digest for expert in expected.experts]
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.verify import check_model, open_model
+from flexolmo_jax.checkpoint.model_directory import check_model, open_model, read_model
 from flexolmo_jax.combine.opt_out import AS_IMPORTED
 from flexolmo_jax.interop import parity
 from tests.support import golden, small
@@ -36,8 +35,8 @@ def exported(model, out, *flags):
 
 def check(directory):
     """Every leaf has the digest that the manifest names; returns the manifest."""
-    manifest = directories.Model.read(directory, flag="test")
-    check_model(manifest, *open_model(directory, manifest, "test"))
+    manifest = read_model(directory)
+    check_model(manifest, *open_model(directory, manifest))
     return manifest
 
 
@@ -130,7 +129,7 @@ def test_other_layouts_give_the_same_model(case, layout, tmp_path):
     imported(tmp_path / name, tmp_path / "out")
     params = {file: digest for file, digest in small.files(out).items() if file.startswith("params/")}
     assert params == {file: digest for file, digest in small.files(tmp_path / "out").items() if "params/" in file}
-    assert directories.Model.read(tmp_path / "out", flag="").shared == directories.Model.read(out, flag="").shared
+    assert read_model(tmp_path / "out").shared == read_model(out).shared
 
 
 def test_export_in_shards(case, tmp_path):
@@ -224,7 +223,7 @@ def test_tied_embeddings_have_one_leaf(tmp_path):
     source = hf.golden_with(tmp_path / "source", golden.DENSE, tensors, tie_word_embeddings=True)
     imported(source, tmp_path / "model")
     assert "head" not in small.read_params(tmp_path / "model")
-    assert directories.Model.read(tmp_path / "model", flag="").architecture["tied_embeddings"] is True
+    assert read_model(tmp_path / "model").architecture["tied_embeddings"] is True
     exported(tmp_path / "model", tmp_path / "out")
     hf.assert_same_weights(source, tmp_path / "out")
     assert hf.config(tmp_path / "out")["tie_word_embeddings"] is True
@@ -249,7 +248,7 @@ def test_a_tokenizer_comes_along(tmp_path):
     assert "no tokenizer.json" not in printed
     manifest = check(tmp_path / "model")
     assert manifest.eos_id == 256
-    assert manifest.tokenizer_digest == directories.Model.read(tmp_path / "ours", flag="").tokenizer_digest
+    assert manifest.tokenizer_digest == read_model(tmp_path / "ours").tokenizer_digest
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == tokenizer
     assert flexolmo_jax.load(tmp_path / "model").generate(["a"], max_new_tokens=1)
     exported(tmp_path / "model", tmp_path / "out")
@@ -269,8 +268,8 @@ def test_the_round_trip_sees_a_single_bit(case):
     from flexolmo_jax.interop.hugging_face import open_hugging_face
 
     opened = open_hugging_face(golden.GOLDEN / name, "--source")
-    manifest = directories.Model.read(out, flag="")
-    shared, experts = open_model(out, manifest, "test")
+    manifest = read_model(out)
+    shared, experts = open_model(out, manifest)
     members = [dict(leaves) for leaves in experts.values()]
     assert parity.check_bytes(opened.table, opened.stored, shared, members) == []
     leaf = members[0]["up"]

@@ -6,7 +6,7 @@ import types
 import pytest
 from etils import epath
 
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, ExpertRecord, ModelManifest
 from flexolmo_jax.interop.tokenizer_files import export_tokenizer, import_tokenizer, read_tokenizer
 from tests.support import kinds, small
 
@@ -20,9 +20,14 @@ def exported(kind, tmp_path):
     model.mkdir()
     directory.mkdir()
     tokenizer = kinds.load(kind, model)
-    anchor = directories.Expert(directories.ANCHOR_NAME, {}, {})
-    manifest = directories.Model(
-        dataclasses.asdict(ARCHITECTURE), (anchor,), {}, 1, tokenizer_digest=tokenizer.digest, eos_id=tokenizer.eos_id
+    anchor = ExpertRecord(name=ANCHOR_NAME, leaves={}, card={})
+    manifest = ModelManifest(
+        architecture=dataclasses.asdict(ARCHITECTURE),
+        experts=[anchor],
+        shared={},
+        top_k=1,
+        tokenizer_digest=tokenizer.digest,
+        eos_id=tokenizer.eos_id,
     )
     assert export_tokenizer(epath.Path(model), epath.Path(directory), manifest)
     return tokenizer, manifest, directory

@@ -22,6 +22,7 @@ def anchor(tmp_path_factory):
     manifest = json.loads((path / "model.json").read_text())
     manifest["experts"][0]["card"]["sequence_length"] = 100
     (path / "model.json").write_text(json.dumps(manifest))
+    small.reseal(path / "model.json")
     return path
 
 

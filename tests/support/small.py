@@ -1,6 +1,6 @@
 """Tiny corpora, anchors, contributions and models with random weights, written as the project writes them.
 
-Nothing here trains or compiles. `flexolmo` runs a verb of the command line in this process.
+Nothing here trains or compiles. `flexolmo` runs a command line in this process.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def flexolmo(*arguments):
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        flagsaver.flagsaver(),  # verbs define their flags when imported; it forgets them again
+        flagsaver.flagsaver(),  # commands define their flags when imported; it forgets them again
         mock.patch.object(sys, "argv", ["flexolmo", *arguments]),  # where ml_collections looks for overrides
     ):
         try:
@@ -74,17 +74,17 @@ def flexolmo(*arguments):
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def with_defaults(given, *defaults):
-    """The flags that are given, and the defaults of those that are not."""
-    named = {flag.partition("=")[0] for flag in given}
-    return [*given, *(flag for flag in defaults if flag.partition("=")[0] not in named)]
+def with_defaults(arguments, *defaults):
+    """These arguments, and the defaults of the flags that are not among them."""
+    named = {flag.partition("=")[0] for flag in arguments}
+    return [*arguments, *(flag for flag in defaults if flag.partition("=")[0] not in named)]
 
 
-def assert_refused(result, verb, *words):
-    """Exit status 2, and one line on standard error that begins with the verb and holds all the words."""
+def assert_refused(result, command, *words):
+    """Exit status 2, and one line on standard error that begins with the command and holds all the words."""
     assert result.status == 2, result
     assert result.out == ""
-    assert result.err.startswith(f"flexolmo {verb}: ")
+    assert result.err.startswith(f"flexolmo {command}: ")
     assert result.err.count("\n") == 1
     assert result.err.endswith("\n")
     assert "Traceback" not in result.err
@@ -142,15 +142,15 @@ def slices(leaves):
 
 def expert_leaves(anchor_path, seed=None):
     """{leaf: array} of an expert of that anchor: random, or the anchor's own where there is no seed."""
-    own = {
+    leaves = {
         manifests.digest_name(path): leaf
         for path, leaf in read_params(anchor_path).items()
         if path.startswith(manifests.MOE)
     }
     if seed is None:
-        return own
+        return leaves
     rng = np.random.default_rng(seed)
-    return {leaf: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype) for leaf, x in sorted(own.items())}
+    return {leaf: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype) for leaf, x in sorted(leaves.items())}
 
 
 def contribution(path, anchor_path, name=None, seed=None, leaves=None, statistics=None, card=None):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from flexolmo_jax.checkpoint.manager import Checkpoints
+from flexolmo_jax.checkpoint.train_state import Checkpoints
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import loop
 from tests.support import runs

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flexolmo_jax.checkpoint import directories
+from flexolmo_jax.checkpoint.model_directory import read_model
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import opt_out
 from flexolmo_jax.errors import UserError
@@ -26,7 +26,7 @@ def made(tmp_path_factory):
 def anchor(request, made, tmp_path_factory):
     """The journey's anchor with its weights in another dtype, as if it had been imported so."""
     path = tmp_path_factory.mktemp("anchor") / request.param
-    before = directories.Model.read(made.anchor.product, flag="")
+    before = read_model(made.anchor.product)
     leaves = {name: x.astype(DTYPES[request.param]) for name, x in runs.read_params(made.anchor.product).items()}
     return small.anchor(path, architecture=architecture_of(before), leaves=leaves)
 
@@ -107,7 +107,7 @@ def test_what_the_dtype_cannot_hold_is_not_published(made, anchor, tmp_path):
 def test_a_start_that_changed_in_the_meantime_is_not_published(made, anchor, tmp_path):
     """A frozen leaf is copied from where it came, and must still be what the manifest said."""
     start = tmp_path / "start"
-    small.anchor(start, architecture=architecture_of(directories.Model.read(anchor, flag="")), seed=4)
+    small.anchor(start, architecture=architecture_of(read_model(anchor)), seed=4)
     config = runs.make_config("anchor", start_from=str(start), data__train=str(made.public.path))
     inputs = read_inputs(config)
     leaves = trained(inputs, start, seed=3)

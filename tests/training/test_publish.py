@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint import directories
-from flexolmo_jax.checkpoint.tree import combined_digest, open_tree
+from flexolmo_jax.checkpoint.digests import combined_digest
+from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FOLDER, read_contribution, read_model
+from flexolmo_jax.checkpoint.params import open_tree
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
@@ -29,9 +30,10 @@ def made(tmp_path_factory):
 
 
 def digest(name, array):
-    """sha256 of a leaf, written out: name, dtype, shape, then its bytes."""
-    header = json.dumps([name, array.dtype.name, list(array.shape)]) + "\n"
-    return hashlib.sha256(header.encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
+    """Digest of a leaf of one chunk, written out: of name, dtype, shape, shape of the chunk, digest of its bytes."""
+    header = json.dumps([name, array.dtype.name, list(array.shape), list(array.shape)]) + "\n"
+    chunk = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+    return hashlib.sha256(header.encode() + chunk).hexdigest()
 
 
 def as_bits(leaves):
@@ -45,7 +47,7 @@ def test_an_anchor_holds_every_leaf_the_run_ended_with(made):
 
 
 def test_an_anchor_names_its_leaves_by_their_digests(made):
-    manifest = directories.Model.read(made.anchor.product, flag="--model")
+    manifest = read_model(made.anchor.product)
     (expert,) = manifest.experts
     assert expert.name == "anchor"
     assert set(expert.leaves) == set(LEAVES)
@@ -62,7 +64,7 @@ def test_an_anchor_names_its_leaves_by_their_digests(made):
 
 def test_an_anchor_brings_its_tokenizer(made):
     tokenizer = load_tokenizer(made.anchor.product / "tokenizer.json")
-    manifest = directories.Model.read(made.anchor.product, flag="--model")
+    manifest = read_model(made.anchor.product)
     assert tokenizer.digest == manifest.tokenizer_digest == made.public.tokenizer_digest
 
 
@@ -92,14 +94,14 @@ def test_a_contribution_holds_the_leaves_of_the_expert_and_nothing_else(made):
 
 
 def test_a_contribution_says_what_it_is(made):
-    contribution = directories.Contribution.read(made.expert.product, flag="--contribution")
-    anchor = directories.Model.read(made.anchor.product, flag="--model")
-    assert contribution.expert.name == "news"
+    contribution = read_contribution(made.expert.product)
+    anchor = read_model(made.anchor.product)
+    assert contribution.name == "news"
     assert contribution.anchor_digest == anchor.anchor_digest
     assert contribution.architecture == anchor.architecture
     found = runs.read_params(made.expert.product)
-    assert contribution.expert.leaves == {leaf: digest(leaf, array) for leaf, array in found.items()}
-    assert contribution.expert.card == {
+    assert contribution.leaves == {leaf: digest(leaf, array) for leaf, array in found.items()}
+    assert contribution.card == {
         "description": "",
         "license": "",
         "documents": len(made.own),
@@ -111,17 +113,17 @@ def test_a_contribution_says_what_it_is(made):
 
 
 def test_a_tuned_router_is_recorded_and_the_one_of_the_merge_kept(made):
-    merged = directories.Model.read(made.merged, flag="--model")
-    manifest = directories.Model.read(made.router.product, flag="--model")
-    assert manifest.tuned["leaves"] == sorted(directories.ROUTER_LEAVES)
-    assert manifest.tuned["card"]["tokens"] == made.public.tokens
+    merged = read_model(made.merged)
+    manifest = read_model(made.router.product)
+    assert manifest.tuned.leaves == sorted(small.ROUTER)
+    assert manifest.tuned.card["tokens"] == made.public.tokens
     kept = open_tree(made.router.product / "merged_router")
     before = runs.read_params(made.merged)
-    assert kept.keys() == set(directories.ROUTER_LEAVES)
+    assert kept.keys() == set(small.ROUTER)
     for path, leaf in kept.items():
         assert leaf.read().result().tobytes() == before[path].tobytes()
     for expert in merged.experts:
-        assert manifest.tuned["merged_router"][expert.name] == {
+        assert manifest.tuned.merged_router[expert.name] == {
             leaf: expert.leaves[leaf] for leaf in ("router/bias", "router/weight")
         }
 
@@ -130,12 +132,12 @@ def test_router_tuning_publishes_every_other_leaf_as_the_merge_has_it_though_hel
     assert made.router.config.compute.frozen_dtype == "bfloat16"
     assert {made.router.leaves[path].dtype.name for path in ("embedding", f"{MIXTURE}experts/up")} == {"bfloat16"}
     before, after = runs.read_params(made.merged), runs.read_params(made.router.product)
-    tuned = set(directories.ROUTER_LEAVES)
+    tuned = set(small.ROUTER)
     assert before.keys() == after.keys()
     changed = {path for path in before if before[path].tobytes() != after[path].tobytes()}
     assert changed == tuned
     assert as_bits({path: after[path] for path in tuned}) == as_bits({path: made.router.leaves[path] for path in tuned})
-    merged, manifest = (directories.Model.read(path, flag="--model") for path in (made.merged, made.router.product))
+    merged, manifest = (read_model(path) for path in (made.merged, made.router.product))
     assert manifest.shared == merged.shared
     assert (manifest.roster, manifest.top_k) == (merged.roster, merged.top_k)
     assert [expert.card for expert in manifest.experts] == [expert.card for expert in merged.experts]
@@ -196,8 +198,8 @@ def test_the_manifest_of_a_contribution_does_not_depend_on_the_order_of_leaves(m
 def test_settings_kept_from_an_import_come_along(tmp_path):
     anchor, corpus = small.anchor(tmp_path / "anchor"), small.corpus(tmp_path / "corpus")
     pair = [small.contribution(tmp_path / name, anchor, seed=seed) for seed, name in enumerate(["code", "news"])]
-    (anchor / directories.TOKENIZER_FOLDER).mkdir()
-    (anchor / directories.TOKENIZER_FOLDER / "generation_config.json").write_text("{}")
+    (anchor / TOKENIZER_FOLDER).mkdir()
+    (anchor / TOKENIZER_FOLDER / "generation_config.json").write_text("{}")
     merge(anchor, pair, tmp_path / "merged", top_k=2)
     tuned = small.tuned(tmp_path / "tuned", tmp_path / "merged", corpus)
-    assert (tuned / directories.TOKENIZER_FOLDER / "generation_config.json").read_text() == "{}"
+    assert (tuned / TOKENIZER_FOLDER / "generation_config.json").read_text() == "{}"

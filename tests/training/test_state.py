@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from configs import base
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint.tree import Slice, write_tree
+from flexolmo_jax.checkpoint.params import Slice, write_tree
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR
 from flexolmo_jax.model.decoder import Decoder

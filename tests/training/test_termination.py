@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from flexolmo_jax.checkpoint.manager import Checkpoints
+from flexolmo_jax.checkpoint.train_state import Checkpoints
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.termination import Terminated, handle_sigterm
 from tests.support import runs

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flexolmo_jax.checkpoint.tree import combined_digest
+from flexolmo_jax.checkpoint.digests import combined_digest
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import loop
