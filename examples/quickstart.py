@@ -1,4 +1,4 @@
-"""The whole journey on one machine, on text that is on it: corpora, anchor, experts, merge, opt-out, report.
+"""The whole journey on one machine, on text found there: corpora, anchor, experts, merge, opt-out, report.
 
     python examples/quickstart.py runs/quickstart
 
@@ -26,15 +26,16 @@ import flexolmo_jax
 from flexolmo_jax.checkpoint.model_directory import CERTIFICATE_FILE
 from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
-from flexolmo_jax.evaluation.loss import evaluate_shown
-from flexolmo_jax.evaluation.report import read_curve, write_report
-from flexolmo_jax.evaluation.tables import bits_per_byte_table, show
+from flexolmo_jax.evaluation.loss import ModelResults, evaluate_models
+from flexolmo_jax.evaluation.report import Certificate, bits_per_byte, read_curve, write_report
+from flexolmo_jax.evaluation.results import bits_per_byte_table
+from flexolmo_jax.tables import show
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PUBLIC, OWNERS = "public", ("code", "headers", "legal")
 DOMAINS = (PUBLIC, *OWNERS)
 LEAVES = "code"  # the owner who opts out
-LENGTH = 256  # tokens of a row
+LENGTH = 256  # tokens of a sequence
 PROMPT_BYTES = 64
 # In so short a run, many small steps learn more of the same tokens than few large ones.
 SMALL_STEPS = ["--config.data.batch_size=2", "--config.evaluation.every=250"]
@@ -45,7 +46,7 @@ SIZES = {
         "anchor": [*SMALL_STEPS, "--config.steps=1500", "--config.optimizer.learning_rate=2e-3"],
         "expert": [*SMALL_STEPS, "--config.steps=450"],
     },
-    # Enough to see that every step runs; the figures mean nothing.
+    # Enough to see that every step runs; the results mean nothing.
     "small": {
         "train_bytes": 100_000,
         "heldout_bytes": 4_000,
@@ -53,6 +54,10 @@ SIZES = {
         "expert": ["--config.steps=4", "--config.optimizer.warmup_steps=1"],
     },
 }
+INTRODUCTION = (
+    "Each data owner trained one expert beside a copy of the public anchor, on data that never left the owner. The "
+    "contributed experts were then merged into one model, from which any owner can opt out."
+)
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -81,7 +86,7 @@ def main() -> None:
     for owner in OWNERS:
         merge(out, f"pair-{owner}", [owner])
     held_out = {domain: Corpus.open(out / "corpora" / domain / "heldout") for domain in DOMAINS}
-    bits_per_byte, routing = compare(out, held_out)
+    evaluated = evaluate_models(models(out), held_out, length=LENGTH, batch_size=16)
 
     _title(f"4. The owner of '{LEAVES}' opts out")
     opt_out = leave(out)
@@ -89,19 +94,20 @@ def main() -> None:
     _title("5. What the merged model writes")
     samples = continue_prompts(out, held_out)
 
+    scores = bits_per_byte(evaluated, separator="-without:")
     results = {
-        "bits_per_byte": bits_per_byte,
-        "findings": findings(bits_per_byte),
-        "routing": routing,
+        "bits_per_byte": scores,
+        "findings": findings(scores),
+        "routing": {domain: dict(loss.routing) for domain, loss in evaluated["merged"].losses.items()},
         "opt_out": opt_out,
         "samples": samples,
         "settings": settings(out, time.monotonic() - started),
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    write_report(out / "report.html", results, curves(out))
+    report(out, evaluated, results)
 
     _title("Bits per byte of held-out text (lower is better)")
-    show(bits_per_byte_table(bits_per_byte, DOMAINS))
+    show(bits_per_byte_table(scores, DOMAINS))
     for finding, holds in results["findings"].items():
         print(f"{'yes' if holds else 'NO':<3} {finding}")
     print(f"opting out: {opt_out['guarantee']}")
@@ -134,36 +140,44 @@ def merge(out: pathlib.Path, name: str, owners: Sequence[str]) -> None:
     flexolmo("merge", f"--anchor={out}/anchor/model", *contributions, f"--out={out}/models/{name}")
 
 
-def compare(
-    out: pathlib.Path, held_out: Mapping[str, Corpus]
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Evaluates every model on every domain.
-
-    Returns:
-      ({model: {domain: bits per byte}}, {domain: {expert: share of the merged model's routing weight}}).
-    """
-    merged = flexolmo_jax.load(out / "models" / "merged")
-    jobs = [("anchor", flexolmo_jax.load(out / "anchor" / "model"), ())]
-    jobs += [(f"pair:{owner}", flexolmo_jax.load(out / "models" / f"pair-{owner}"), ()) for owner in OWNERS]
-    jobs += [("merged", merged, ())]
-    jobs += [(f"merged-without:{owner}", merged, (owner,)) for owner in OWNERS]
-    losses = {}
-    for name, model, without in jobs:
-        losses[name] = evaluate_shown(model, held_out, title=name, without=without, length=LENGTH, batch_size=16)
-    bits = {name: {d: loss.bits_per_byte for d, loss in row.items()} for name, row in losses.items()}
-    return bits, {domain: dict(loss.routing) for domain, loss in losses["merged"].items()}
+def models(out: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The models to compare: {label: directory}."""
+    pairs = {f"pair:{owner}": out / "models" / f"pair-{owner}" for owner in OWNERS}
+    return {"anchor": out / "anchor" / "model", **pairs, "merged": out / "models" / "merged"}
 
 
-def findings(bits_per_byte: Mapping[str, Mapping[str, float]]) -> dict[str, bool]:
-    """What the method promises, and whether the table {model: {domain: bits per byte}} bears it out."""
-    anchor, merged = bits_per_byte["anchor"], bits_per_byte["merged"]
-    pairs = {owner: bits_per_byte[f"pair:{owner}"] for owner in OWNERS}
+def report(out: pathlib.Path, evaluated: Mapping[str, ModelResults], results: Mapping[str, Any]) -> None:
+    """Writes `out/report.html`."""
+    labelled = {label.replace("pair:", "anchor + "): result for label, result in evaluated.items()}
+    opt_out = results["opt_out"]
+    facts = {
+        "expert removed": opt_out["expert"],
+        "files compared": opt_out["files"],
+        "identical to the merge that never had it": "yes" if opt_out["identical"] else "NO",
+        "guarantee": opt_out["guarantee"],
+    }
+    write_report(
+        out / "report.html",
+        labelled,
+        title="How the experts merged",
+        introduction=INTRODUCTION,
+        certificates=[Certificate("Opt-out certificate", facts, opt_out["identical"])],
+        curves=curves(out),
+        samples=[{"title": sample["domain"], **sample} for sample in results["samples"]],
+        settings=results["settings"],
+    )
+
+
+def findings(scores: Mapping[str, Mapping[str, float]]) -> dict[str, bool]:
+    """What the method promises, and whether the scores {model: {domain: bits per byte}} show it."""
+    anchor, merged = scores["anchor"], scores["merged"]
+    pairs = {owner: scores[f"pair:{owner}"] for owner in OWNERS}
 
     def average(row: Mapping[str, float]) -> float:
         return sum(row.values()) / len(row)
 
     def suffers_most(owner: str) -> bool:
-        without = bits_per_byte[f"merged-without:{owner}"]
+        without = scores[f"merged-without:{owner}"]
         rise = {domain: without[domain] - merged[domain] for domain in DOMAINS}
         return rise.pop(owner) > max(0, *rise.values())
 
@@ -214,14 +228,14 @@ def continue_prompts(out: pathlib.Path, held_out: Mapping[str, Corpus]) -> list[
 
 
 def _prompt(corpus: Corpus) -> str:
-    """How the first document that begins with words, and not with rulers, begins."""
+    """The beginning of the first document whose beginning is mostly letters."""
     decode = corpus.tokenizer().decode
     beginnings = [decode(corpus[i][:PROMPT_BYTES]) for i in range(len(corpus))]
     return next((text for text in beginnings if sum(map(str.isalpha, text)) > len(text) / 2), beginnings[0])
 
 
 def curves(out: pathlib.Path) -> dict[str, list[dict[str, float]]]:
-    """What each run logged, by run; each was evaluated on its own domain's held-out text."""
+    """The training curves of each run, with the held-out loss on the run's own domain."""
     runs = {"anchor": PUBLIC, **{owner: owner for owner in OWNERS}}
     return {
         run: [
@@ -233,7 +247,7 @@ def curves(out: pathlib.Path) -> dict[str, list[dict[str, float]]]:
 
 
 def settings(out: pathlib.Path, seconds: float) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the results depend on."""
     config = json.loads((out / "anchor" / "config.json").read_text())
     expert = json.loads((out / OWNERS[0] / "config.json").read_text())
     return {
@@ -242,7 +256,7 @@ def settings(out: pathlib.Path, seconds: float) -> dict[str, Any]:
         "steps of the anchor": config["steps"],
         "steps of an expert": expert["steps"],
         "tokens per step": config["data"]["batch_size"] * config["data"]["sequence_length"],
-        "public share of an expert's rows": expert["data"]["public_share"],
+        "public share of an expert's sequences": expert["data"]["public_share"],
         "seconds": round(seconds),
         "peak memory of a process, GiB": round(peak_memory(), 2),
     }

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexolmo_jax.benchmark.run import OURS, Figures
-from flexolmo_jax.evaluation.tables import plain_table
+from flexolmo_jax.tables import plain_table
 
 GIB = 2**30
 

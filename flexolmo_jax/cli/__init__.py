@@ -37,6 +37,7 @@ COMMANDS = {
     "merge": "combines an anchor and contributions into one model",
     "opt-out": "makes a model without some experts, exactly as if they had never been merged",
     "evaluate": "measures a model's held-out loss or its scores on tasks, with any experts left out",
+    "report": "writes an HTML page that compares models on held-out text, with every opt-out",
     "generate": "continues a prompt, and shows each expert's share of the routing weight",
     "serve": "serves a model with the OpenAI API",
     "benchmark": "measures training and decoding steps on this machine, and compares with transformers",

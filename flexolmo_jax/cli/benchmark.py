@@ -38,8 +38,8 @@ def run() -> None:
     from flexolmo_jax.benchmark.tables import limit_notes, steps_table, versus_table
     from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.evaluation.tables import show
     from flexolmo_jax.progress import Stages
+    from flexolmo_jax.tables import show
 
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if _VERSUS.value and missing:

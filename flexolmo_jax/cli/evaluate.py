@@ -1,11 +1,11 @@
-"""Measures a model: its held-out loss on corpora, a row for each; or its figures on tasks of lm-evaluation-harness.
+"""Evaluates a model: held-out loss on corpora, one line for each; or scores on tasks of lm-evaluation-harness.
 
 flexolmo evaluate --model=runs/merged --data=corpora/news/heldout --data=corpora/code/heldout --without=news
 flexolmo evaluate --model=runs/merged --data=corpora/news/heldout --baseline
 flexolmo evaluate --model=runs/merged --tasks=hellaswag,lambada_openai
 
-Tasks give the opt-out matrix: a row for the full model, and one without each contributed expert. With --without there
-is a single row, the model without those. Standard errors stand in parentheses.
+Tasks give the opt-out matrix: one line for the full model, and one without each contributed expert. With --without
+there is a single line, the model without those. Standard errors are in parentheses.
 """
 
 import math
@@ -19,31 +19,34 @@ _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks 
 _LIMIT = flags.DEFINE_integer("limit", None, "Documents of each task at most, for a trial.", lower_bound=1)
 _WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
 _BASELINE = flags.DEFINE_bool("baseline", False, "Show the anchor's bits per byte of each corpus beside the model's.")
-_LENGTH = flags.DEFINE_integer("length", 256, "Tokens in a row of a corpus.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a sequence of a corpus.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", None, "Tokens that the model may see in a task; by default, a row of its training.", lower_bound=1
+    "max_length",
+    None,
+    "Tokens that the model may see in a task; by default, a sequence of its training.",
+    lower_bound=1,
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows computed at once.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences computed at once.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 _VERIFY = flags.DEFINE_bool(
     "verify",
     False,
     "Compare every token file with its digest first: reads the corpora once more, at about 1 GB/s a core.",
 )
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 flags.mark_flags_as_required(["model"])
-SMALL_BATCH = 2**15  # tokens that fit without a question
+SMALL_BATCH = 2**15  # tokens of a batch that always fits
 MEMORY_REMEDY = "give a lower --length or --batch_size, or --dtype=bfloat16"
 
 
 def run() -> None:
     """Evaluates, and prints a table of the corpora and one of the tasks."""
     from flexolmo_jax.cli.files import write_json
-    from flexolmo_jax.data.corpus import verify_corpora
+    from flexolmo_jax.data.corpus import open_corpora, verify_corpora
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.evaluation.tables import loss_table, opt_out_table, show
+    from flexolmo_jax.evaluation.results import loss_table, opt_out_table
     from flexolmo_jax.inference.model import load
-    from flexolmo_jax.training.inputs import open_corpora
+    from flexolmo_jax.tables import show
 
     if not _DATA.value and not _TASKS.value:
         raise UserError("--data: none given; give the flag once for each corpus directory, or name --tasks")
@@ -54,12 +57,12 @@ def run() -> None:
     if _VERIFY.value:
         verify_corpora(list(corpora.values()))
     model = load(_MODEL.value, _DTYPE.value)
-    figures, shown = {}, []
+    results, tables = {}, []
     if corpora:
-        figures["data"] = _losses(model, corpora)
-        shown.append(loss_table(figures["data"]))
+        results["data"] = _losses(model, corpora)
+        tables.append(loss_table(results["data"]))
     if evaluate_tasks:
-        figures["tasks"] = evaluate_tasks(
+        results["tasks"] = evaluate_tasks(
             model,
             _TASKS.value,
             include_path=_INCLUDE_PATH.value,
@@ -68,13 +71,13 @@ def run() -> None:
             batch_size=_BATCH_SIZE.value,
             max_length=_MAX_LENGTH.value,
         )
-        shown.append(opt_out_table(figures["tasks"]))
-    for table in shown:
+        tables.append(opt_out_table(results["tasks"]))
+    for table in tables:
         show(table)
     if _BASELINE.value:
         print(_about_baseline(model))
     if _JSON.value:
-        write_json(_JSON.value, figures)
+        write_json(_JSON.value, results)
 
 
 def _losses(model, corpora):
@@ -91,12 +94,12 @@ def _losses(model, corpora):
         check_fits(model.loss_bytes(batch_size, length), what, MEMORY_REMEDY)
     sizes = {"length": length, "batch_size": batch_size}
     losses = evaluate_shown(model, corpora, title="evaluate", without=_WITHOUT.value, **sizes)
-    rows = {label: loss.as_dict() for label, loss in losses.items()}
+    columns = {label: loss.as_dict() for label, loss in losses.items()}
     contributed = model.roster[1:]
     if _BASELINE.value and contributed:
         for label, loss in evaluate_shown(model, corpora, title="anchor", without=contributed, **sizes).items():
-            rows[label]["anchor"] = loss.as_dict()
-    return rows
+            columns[label]["anchor"] = loss.as_dict()
+    return columns
 
 
 def _about_baseline(model):

@@ -53,8 +53,9 @@ MEMORY_REMEDY = "give fewer prompts, a lower --max_new_tokens, or --dtype=bfloat
 def run() -> None:
     """Generates, and prints prompt, continuation and shares."""
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.evaluation.tables import routing_table, show
+    from flexolmo_jax.evaluation.results import routing_table
     from flexolmo_jax.inference.model import load
+    from flexolmo_jax.tables import show
 
     if not _PROMPTS.value:
         raise UserError("--prompt: none given; give the flag once for each text to continue")

@@ -12,7 +12,7 @@ def run(*paths: str) -> None:
     """Prints one description for each directory."""
     from flexolmo_jax.combine.inspect import describe
     from flexolmo_jax.errors import UserError
-    from flexolmo_jax.evaluation.tables import show
+    from flexolmo_jax.tables import show
 
     if not paths:
         raise UserError("no directory given; write `flexolmo inspect DIR`")

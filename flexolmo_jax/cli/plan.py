@@ -30,10 +30,10 @@ def run() -> None:
     import json
 
     from flexolmo_jax.cli.files import write_json
-    from flexolmo_jax.evaluation.tables import show
     from flexolmo_jax.planning import tables
     from flexolmo_jax.planning.plan import plan
     from flexolmo_jax.progress import progress_bar
+    from flexolmo_jax.tables import show
 
     with progress_bar("{task.description}") as bar:
         task = bar.add_task("", total=None)

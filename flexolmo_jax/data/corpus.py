@@ -160,6 +160,20 @@ class Corpus:
         return [0, *itertools.accumulate(map(len, self._document_ends))][:-1]
 
 
+def open_corpora(paths: Sequence[str]) -> dict[str, Corpus]:
+    """Opens corpora under labels, as `path_labels` gives them."""
+    labels = path_labels(paths)
+    return {labels[path]: Corpus.open(path) for path in paths}
+
+
+def path_labels(paths: Sequence[str]) -> dict[str, str]:
+    """Labels paths by what distinguishes them, or a single one by its name: {path: label}."""
+    if not paths:
+        return {}
+    parent = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return {path: os.path.relpath(path, parent) for path in paths}
+
+
 def verify_corpora(corpora: Sequence[Corpus]) -> None:
     """Reads the token files of all corpora and compares their SHA-256, a few at a time, with a progress bar.
 

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a whole run.
+"""A self-contained HTML page that compares evaluated models on held-out corpora.
 
-The page fetches nothing: its style is inline and every plot is an inline SVG.
+The page fetches nothing: its style is inline, and every plot is an inline SVG. `report.html` is its Jinja2 template.
 """
 
 import itertools
@@ -8,19 +8,35 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 from etils import epath
 
-from flexolmo_jax.errors import UserError
-from flexolmo_jax.evaluation import figures
-from flexolmo_jax.evaluation.figures import Curves, Styles, escape
-from flexolmo_jax.evaluation.tables import AVERAGE, MISSING, Scores, format_bits, lowest, model_rows, unique
+from flexolmo_jax.errors import ArgumentError, UserError
+from flexolmo_jax.evaluation import plots
+from flexolmo_jax.evaluation.loss import ModelResults
+from flexolmo_jax.evaluation.plots import Curves
+from flexolmo_jax.evaluation.results import AVERAGE, Scores, format_bits, lowest, unique, with_average
+from flexolmo_jax.tables import MISSING
+
+
+class Certificate(NamedTuple):
+    """A box of facts about an opt-out.
+
+    Attributes:
+      title: of the box.
+      facts: {name: value}.
+      holds: whether the result is exact.
+    """
+
+    title: str
+    facts: Mapping[str, Any]
+    holds: bool
 
 
 def read_curve(metrics_jsonl_path: epath.PathLike) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl, one per step; where a resumed run repeats a step, the later wins.
+    """Reads a metrics.jsonl: one record per step. Where a resumed run repeats a step, the later record wins.
 
     Raises:
       UserError: a line is not a JSON object with a step.
@@ -39,139 +55,230 @@ def read_curve(metrics_jsonl_path: epath.PathLike) -> list[dict[str, float]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def write_report(path: epath.PathLike, results: Mapping[str, Any], curves: Curves) -> None:
-    """Writes the page; the same input gives the same bytes.
+def opt_out_certificates(results: Mapping[str, ModelResults]) -> list[Certificate]:
+    """The certificates of the models that are the output of an opt-out."""
+    found = []
+    for label, result in results.items():
+        if result.certificate:
+            removed = ", ".join(expert["name"] for expert in result.certificate["removed"])
+            guarantee = result.certificate["guarantee"]
+            facts = {"experts removed": removed, "guarantee": guarantee}
+            found.append(Certificate(f"Opt-out certificate of {label}", facts, guarantee.startswith("exact")))
+    return found
+
+
+def bits_per_byte(results: Mapping[str, ModelResults], separator: str = " without ") -> dict[str, dict[str, float]]:
+    """Bits per byte of all models and opt-outs, `{model, or model SEPARATOR expert: {corpus: value}}`."""
+    scores = {}
+    for label, result in results.items():
+        scores[label] = {corpus: loss.bits_per_byte for corpus, loss in result.losses.items()}
+        for name, losses in result.without.items():
+            scores[label + separator + name] = {corpus: loss.bits_per_byte for corpus, loss in losses.items()}
+    return scores
+
+
+def write_report(
+    path: epath.PathLike,
+    results: Mapping[str, ModelResults],
+    *,
+    reference: str | None = None,
+    title: str = "Evaluation report",
+    introduction: str = "",
+    certificates: Sequence[Certificate] = (),
+    curves: Curves | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the page; the same arguments give the same bytes.
 
     Args:
       path: the file to write, local or `gs://`.
-      results: the content of results.json: `bits_per_byte` `{model: {domain: value}}` and, where there are
-        any, `routing` `{domain: {expert: share of the weight}}`, `opt_out` (the certificate), `samples` and
-        `settings`.
-      curves: `{run: records}` as `read_curve` returns them: `step`, `loss` in nats per token, and perhaps
-        `tokens` of that step and `evaluation/DOMAIN`, a held-out loss in nats per token.
+      results: {label: results} of the models, as `evaluate_models` returns them.
+      reference: label of the model that the others are compared with; by default the first.
+      title: of the page.
+      introduction: a paragraph below the title.
+      certificates: of opt-outs.
+      curves: training curves, `{run: records}` as `read_curve` returns them: `step`, `loss` in nats per token, and
+        perhaps `tokens` of that step and `evaluation/CORPUS`, a held-out loss in nats per token.
+      samples: texts that a model wrote: "title", "prompt", "text" and "experts", {name: share of the routing weight}.
+      settings: {name: value}, shown at the end.
+
+    Raises:
+      ArgumentError: there is no model called `reference`.
     """
-    rows = model_rows(results["bits_per_byte"])
-    routing, samples = results.get("routing") or {}, results.get("samples") or []
-    sections = [
-        _quality(rows),
-        _opt_outs(rows, results.get("opt_out") or {}),
-        _routing(routing),
-        _training(curves),
-        _samples(samples, unique([*routing.values(), *(sample["experts"] for sample in samples)])),
-        _section("Settings", _facts(results.get("settings") or {})),
-    ]
-    template = Template(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
-    colours = {"better": figures.BETTER, "worse": figures.WORSE}
-    page = template.substitute(colours, tiles=_tiles(rows), sections="\n".join(sections))
+    if reference is not None and reference not in results:
+        raise ArgumentError("reference", reference, f"is not among the models; give one of {', '.join(results)}")
+    reference = next(iter(results), "") if reference is None else reference
+    scores = with_average(bits_per_byte(results))
+    routing = _routing(results)
+    experts = unique([*(result.roster for result in results.values()), *(sample["experts"] for sample in samples)])
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
+    )
+    environment.filters |= {"number": _number, "bits": format_bits}
+    template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
+    page = template.render(
+        title=title,
+        introduction=introduction,
+        better=plots.BETTER,
+        worse=plots.WORSE,
+        tiles=_tiles(results, scores),
+        scores=scores,
+        best=lowest(scores),
+        rosters={label: ", ".join(result.roster[1:]) or "none" for label, result in results.items()},
+        reference=reference,
+        headline=_headline(results, scores, reference),
+        changes=_changes(results, scores, reference),
+        losses=_losses(results),
+        corpora=_corpora(results),
+        opt_outs=_opt_outs(results),
+        worst_opt_out=_worst_opt_out(results),
+        certificates=certificates,
+        routing=[(label, plots.share_map(f"routing-{i}", _shares(results[label]))) for i, label in enumerate(routing)],
+        own_domain=_own_domain(results, routing),
+        training=_training(curves or {}),
+        samples=_samples(samples, experts),
+        settings=settings or {},
+    )
     epath.Path(path).write_bytes(page.encode("utf-8", "replace"))
 
 
-# Sections of the page.
+def _kind(result: ModelResults) -> str:
+    """What a model is made of: an anchor, an anchor and one expert, or a merge of several."""
+    return ("anchor", "pair", "merged")[min(len(result.roster), 3) - 1]
 
 
-def _tiles(rows: Scores) -> str:
-    """The averages that sum the page up."""
-    averages = {model: row[AVERAGE] for model, row in rows.items()}
-    pairs = [model for model in rows if model.startswith("pair:")]
-    best_pair = min(pairs, key=averages.get, default="")
-    captions = {
-        "anchor": "the anchor alone",
-        best_pair: f"the best single pair, {best_pair.removeprefix('pair:')}",
-        "merged": "the merged model",
+def _tiles(results: Mapping[str, ModelResults], scores: Scores) -> list[tuple[str, float]]:
+    """The lowest average of each kind of model: (caption, bits per byte)."""
+    tiles = []
+    for kind, best_of in (("anchor", "best anchor"), ("pair", "best single pair"), ("merged", "best merged model")):
+        labels = [label for label, result in results.items() if _kind(result) == kind]
+        measured = [label for label in labels if math.isfinite(scores[label][AVERAGE])]
+        if measured:
+            best = min(measured, key=lambda label: scores[label][AVERAGE])
+            tiles.append((best if len(labels) == 1 else f"{best}, the {best_of}", scores[best][AVERAGE]))
+    return tiles
+
+
+def _headline(results: Mapping[str, ModelResults], scores: Scores, reference: str) -> str:
+    """How the best merged model compares with the reference."""
+    merged = [label for label in results if _kind(results[label]) == "merged" and label != reference]
+    averages = {label: scores[label][AVERAGE] for label in merged if math.isfinite(scores[label][AVERAGE])}
+    before = scores[reference][AVERAGE] if reference else math.nan
+    if not averages or not math.isfinite(before) or _kind(results[reference]) != "anchor":
+        return "Held-out bits per byte of every model"
+    after = min(averages.values())
+    verb = "lowers" if after < before else "raises"
+    return f"Merging {verb} the average from {format_bits(before)} to {format_bits(after)} bits per byte"
+
+
+def _changes(results: Mapping[str, ModelResults], scores: Scores, reference: str) -> str:
+    """Heat map of all models against the reference."""
+    changes = {label: _difference(scores[label], scores[reference]) for label in results if label != reference}
+    return plots.change_map("against-reference", changes, reference) if changes else ""
+
+
+def _losses(results: Mapping[str, ModelResults]) -> dict[str, dict[str, float]]:
+    """Nats per token of each model on all corpora."""
+    corpora = unique(result.losses for result in results.values())
+    return {
+        label: {c: result.losses[c].nats_per_token if c in result.losses else math.nan for c in corpora}
+        for label, result in results.items()
     }
-    shown = {caption: averages[model] for model, caption in captions.items() if model in averages}
-    return "".join(f"<li><b>{format_bits(value)}</b> {escape(caption)}</li>" for caption, value in shown.items())
 
 
-def _quality(rows: Scores) -> str:
-    best = lowest(rows)
-    title = "Held-out bits per byte of every model"
-    cells = [
-        [_label(model), *(f"<b>{format_bits(v)}</b>" if v == best[key] else format_bits(v) for key, v in row.items())]
-        for model, row in rows.items()
+def _corpora(results: Mapping[str, ModelResults]) -> dict[str, tuple[int, int, int]]:
+    """Documents, tokens and bytes of each corpus."""
+    found = {corpus: loss for result in results.values() for corpus, loss in result.losses.items()}
+    return {corpus: (loss.documents, loss.tokens, loss.bytes) for corpus, loss in found.items()}
+
+
+def _opt_out_costs(result: ModelResults) -> dict[str, dict[str, float]]:
+    """Bits per byte that each opt-out adds, `{"without EXPERT": {corpus: difference, average}}`."""
+    scores = with_average(bits_per_byte({"": result}, "without "))
+    return {label: _difference(row, scores[""]) for label, row in scores.items() if label}
+
+
+def _opt_outs(results: Mapping[str, ModelResults]) -> list[tuple[str, str]]:
+    """(label, heat map) of each model that was evaluated without its experts."""
+    measured = [label for label, result in results.items() if result.without]
+    maps = enumerate(measured)
+    return [(label, plots.change_map(f"opt-outs-{i}", _opt_out_costs(results[label]), label)) for i, label in maps]
+
+
+def _worst_opt_out(results: Mapping[str, ModelResults]) -> tuple[str, float] | None:
+    """The corpus that an opt-out costs most, and the bits per byte it costs."""
+    costs = [
+        (corpus, value)
+        for result in results.values()
+        for changes in _opt_out_costs(result).values()
+        for corpus, value in changes.items()
+        if math.isfinite(value)
     ]
-    parts = [_table(["model", *best], cells, title), _ROW_HELP]
-    if {"anchor", "merged"} <= rows.keys():
-        before, after = rows["anchor"][AVERAGE], rows["merged"][AVERAGE]
-        verb = "lowers" if after < before else "raises"
-        title = f"Merging {verb} the average from {format_bits(before)} to {format_bits(after)} bits per byte"
-    if "anchor" in rows and len(rows) > 1:
-        changes = {_label(model): _change(row, rows["anchor"]) for model, row in rows.items()}
-        del changes["anchor"]
-        parts.append("<h3>Gain or loss against the anchor</h3>")
-        parts.append(figures.change_map("against-anchor", changes, "the anchor"))
-    return _section(title, *parts)
+    return max(costs, key=lambda cost: cost[1], default=None)
 
 
-def _opt_outs(rows: Scores, certificate: Mapping[str, Any]) -> str:
-    gone = [model for model in rows if model.startswith("merged-without:")]
-    title, parts = "Opting out", []
-    if gone and "merged" in rows:
-        changes = {_label(model).removeprefix("merged "): _change(rows[model], rows["merged"]) for model in gone}
-        costs = {(row, key): v for row in changes for key, v in changes[row].items() if math.isfinite(v)}
-        if costs:
-            worst = max(costs, key=costs.get)
-            title = f"An opt-out costs at most {format_bits(costs[worst])} bits per byte, on {worst[1]}"
-        parts.append(figures.change_map("opt-outs", changes, "the merged model"))
-    if certificate:
-        facts = {
-            "expert removed": certificate["expert"],
-            "files compared": certificate["files"],
-            "identical to the merge that never had it": "yes" if certificate["identical"] else "NO",
-            "guarantee": certificate["guarantee"],
-        }
-        mark = "good" if certificate["identical"] else "bad"
-        parts.append(f"<div class='card {mark}'><h3>Opt-out certificate</h3>{_facts(facts)}</div>")
-    return _section(title, *parts)
+def _routing(results: Mapping[str, ModelResults]) -> list[str]:
+    """Labels of the models whose routing is shown: merged ones, or else pairs."""
+    for kind in ("merged", "pair"):
+        labels = [label for label, result in results.items() if _kind(result) == kind and result.losses]
+        if labels:
+            return labels
+    return []
 
 
-def _routing(routing: Scores) -> str:
-    if not routing:
-        return ""
-    shares = {e: {domain: row.get(e, 0.0) for domain, row in routing.items()} for e in unique(routing.values())}
-    homes = [domain for domain in routing if domain in shares]
-    at_home = sum(max(shares[domain], key=shares[domain].get) == domain for domain in homes)
-    title = f"{at_home} of {len(homes)} experts get their largest share on their own domain" if homes else "Routing"
-    return _section(title, figures.share_map(shares))
+def _shares(result: ModelResults) -> dict[str, dict[str, float]]:
+    """{expert: {corpus: share of the routing weight}}."""
+    return {name: {c: loss.routing.get(name, 0.0) for c, loss in result.losses.items()} for name in result.roster}
 
 
-def _training(curves: Curves) -> str:
+def _own_domain(results: Mapping[str, ModelResults], labels: Sequence[str]) -> tuple[int, int] | None:
+    """Of the experts with a corpus of their name: how many get their largest share there, and how many there are."""
+    if len(labels) != 1:
+        return None
+    shares = _shares(results[labels[0]])
+    named = [name for name in shares if name in shares[name]]
+    own = sum(max(shares[name], key=lambda corpus: shares[name][corpus]) == name for name in named)
+    return (own, len(named)) if named else None
+
+
+def _training(curves: Curves) -> dict[str, Any]:
+    """Plots of the training curves, their legend, and a summary of the runs; empty where there are none."""
     curves = {run: records for run, records in curves.items() if any("loss" in r for r in records)}
     if not curves:
-        return ""
-    styles = dict(zip(curves, itertools.cycle(figures.LINE_STYLES), strict=False))
-    parts = [_legend(styles), figures.loss_plot(curves, styles)]
-    keys = unique(record for records in curves.values() for record in records)
-    domains = [key for key in keys if key.startswith("evaluation/")]
-    if domains:
-        parts.append(figures.held_out_plot(curves, styles, domains))
-    cells = []
+        return {}
+    styles = dict(zip(curves, itertools.cycle(plots.LINE_STYLES), strict=False))
+    corpora = [
+        key for key in unique(r for records in curves.values() for r in records) if key.startswith("evaluation/")
+    ]
+    runs = []
     for run, records in curves.items():
         last = [record for record in records if "loss" in record][-1]
-        cells.append([run, _number(last["step"]), _number(last.get("tokens", MISSING)), format_bits(last["loss"])])
-    parts.append(_table(["run", "steps", "tokens per step", "last loss (nats per token)"], cells, "Runs"))
-    return _section("How training went", *parts)
+        runs.append((run, last["step"], last.get("tokens", MISSING), last["loss"]))
+    return {
+        "legend": [(run, *style) for run, style in styles.items()],
+        "loss": plots.loss_plot(curves, styles),
+        "held_out": plots.held_out_plot(curves, styles, corpora) if corpora else "",
+        "runs": runs,
+    }
 
 
-def _samples(samples: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> str:
-    colours = dict(zip(experts, itertools.cycle(figures.PALETTE), strict=False))
-    cards = []
-    for sample in samples:
-        shares = {e: sample["experts"][e] for e in experts if sample["experts"].get(e, 0) > 0}
-        spans = "".join(f"<i style='flex:{v:.4f};background:{colours[e]}'></i>" for e, v in shares.items())
-        names = _legend({f"{e} {share:.0%}": (colours[e], "solid") for e, share in shares.items()})
-        text = f"<b>{escape(sample['prompt'])}</b>{escape(sample['text'].removeprefix(sample['prompt']))}"
-        bar = f"<div class='bar' aria-hidden='true'>{spans}</div>"
-        cards.append(f"<div class='card'><h3>{escape(sample['domain'])}</h3><pre>{text}</pre>{bar}{names}</div>")
-    note = "<p class='note'>The prompt is bold; the bar is each expert's share of the routing weight.</p>"
-    return _section("What the merged model writes", note, *cards) if cards else ""
+def _samples(samples: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> list[dict[str, Any]]:
+    """The samples, each with the colours and shares of its experts."""
+    colours = dict(zip(experts, itertools.cycle(plots.PALETTE), strict=False))
+    return [
+        {
+            "title": sample["title"],
+            "prompt": sample["prompt"],
+            "text": sample["text"].removeprefix(sample["prompt"]),
+            "shares": [(e, colours[e], sample["experts"][e]) for e in experts if sample["experts"].get(e, 0) > 0],
+        }
+        for sample in samples
+    ]
 
 
-# Pieces of text and HTML.
-
-
-def _change(row: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
-    return {key: value - reference[key] for key, value in row.items()}
+def _difference(scores: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
+    return {key: value - reference[key] for key, value in scores.items()}
 
 
 def _number(value: object) -> str:
@@ -180,37 +287,6 @@ def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _label(model: str) -> str:
-    kind, _, name = model.partition(":")
-    return f"anchor + {name}" if kind == "pair" else f"{kind.replace('-', ' ')} {name}".strip()
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str:
-    """A table with names on the left and numbers, which are HTML already, on the right."""
-    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
-    lines = ((escape(row[0]), "".join(f"<td>{cell}</td>" for cell in row[1:])) for row in rows)
-    body = "".join(f"<tr><th scope='row'>{name}</th>{numbers}</tr>" for name, numbers in lines)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div class='scroll' tabindex='0' role='region' aria-label='{label}'>{table}</div>"
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    items = (f"<dt>{escape(key)}</dt><dd>{escape(_number(value))}</dd>" for key, value in facts.items())
-    return f"<dl>{''.join(items)}</dl>" if facts else ""
-
-
-def _legend(styles: Styles) -> str:
-    mark = "<i style='border-top:4px {1} {0}'></i>"
-    items = (f"<li>{mark.format(*style)}{escape(name)}</li>" for name, style in styles.items())
-    return f"<ul class='legend'>{''.join(items)}</ul>"
-
-
-def _section(title: str, *parts: str) -> str:
-    """A section, or nothing where all its parts are empty."""
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>" if any(parts) else ""
-
-
-_ROW_HELP = """<p class="note"><b>anchor</b>: the public model that everyone starts from. <b>anchor + name</b>:
-the pair of anchor and expert that an owner trained. <b>merged</b>: the anchor and every expert. <b>merged
-without</b>: the merged model after that owner opted out. <b>average</b>: plain mean of the domains. The best
-value of each column is bold.</p>"""
+def _finalize(value: object) -> object:
+    """Replaces control characters of all text that the template shows; HTML of the plots passes as it is."""
+    return value if hasattr(value, "__html__") else plots.visible(value)

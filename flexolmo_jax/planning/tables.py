@@ -5,10 +5,10 @@ import math
 from rich.table import Table
 from rich.text import Text
 
-from flexolmo_jax.evaluation.tables import MISSING, plain_table
 from flexolmo_jax.planning.chips import GPU_MEMORY_FRACTION
 from flexolmo_jax.planning.collectives import DCN
 from flexolmo_jax.planning.plan import Plan
+from flexolmo_jax.tables import MISSING, plain_table
 
 ASSUMPTIONS = (
     "Arithmetic: matmuls alone, at the chip's bfloat16 rate; a mixture's experts are chosen equally often. MFU (model "

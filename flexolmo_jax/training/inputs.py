@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, MOE, NAME_RULE, ModelManifest, is_expert_name
 from flexolmo_jax.checkpoint.model_directory import PUBLIC, kind_of, read_model
-from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus import Corpus, open_corpora
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
@@ -147,14 +147,6 @@ def read_inputs(config: ConfigDict) -> Inputs:
             f"{everything[0].path}; give at least that"
         )
     return Inputs(model, manifest, trainable, corpora, held_out)
-
-
-def open_corpora(paths: Sequence[str]) -> dict[str, Corpus]:
-    """Opens corpora under labels: what distinguishes their paths, or the name of a single one."""
-    if not paths:
-        return {}
-    parent = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    return {os.path.relpath(path, parent): Corpus.open(path) for path in paths}
 
 
 def split_paths(value: str) -> list[str]:

@@ -10,7 +10,7 @@ from configs import benchmark as config_file
 from flexolmo_jax.benchmark import run
 from flexolmo_jax.benchmark.tables import limit_notes, steps_table, versus_table
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.evaluation.tables import show
+from flexolmo_jax.tables import show
 
 SECONDS = {"flexolmo": 1.0, "eager": 2.0, "grouped_mm": 1.6, "batched_mm": 100.0}
 

@@ -26,6 +26,7 @@ FLAGS = {
         *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),
         *("dtype", "verify", "json", "baseline"),
     ],
+    "report": ["model", "data", "run", "reference", "title", "length", "batch_size", "dtype", "out"],
     "generate": [
         *("model", "prompt", "without", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed"),
         *("layers", "dtype", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -148,6 +149,7 @@ REQUIRED = {
     "merge": {"anchor": "x", "out": "x"},
     "opt-out": {"model": "x", "out": "x"},
     "evaluate": {"model": "x"},
+    "report": {"out": "x"},
     "generate": {"model": "x"},
     "serve": {"model": "x"},
     "benchmark": {"config": "configs/benchmark.py"},
@@ -170,6 +172,7 @@ def test_a_missing_flag_is_refused(command, flag):
         ("merge", "contribution"),
         ("opt-out", "expert"),
         ("evaluate", "data"),
+        ("report", "model"),
         ("generate", "prompt"),
     ],
 )

@@ -12,11 +12,13 @@ import flexolmo_jax
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.evaluation.loss import evaluate
+from flexolmo_jax.evaluation.loss import evaluate, evaluate_models
+from flexolmo_jax.evaluation.results import format_bits
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
 
 LENGTH, EOS = 16, 256
+SHAPE = (f"--length={LENGTH}", "--batch_size=3")  # of all batches that can, so that they are compiled once
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +35,15 @@ def home(tmp_path_factory):
 
 
 def plain_nats(model, texts, without):
-    """Negative log likelihood of every token: the stream of documents is cut into rows, documents into segments."""
+    """Negative log likelihood of every token: the stream of documents is cut into sequences, those into segments."""
     stream = [(i, pair) for i, text in enumerate(texts) for pair in pairs(text)]
     segments = []
     for start in range(0, len(stream), LENGTH):
-        row = stream[start : start + LENGTH]
-        segments += [[pair for j, pair in row if j == i] for i in sorted({i for i, _ in row})]
+        sequence = stream[start : start + LENGTH]
+        segments += [[pair for j, pair in sequence if j == i] for i in sorted({i for i, _ in sequence})]
     tokens = np.zeros((len(segments), LENGTH), int)
-    for row, segment in zip(tokens, segments, strict=True):
-        row[: len(segment)] = [token for token, _ in segment]
+    for sequence, segment in zip(tokens, segments, strict=True):
+        sequence[: len(segment)] = [token for token, _ in segment]
     logits = np.asarray(model.logits(tokens, without=without), np.float64)
     log_normaliser = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     return sum(
@@ -75,11 +77,9 @@ def test_bits_per_byte_are_those_of_the_logits(home, without):
     assert len(steps) == math.ceil(tokens / LENGTH / 3)
 
 
-def test_the_verb_prints_a_row_for_each_corpus_and_writes_them(home, tmp_path):
+def test_the_command_prints_a_line_for_each_corpus_and_writes_them(home, tmp_path):
     arguments = [f"--model={home}/merged", f"--data={home}/first", f"--data={home}/second/"]
-    result = flexolmo(
-        "evaluate", *arguments, f"--length={LENGTH}", "--batch_size=3", f"--json={tmp_path}/new/rows.json"
-    )
+    result = flexolmo("evaluate", *arguments, *SHAPE, f"--json={tmp_path}/new/rows.json")
     assert (result.status, result.err) == (0, "")
     rows = json.loads((tmp_path / "new" / "rows.json").read_text())["data"]
     assert list(rows) == ["first", "second"]
@@ -94,7 +94,7 @@ def test_the_verb_prints_a_row_for_each_corpus_and_writes_them(home, tmp_path):
         assert line[4:] == [f"{row[key]:.3f}" for key in ("nats_per_token", "bits_per_byte", "perplexity")]
 
 
-def test_the_verb_refuses_another_tokenizer(home, tmp_path):
+def test_the_command_refuses_another_tokenizer(home, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.backend.add_special_tokens(["<|another|>"])
     small.corpus(tmp_path / "other", tokenizer=dataclasses.replace(tokenizer))
@@ -116,7 +116,7 @@ def test_the_verb_refuses_another_tokenizer(home, tmp_path):
         (["--model={home}/a"], ["--model=", "is a contribution directory", "give a model directory"]),
     ],
 )
-def test_the_verb_refuses_bad_values(home, arguments, words):
+def test_the_command_refuses_bad_values(home, arguments, words):
     given = [argument.format(home=home) for argument in arguments]
     flags = small.with_defaults(given, f"--model={home}/merged", f"--data={home}/first")
     assert_refused(flexolmo("evaluate", *flags), "evaluate", *words)
@@ -124,8 +124,8 @@ def test_the_verb_refuses_bad_values(home, arguments, words):
 
 def test_the_baseline_is_the_anchors_own_loss(home, tmp_path):
     def rows(model, *flags):
-        file = tmp_path / "figures.json"
-        data = [f"--data={home}/first", f"--data={home}/second", f"--length={LENGTH}"]
+        file = tmp_path / "results.json"
+        data = [f"--data={home}/first", f"--data={home}/second", *SHAPE]
         result = flexolmo("evaluate", f"--model={home}/{model}", *data, f"--json={file}", *flags)
         assert (result.status, result.err) == (0, "")
         return json.loads(file.read_text())["data"], result.out
@@ -135,10 +135,10 @@ def test_the_baseline_is_the_anchors_own_loss(home, tmp_path):
     for without in ([], ["--without=a"]):
         found, out = rows("merged", "--baseline", *without)
         for name in anchor:
-            theirs = found[name].pop("anchor")
-            assert theirs["nats_per_token"] == pytest.approx(anchor[name]["nats_per_token"], rel=1e-6)
-            difference = found[name]["bits_per_byte"] - theirs["bits_per_byte"]
-            assert f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}") in out
+            own = found[name].pop("anchor")
+            assert own["nats_per_token"] == pytest.approx(anchor[name]["nats_per_token"], rel=1e-6)
+            difference = found[name]["bits_per_byte"] - own["bits_per_byte"]
+            assert f" {format_bits(difference, '+')} |" in out
         assert (found == merged) == (not without)
         assert "the anchor it was merged from" in out
     found, out = rows("anchor", "--baseline")
@@ -160,7 +160,7 @@ def test_a_batch_beyond_memory_is_refused_before_it_is_computed(home, monkeypatc
     assert_refused(flexolmo("evaluate", *given), "evaluate", *words)
 
 
-def test_rows_longer_than_any_corpus_are_as_long_as_the_longest(home, tmp_path):
+def test_sequences_longer_than_any_corpus_are_as_long_as_the_longest(home, tmp_path):
     losses = []
     for length in (Corpus.open(home / "first").tokens, 10**12):
         file = tmp_path / f"{length}.json"
@@ -180,18 +180,19 @@ def damaged(home, tmp_path):
     return tmp_path / "damaged"
 
 
-def test_the_verb_verifies_token_files_when_told_to(home, damaged):
-    arguments = [f"--model={home}/merged", f"--data={home}/first", f"--data={damaged}"]
+def test_the_command_verifies_token_files_when_told_to(home, damaged):
+    arguments = [f"--model={home}/merged", f"--data={home}/first", f"--data={damaged}", *SHAPE]
     assert flexolmo("evaluate", *arguments).status == 0
     words = [f"{damaged}/tokens-00000.npy", "differs from the digest in corpus.json"]
     assert_refused(flexolmo("evaluate", *arguments, "--verify"), "evaluate", *words)
 
 
-def test_the_verb_refuses_ids_outside_the_vocabulary(home, damaged, tmp_path):
+def test_the_command_refuses_ids_outside_the_vocabulary(home, damaged, tmp_path):
     tokens = np.memmap(damaged / "tokens-00000.npy", "<u2", "r+")
     tokens[7] = 259  # of the model's vocabulary of 260, and not of the tokenizer's
     tokens.flush()
-    result = flexolmo("evaluate", f"--model={home}/merged", f"--data={damaged}", f"--json={tmp_path}/rows.json")
+    given = [f"--model={home}/merged", f"--data={damaged}", f"--json={tmp_path}/rows.json", *SHAPE]
+    result = flexolmo("evaluate", *given)
     assert_refused(result, "evaluate", f"{damaged}/tokens-00000.npy: damaged: the id 259 at offset 7")
     assert not (tmp_path / "rows.json").exists()
 
@@ -202,3 +203,63 @@ def test_a_loss_that_is_no_number_is_an_error(home, value):
     model.params["head"] = model.params["head"].at[:, 3].set(value)
     with pytest.raises(UserError, match=r"first: the loss is (nan|inf|[0-9.e+]+) nats per token"):
         evaluate(model, {"first": Corpus.open(home / "first")}, length=LENGTH, batch_size=3)
+
+
+def test_models_are_evaluated_with_each_expert_left_out(home):
+    corpora = {"first": Corpus.open(home / "first")}
+    directories = {"before": home / "anchor", "after": home / "merged"}
+    results = evaluate_models(directories, corpora, length=LENGTH, batch_size=3)
+    assert list(results) == ["before", "after"]
+    assert results["before"].without == {}
+    assert results["after"].roster == ["anchor", "a", "b"]
+    model = flexolmo_jax.load(home / "merged")
+    assert list(results["after"].without) == ["a", "b"]
+    for name, losses in [(None, results["after"].losses), *results["after"].without.items()]:
+        expected = evaluate(model, corpora, without=[name] if name else [], length=LENGTH, batch_size=3)
+        assert losses["first"].nats == pytest.approx(expected["first"].nats, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def opted_out(home):
+    assert flexolmo("opt-out", f"--model={home}/merged", "--expert=a", f"--out={home}/opted-out").status == 0
+    return home / "opted-out"
+
+
+def test_the_report_command_compares_any_models(home, opted_out, tmp_path):
+    (home / "run").mkdir()
+    (home / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 4.5}\n{"step": 2, "loss": 3.25}\n')
+    models = [f"--model=before={home}/anchor", f"--model={home}/merged", f"--model={opted_out}"]
+    options = [f"--data=news={home}/first", f"--data={home}/second", f"--run={home}/run", *SHAPE]
+    result = flexolmo("report", *models, *options, f"--out={tmp_path}/new/report.html", "--title=My models")
+    assert (result.status, result.err) == (0, "")
+    labels = ["before", "merged", "merged without a", "merged without b", "opted-out"]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.splitlines()]
+    assert [line[0] for line in table if line][2:] == labels
+    assert ["bits per byte", "news", "second", "average"] in table
+    news = {"news": Corpus.open(home / "first")}
+    expected = evaluate(flexolmo_jax.load(opted_out), news, length=LENGTH, batch_size=3)
+    page = (tmp_path / "new" / "report.html").read_text()
+    for text in (*labels, "My models", f"{expected['news'].bits_per_byte:.3f}", "3.250", "Opt-out certificate"):
+        assert text in page
+    assert f"{expected['news'].bits_per_byte:.3f}" in next(line for line in table if line[:1] == ["opted-out"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data={home}/first"], ["--model: none given", "once for each"]),
+        (["--model={home}/anchor"], ["--data: none given", "once for each"]),
+        (["--model={home}/nosuch", "--data={home}/first"], ["--model={home}/nosuch: no such directory"]),
+        (["--model={home}/anchor", "--data=news={home}/nosuch"], ["{home}/nosuch: no such directory"]),
+        (["--model=x={home}/a", "--data={home}/first"], ["{home}/a: is a contribution directory"]),
+        (["--model={home}/anchor", "--model=anchor={home}/merged", "--data={home}/first"], ["second called 'anchor'"]),
+        (["--model=x=", "--data={home}/first"], ["--model=x=: is neither a directory nor NAME=DIR"]),
+        (["--model={home}/anchor", "--data={home}/first", "--reference=x"], ["--reference=x", "anchor"]),
+        (["--model={home}/anchor", "--data={home}/first", "--run={home}"], ["{home}/metrics.jsonl"]),
+        (["--model={home}/anchor", "--data={home}/first", "--out={home}"], ["--out={home}: is a directory"]),
+    ],
+)
+def test_the_report_command_refuses_bad_values(home, tmp_path, arguments, words):
+    flags = small.with_defaults([argument.format(home=home) for argument in arguments], f"--out={tmp_path}/x.html")
+    assert_refused(flexolmo("report", *flags), "report", *(word.format(home=home) for word in words))
+    assert not list(tmp_path.iterdir())
