@@ -1,19 +1,27 @@
-"""Turns texts into a corpus directory: flat token files, each document closed by EOS.
+"""Converts text files to a corpus directory: flat token files in which every document is terminated by EOS.
 
     flexolmo tokenize --input='texts/*.txt' --input=news.jsonl.gz --out=corpora/news
 
-The suffix of a file says what it is, in any case, also with .gz, .bz2, .xz or .zst after it: each line of a .jsonl or
-.ndjson file is an object whose "text" is a document; a .json file holds such lines, an array of such objects or of
-strings, or one object; each row of a .parquet file is a document; any other file is a document, whole. JSON
-in a file that is not named so is refused: rename it, or say its --format. docs/data.md has more.
+The suffix of a file's name tells its format, in any case, also with .gz, .bz2, .xz or .zst after it (see --format). In
+records with several fields, the document is under "text" (see --text_key). Files with other suffixes are one document
+each, whole. JSON in such a file is refused: rename it, or give its --format. docs/data.md has more.
 """
+
+import re
 
 from absl import flags
 
-_FORMATS = ("auto", "text", "jsonl", "json", "parquet")
+from flexolmo_jax.data.sources import SOURCES
 
-_INPUT = flags.DEFINE_multi_string("input", [], "File or glob of files of text; give the flag once for each.")
-_FORMAT = flags.DEFINE_enum("format", "auto", _FORMATS, "What the files are; by default, what their suffixes say.")
+_FORMATS = "; ".join(
+    f"{name} ({', '.join(source.suffixes) or 'any other suffix'}): a document is {source.document}"
+    for name, source in SOURCES.items()
+)
+
+_INPUT = flags.DEFINE_multi_string("input", [], "File or glob of text files; give the flag once for each.")
+_FORMAT = flags.DEFINE_enum(
+    "format", "auto", ["auto", *SOURCES], f"Format of the files. auto: by the suffix of each. {_FORMATS}."
+)
 _TEXT_KEY = flags.DEFINE_string(
     "text_key",
     "text",
@@ -26,15 +34,17 @@ _ON_ERROR = flags.DEFINE_enum(
     "At a record (or a file) without usable text: stop, and make no corpus; or skip it, and list it in corpus.json.",
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "A Hugging Face tokenizer.json, or 'bytes'.")
-_EOS = flags.DEFINE_string("eos_token", None, "The token that closes a document, where it cannot be told.")
+_EOS = flags.DEFINE_string("eos_token", None, "The token that terminates documents; by default a well-known one.")
 _OUT = flags.DEFINE_string("out", None, "Corpus directory to make.")
 flags.mark_flags_as_required(["out"])
+# Arguments of the library in its messages.
+_ARGUMENT = re.compile(r"\b(?=format=\w|text_key( \(|$))")
 
 
 def run() -> None:
     """Tokenizes, and prints the counts."""
-    from flexolmo_jax.data.bad_records import BadRecords
-    from flexolmo_jax.data.corpus import unknown_text, write_corpus
+    from flexolmo_jax.data.bad_records import BadRecords, StoppedError
+    from flexolmo_jax.data.corpus import NoTextError, unknown_text, write_corpus
     from flexolmo_jax.data.documents import read_documents
     from flexolmo_jax.data.tokenizer import load_tokenizer
     from flexolmo_jax.errors import UserError
@@ -43,7 +53,9 @@ def run() -> None:
         raise UserError("--input: none given; give the flag once for each file or glob")
     if not _TEXT_KEY.value:
         raise UserError("--text_key: is empty; name the key that holds a document")
-    tokenizer = load_tokenizer(_TOKENIZER.value, eos_token=_EOS.value)
+    tokenizer = load_tokenizer(
+        _TOKENIZER.value, _EOS.value, label=f"--tokenizer={_TOKENIZER.value}", eos_label="--eos_token"
+    )
     bad_records = BadRecords(skip=_ON_ERROR.value == "skip")
     documents = read_documents(
         _INPUT.value,
@@ -52,9 +64,20 @@ def run() -> None:
         bad_records=bad_records,
         check=tokenizer.check,
     )
-    corpus = write_corpus(_OUT.value, documents, tokenizer, bad_records=bad_records, progress=True)
+    try:
+        corpus = write_corpus(_OUT.value, documents, tokenizer, bad_records=bad_records, progress=True)
+    except NoTextError as error:
+        raise UserError(f"--input: {_with_flags(error.problem)}") from error
+    except StoppedError as error:
+        raise UserError(f"{_with_flags(str(error))}; --on_error=skip leaves such records out") from error
     print(f"{_OUT.value}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes:,} bytes of text")
     if bad_records.count:
-        print(f"{_OUT.value}: bad records left out: {bad_records.count:,} (in corpus.json), {bad_records.first()}")
+        first = _with_flags(bad_records.first())
+        print(f"{_OUT.value}: bad records left out: {bad_records.count:,} (in corpus.json), {first}")
     for line in unknown_text(corpus, tokenizer):
         print(line)
+
+
+def _with_flags(message: str) -> str:
+    """A message of the library in which its arguments are flags."""
+    return _ARGUMENT.sub("--", message)

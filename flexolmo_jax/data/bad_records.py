@@ -1,4 +1,4 @@
-"""What becomes of records that hold no usable text."""
+"""Records of input files without usable text: counted, or an error."""
 
 import dataclasses
 from typing import Any
@@ -9,21 +9,21 @@ _LISTED = 100
 
 
 class BadRecordError(UserError):
-    """A record (or a file, or the rest of one) holds no usable text; the message says why and what to do."""
+    """A record, a file or the rest of a file has no usable text; the message says why, and what to do."""
 
 
 class StoppedError(UserError):
-    """The first bad record, where they are not to be skipped; the message begins with its place."""
+    """A bad record, where bad records are errors; the message begins with its place."""
 
 
 @dataclasses.dataclass
 class BadRecords:
-    """Stops at the first bad record, or counts them.
+    """Raises an error at the first bad record, or counts them.
 
     Attributes:
-      skip: whether to go on.
-      count: how many there were.
-      listed: of the first hundred, {"place", "reason"}.
+      skip: whether to count them and continue.
+      count: number of bad records.
+      listed: the first hundred, {"place", "reason"}.
     """
 
     skip: bool = False
@@ -34,19 +34,19 @@ class BadRecords:
         """Counts a bad record at `place`.
 
         Raises:
-          StoppedError: bad records are not to be skipped.
+          StoppedError: `skip` is False.
         """
         if not self.skip:
             raise StoppedError(f"{place}: {reason}")
         self.count += 1
         if len(self.listed) < _LISTED:
-            printable = place.encode(errors="backslashreplace").decode()  # names of files may be no UTF-8
+            printable = place.encode(errors="backslashreplace").decode()  # file names need not be UTF-8
             self.listed.append({"place": printable, "reason": str(reason)})
 
     def first(self) -> str:
-        """Names the first of them, for people."""
+        """The place and reason of the first, for messages."""
         return f"the first: {self.listed[0]['place']}: {self.listed[0]['reason']}"
 
     def description(self) -> dict[str, Any]:
-        """What a corpus keeps of them."""
+        """The record of them in corpus.json."""
         return {"count": self.count, "records": self.listed}

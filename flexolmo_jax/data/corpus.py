@@ -1,10 +1,10 @@
-"""A corpus: documents as token ids in a directory.
+"""A corpus: a directory of documents as token ids.
 
-- `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files; and, where records were left out
-  because they were bad, their number and the first hundred of them.
+- `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files; and the number and the first hundred
+  of the bad records that were skipped.
 - `tokenizer.json`: the tokenizer that made it.
-- `tokens-00000.npy` and on (see `token_files`): the documents one after another, each closed by EOS, none
-  across two files.
+- `tokens-00000.npy`, `tokens-00001.npy`, ... (see `token_files`): the documents, each terminated by EOS. No document
+  spans two files.
 """
 
 import bisect
@@ -34,25 +34,41 @@ FORMAT_VERSION = 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _TOKENS_PER_FILE = 1 << 28
 _SCAN_TOKENS = 1 << 24
-_BATCH_PIECES = 1024
-_BATCH_BYTES = 1 << 20  # of text; `tokenizers` needs about 100 for each
+_BATCH_CHUNKS = 1024
+_BATCH_BYTES = 1 << 20  # of text; `tokenizers` needs about 100 times as many
+
+
+class NoTextError(UserError):
+    """There is no document with text to make a corpus of.
+
+    Attributes:
+      problem: the message without its subject.
+    """
+
+    def __init__(self, bad_records: BadRecords | None):
+        """Mentions the first bad record, if any."""
+        if bad_records and bad_records.count:
+            self.problem = f"holds no usable text; bad records: {bad_records.count:,}, {bad_records.first()}"
+        else:
+            self.problem = "holds no text; name files with at least one document that is not empty"
+        super().__init__(f"the input {self.problem}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
     """A corpus directory, memory-mapped: a random-access sequence of documents.
 
-    `corpus[i]` is document i, EOS included: a read-only array of `dtype` [length]. The first access finds
-    where documents end by one pass over the tokens, and keeps 8 bytes for each document. Ids are those of the file:
-    who uses them compares them with `vocab_size`, and calls `refuse_ids` for the file and the place.
+    `corpus[i]` is document i, EOS included: a read-only array of `dtype` [length]. The first access finds the ends of
+    documents by one pass over the tokens, and keeps 8 bytes per document. Ids are not checked: callers compare them
+    with `vocab_size`, and call `refuse_ids` for the error.
 
     Attributes:
       path: the directory.
       documents: number of documents.
       tokens: number of tokens, EOS included.
-      bytes: number of UTF-8 bytes of the documents' text; in a copy of some documents of a corpus, of the text that
-        their tokens decode to, which is another where the tokenizer loses some (letter case, unknown text).
-      eos_id: the id that closes each document.
+      bytes: number of UTF-8 bytes of the documents' text. In a copy of documents of another corpus it is that of the
+        decoded tokens, which differs where the tokenizer loses information (letter case, unknown text).
+      eos_id: the id that terminates each document.
       dtype: of the token files.
       tokenizer_digest: `Tokenizer.digest` of the tokenizer that made it.
       files: of each token file, its name, number of tokens and SHA-256.
@@ -72,7 +88,7 @@ class Corpus:
         """Opens a corpus directory, which must be local (or mounted) to be memory-mapped.
 
         Raises:
-          UserError: it is no corpus, its format version is another, or a token file is missing or truncated.
+          UserError: it is not a corpus, or of another format version, or a token file is missing or truncated.
         """
         path = epath.Path(path)
         if "://" in os.fspath(path):
@@ -80,7 +96,7 @@ class Corpus:
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; `flexolmo tokenize` makes a corpus")
         corpus = cls(path=path, **_read_description(path / "corpus.json"))
-        corpus._arrays  # noqa: B018  maps the files, so that a missing one is found now
+        corpus._arrays  # noqa: B018  maps the files, so that a missing one is an error now
         return corpus
 
     def __len__(self) -> int:
@@ -96,12 +112,12 @@ class Corpus:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """That of the tokenizer that made the corpus: its ids are all below."""
+        """Vocabulary size of the tokenizer that made the corpus; all ids are below it."""
         return self.tokenizer().vocab_size
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of its content as `corpus.json` names it, wherever the corpus lies."""
+        """Digest of the content, which does not depend on the path."""
         files = {str(i): file["sha256"] for i, file in enumerate(self.files)}
         return combined_digest({"dtype": self.dtype.name, "eos_id": str(self.eos_id), **files})
 
@@ -126,10 +142,10 @@ class Corpus:
         verify_corpora([self])
 
     def refuse_ids(self) -> None:
-        """Looks for the first id that is outside the vocabulary, by one pass over the tokens.
+        """Looks for the first id outside the vocabulary, in one pass over the tokens.
 
         Raises:
-          UserError: there is one; names its file and how many tokens of the file stand before it.
+          UserError: there is one; the message has its file and offset.
         """
         for file, array in zip(self.files, self._arrays, strict=True):
             at = find_above(array, self.vocab_size - 1)
@@ -150,7 +166,7 @@ class Corpus:
         found = sum(map(len, ends))
         if found != self.documents:
             raise UserError(
-                f"{self.path}: holds {found} documents closed by EOS {self.eos_id}, and corpus.json "
+                f"{self.path}: holds {found} documents terminated by EOS {self.eos_id}, and corpus.json "
                 f"says {self.documents}; tokenize the text again"
             )
         return ends
@@ -175,7 +191,7 @@ def path_labels(paths: Sequence[str]) -> dict[str, str]:
 
 
 def verify_corpora(corpora: Sequence[Corpus]) -> None:
-    """Reads the token files of all corpora and compares their SHA-256, a few at a time, with a progress bar.
+    """Reads the token files of all corpora and compares their SHA-256, with a progress bar.
 
     Raises:
       UserError: a file's content is not what `corpus.json` says.
@@ -202,39 +218,41 @@ def write_corpus(
 ) -> Corpus:
     """Tokenizes documents into a new corpus directory, which is complete or absent.
 
-    Memory holds a document and a batch of pieces, whatever the number of documents and their lengths. Documents
+    Memory holds one document and a batch of chunks, whatever the number and length of the documents. Documents
     without a token are skipped.
 
     Args:
       out: the directory to make.
       documents: the texts.
-      tokenizer: encodes them; a copy goes into the corpus.
-      tokens_per_file: a new file starts once the current one holds as many.
-      bad_records: what the reader of `documents` left out, for the corpus's description.
+      tokenizer: encodes them; a copy is stored in the corpus.
+      tokens_per_file: a new file starts when the current one has this many.
+      bad_records: records that the reader of `documents` skipped, for corpus.json.
       progress: show a progress bar on standard error.
 
     Raises:
-      UserError: `out` exists, there is no document, or the reader stopped.
+      NoTextError: there is no document with text.
+      StoppedError: the reader stopped at a bad record.
+      UserError: `out` exists.
     """
     columns = (SpinnerColumn(), "{task.description} {task.completed} documents", TimeElapsedColumn())
     with progress_bar(*columns, shown=progress) as bar:
-        pieces = _pieces(bar.track(documents, description="Tokenized"), tokenizer)
+        chunks = _chunks(bar.track(documents, description="Tokenized"), tokenizer)
         encoded = (
-            (ids, piece)
-            for batch in _batches(pieces)
-            for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True)
+            (ids, chunk)
+            for batch in _batches(chunks)
+            for chunk, ids in zip(batch, tokenizer.encode_batch([chunk.text for chunk in batch]), strict=True)
         )
-        return _write(out, _close_documents(encoded, tokenizer.eos_id), tokenizer, tokens_per_file, bad_records)
+        return _write(out, _terminate_documents(encoded, tokenizer.eos_id), tokenizer, tokens_per_file, bad_records)
 
 
 def unknown_text(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
-    """A line where text is lost: as tokens that stand for unknown text, or because characters have no token."""
+    """A warning where text is lost: as tokens for unknown text, or because characters have no token."""
     if tokenizer.drops_unknown:
         return [f"{tokenizer.label}: has no token for unknown text; characters that it does not know were left out"]
     if tokenizer.unknown_id is None:
         return []
-    parts = (array[at : at + _SCAN_TOKENS] for array in corpus._arrays for at in range(0, len(array), _SCAN_TOKENS))
-    unknown = sum(np.count_nonzero(part == tokenizer.unknown_id) for part in parts)
+    slices = (array[at : at + _SCAN_TOKENS] for array in corpus._arrays for at in range(0, len(array), _SCAN_TOKENS))
+    unknown = sum(np.count_nonzero(tokens == tokenizer.unknown_id) for tokens in slices)
     name = tokenizer.backend.id_to_token(tokenizer.unknown_id)
     share = f"{unknown / corpus.tokens:.2%}"
     return [f"{unknown:,} of {corpus.tokens:,} tokens ({share}) are {name!r}, unknown text"] if unknown else []
@@ -252,31 +270,31 @@ def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) 
     return _write(out, counted, tokenizer, _TOKENS_PER_FILE)
 
 
-class _Piece(NamedTuple):
-    """A part of a document: its text, the number of its UTF-8 bytes, and whether the document ends with it."""
+class _Chunk(NamedTuple):
+    """A chunk of a document: its text, the number of its UTF-8 bytes, and whether it is the last."""
 
     text: str
     bytes: int
     ends: bool
 
 
-def _pieces(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[_Piece]:
+def _chunks(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[_Chunk]:
     for text in documents:
-        for start, end in itertools.pairwise([0, *tokenizer.piece_ends(text)]):
-            piece = text[start:end]
-            yield _Piece(piece, len(piece.encode()), end == len(text))
+        for start, end in itertools.pairwise([0, *tokenizer.chunk_ends(text)]):
+            chunk = text[start:end]
+            yield _Chunk(chunk, len(chunk.encode()), end == len(text))
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Gathers pieces to be encoded together; where the reader stops, what it read before comes first."""
+def _batches(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Gathers chunks to be encoded together; where the reader stops, the chunks before are still yielded."""
     batch, size = [], 0
     try:
-        for piece in pieces:
-            if batch and (len(batch) == _BATCH_PIECES or size + piece.bytes > _BATCH_BYTES):
+        for chunk in chunks:
+            if batch and (len(batch) == _BATCH_CHUNKS or size + chunk.bytes > _BATCH_BYTES):
                 yield batch
                 batch, size = [], 0
-            batch.append(piece)
-            size += piece.bytes
+            batch.append(chunk)
+            size += chunk.bytes
     except StoppedError:
         if batch:
             yield batch
@@ -285,29 +303,29 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _close_documents(
-    pieces: Iterable[tuple[np.ndarray, _Piece]], eos_id: int
+def _terminate_documents(
+    chunks: Iterable[tuple[np.ndarray, _Chunk]], eos_id: int
 ) -> Iterator[tuple[np.ndarray, int, bool]]:
-    """Puts EOS after each document with a token; yields ids, bytes of text, and whether the document ends."""
+    """Appends EOS to each document with a token; yields ids, bytes of text, and whether the document ends."""
     length = size = 0
-    for ids, piece in pieces:
-        length, size = length + ids.size, size + piece.bytes
-        if piece.ends and length:
+    for ids, chunk in chunks:
+        length, size = length + ids.size, size + chunk.bytes
+        if chunk.ends and length:
             yield np.append(ids, eos_id), size, True
         elif ids.size:
             yield ids, 0, False
-        if piece.ends:
+        if chunk.ends:
             length = size = 0
 
 
 def _write(
     out: epath.PathLike,
-    pieces: Iterable[tuple[np.ndarray, int, bool]],
+    chunks: Iterable[tuple[np.ndarray, int, bool]],
     tokenizer: Tokenizer,
     tokens_per_file: int,
     bad_records: BadRecords | None = None,
 ) -> Corpus:
-    """Writes a new corpus directory of (ids, bytes of text, whether a document ends with them)."""
+    """Writes a new corpus directory of chunks: (ids, bytes of text, whether the document ends)."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     totals = {"documents": 0, "tokens": 0, "bytes": 0}
     with (
@@ -315,7 +333,7 @@ def _write(
         contextlib.closing(TokenFileWriter(directory, _DTYPES[dtype], tokens_per_file)) as files,
     ):
         try:
-            for ids, size, ends in pieces:
+            for ids, size, ends in chunks:
                 files.append(ids, ends=ends)
                 totals["documents"] += ends
                 totals["tokens"] += ids.size
@@ -323,10 +341,10 @@ def _write(
         except StoppedError as error:
             raise StoppedError(
                 f"{error} (stopped after {totals['documents']:,} documents, {totals['tokens']:,} tokens; "
-                "no corpus is made; --on_error=skip leaves such records out)"
+                "no corpus is made)"
             ) from error
         if not totals["documents"]:
-            raise UserError(_nothing(bad_records))
+            raise NoTextError(bad_records)
         description = {
             "format_version": FORMAT_VERSION,
             "tokenizer_digest": tokenizer.digest,
@@ -339,12 +357,6 @@ def _write(
         tokenizer.save(directory / "tokenizer.json")
         (directory / "corpus.json").write_bytes(json.dumps(description, indent=2).encode())
     return Corpus.open(out)
-
-
-def _nothing(bad_records: BadRecords | None) -> str:
-    if bad_records and bad_records.count:
-        return f"--input: holds no usable text; bad records: {bad_records.count:,}, {bad_records.first()}"
-    return "--input: holds no text; name files with at least one document that is not empty"
 
 
 def _in_vocabulary(source: Corpus, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -1,40 +1,39 @@
-"""The text of tokens that come one after another, decoded a few at a time.
+"""Incremental decoding: the text of tokens that are generated one after another.
 
-A decoder of `tokenizer.json` may remove or add spaces, join words, or hold bytes until they are a character. So the
-text of a token depends on what stands before it, and sometimes on what comes next. `IncrementalDecoder` gives text once
-no later token can change it; all that it gives, with its `tail`, is just what `Tokenizer.decode` makes of all tokens.
+A decoder of `tokenizer.json` may remove or add spaces, join words, or hold bytes until they form a character. So the
+text of a token depends on the tokens before it, and sometimes on the next one. `IncrementalDecoder` returns text once
+no later token can change it; all text that it returns, and its `tail`, are together what `Tokenizer.decode` returns.
 """
 
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flexolmo_jax.data.special_tokens import special_ids
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenizer import Tokenizer, special_ids
 
-REPLACEMENT = "\ufffd"  # what bytes decode to that are no whole character, or none yet
+REPLACEMENT = "\ufffd"  # the text of bytes that are not, or not yet, a whole character
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
-# What a decoder may be so that a text's beginning stands once a few tokens more are known: parts that turn a list of
-# tokens into another from left to right, at most one that joins them, and those that strip the ends of what was joined.
+# The beginning of a text is final after a few more tokens if the decoder consists of stages that map a list of tokens
+# to another from left to right, at most one stage that joins them, and stages that strip the ends of the joined text.
 _LISTS = {"Replace", "Strip", "WordPiece", "Metaspace", "CTC", "ByteFallback"}
 _JOINS = {"Fuse", "ByteLevel"}
 
 
 class IncrementalDecoder:
-    """Decodes tokens as they come; `text` of one `add` after another, and `tail`, make up the text of all of them."""
+    """Decodes tokens as they are generated; the texts that `add` returns, and `tail`, are the text of all tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
-        """Starts with no token."""
+        """Starts without tokens."""
         self._decode, self._rules = tokenizer.decode, _rules(tokenizer)
-        self._ids: list[int] = []  # those decoded together: some whose text is known, for context, and what follows
+        self._ids: list[int] = []  # decoded together: a few tokens of final text, for context, and those after them
         self._known = 0  # of `_ids`
         self._given = 0  # characters of their text
 
     def add(self, ids: Sequence[int]) -> str:
-        """Takes tokens; returns what they add to the text that no later token can change."""
+        """Adds tokens; returns the new text that no later token can change."""
         self._ids += (id for id in ids if id in self._rules.shown)
         if not self._rules.settles or not self._ids or self._ids[-1] in self._rules.bytes:
             return ""
@@ -42,7 +41,7 @@ class IncrementalDecoder:
         settled = self._rules.settled(text, lambda id: self._decode([*self._ids, id]))
         new, self._given = settled[self._given :], max(self._given, len(settled))
         if settled == text:
-            self._move_on()
+            self._drop_final()
         return new
 
     @property
@@ -50,8 +49,8 @@ class IncrementalDecoder:
         """The rest of the text, if no token follows."""
         return self._decode(self._ids)[self._given :]
 
-    def _move_on(self) -> None:
-        """Forgets tokens, all but the last whose text can be seen: what follows them follows in the same way."""
+    def _drop_final(self) -> None:
+        """Drops tokens of final text, except the last ones with visible text, which are the context of the next."""
         context = self._ids[self._known :]
         text = self._decode(context)
         if text:
@@ -60,21 +59,21 @@ class IncrementalDecoder:
 
 
 def common_prefix(first: str, second: str) -> str:
-    """The longest text with which both begin."""
+    """The longest common prefix of two texts."""
     places = zip(first, second, strict=False)
     return first[: next((i for i, (a, b) in enumerate(places) if a != b), min(len(first), len(second)))]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    """How the text of a tokenizer's tokens comes to be.
+    """Properties of a tokenizer's decoder.
 
     Attributes:
       shown: ids that decoding does not skip.
-      settles: whether a text's beginning stands while tokens are added; else all of it may change to the end.
-      bytes: ids of bytes that are decoded together with those beside them.
-      joins_bytes: whether any tokens may be parts of a character.
-      next: a token to look ahead with, where the last token's text differs from what it is when another follows.
+      settles: whether the beginning of a text becomes final while tokens are added; else only the whole text is.
+      bytes: ids of bytes that are decoded together with neighbouring bytes.
+      joins_bytes: whether several tokens may form one character.
+      next: a token to append for look-ahead, where the text of the last token depends on whether another follows.
     """
 
     shown: frozenset[int]
@@ -83,8 +82,8 @@ class _Rules:
     joins_bytes: bool
     next: int | None
 
-    def settled(self, text: str, with_next) -> str:
-        """What stands of the text of tokens; `with_next` gives the text of them and one more."""
+    def settled(self, text: str, with_next: Callable[[int], str]) -> str:
+        """Returns the final beginning of a text; `with_next` returns the text with one more token."""
         if self.next is not None:
             text = common_prefix(text, with_next(self.next))
         return text.rstrip(REPLACEMENT) if self.joins_bytes else text
@@ -93,44 +92,44 @@ class _Rules:
 @functools.lru_cache(maxsize=8)
 def _rules(tokenizer: Tokenizer) -> _Rules:
     backend = tokenizer.backend
-    parts = list(_flat(json.loads(backend.decoder.__getstate__()))) if backend.decoder else []
-    kinds = [part["type"] for part in parts]
+    stages = list(_flat(json.loads(backend.decoder.__getstate__()))) if backend.decoder else []
+    kinds = [stage["type"] for stage in stages]
     vocabulary = backend.get_vocab(with_added_tokens=True)
     shown = set(vocabulary.values()) - set(special_ids(tokenizer.plain).values())
     bytes_ = {id for name, id in vocabulary.items() if _BYTE.fullmatch(name)} if "ByteFallback" in kinds else set()
     looks_ahead = "BPEDecoder" in kinds
     return _Rules(
         shown=frozenset(shown),
-        settles=_settles(parts, kinds),
+        settles=_settles(stages, kinds),
         bytes=frozenset(bytes_),
         joins_bytes="ByteLevel" in kinds,
         next=min(shown - bytes_, default=None) if looks_ahead else None,
     )
 
 
-def _settles(parts: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> bool:
+def _settles(stages: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> bool:
     join = next((place for place, kind in enumerate(kinds) if kind in _JOINS), len(kinds))
     lists, ends = kinds[:join], kinds[join + 1 :]
     if not set(ends) <= {"Fuse", "Strip"}:
         return False
-    if "BPEDecoder" in lists:  # it looks at the next token, which another part may have changed
+    if "BPEDecoder" in lists:  # it looks at the next token, which another stage may have changed
         return lists == ["BPEDecoder"]
-    if "ByteFallback" in lists:  # what comes before it must leave the names of bytes as they are
+    if "ByteFallback" in lists:  # stages before it must not change the names of bytes
         place = lists.index("ByteFallback")
-        if "ByteFallback" in lists[place + 1 :] or not all(map(_leaves_bytes, parts[:place])):
+        if "ByteFallback" in lists[place + 1 :] or not all(map(_leaves_bytes, stages[:place])):
             return False
     return set(lists) <= _LISTS
 
 
-def _leaves_bytes(part: Mapping[str, Any]) -> bool:
-    text = part["pattern"].get("String") if part["type"] == "Replace" else None
-    return text is not None and not set(text + part["content"]) & set("<0x123456789abcdefABCDEF>")
+def _leaves_bytes(stage: Mapping[str, Any]) -> bool:
+    text = stage["pattern"].get("String") if stage["type"] == "Replace" else None
+    return text is not None and not set(text + stage["content"]) & set("<0x123456789abcdefABCDEF>")
 
 
 def _flat(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The parts of a decoder in their order."""
+    """The stages of a decoder in order."""
     if decoder["type"] != "Sequence":
         yield decoder
         return
-    for part in decoder["decoders"]:
-        yield from _flat(part)
+    for stage in decoder["decoders"]:
+        yield from _flat(stage)

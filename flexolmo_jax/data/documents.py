@@ -1,18 +1,28 @@
-"""Documents of text, read from files."""
+"""Documents of text, read from files that may be compressed."""
 
+import bz2
+import contextlib
+import dataclasses
 import glob
+import gzip
+import io
 import itertools
+import lzma
 import os
+import pathlib
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
 from flexolmo_jax.data.bad_records import BadRecordError, BadRecords
-from flexolmo_jax.data.compression import open_unpacked, split_suffix
-from flexolmo_jax.data.formats import FORMATS, Format, Records, format_of
+from flexolmo_jax.data.sources import SOURCES, MissingLibraryError, Records, Source, data_library, source_of
 from flexolmo_jax.errors import UserError
 
 AUTO = "auto"
+_BUFFER_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 14  # compressed bytes read together
 
 
 def read_documents(
@@ -25,36 +35,33 @@ def read_documents(
 ) -> Iterator[str]:
     """Yields the documents of every file that the patterns match, each file once, in sorted order.
 
-    A file may be compressed (gzip, bzip2, xz, zstd), told by its first bytes. Its format is told by its suffix, or
-    by the one before that of the compression, in any case:
+    A file may be compressed (gzip, bzip2, xz, zstd), which its first bytes tell. Its suffix, or the suffix before that
+    of the compression, selects its format from `SOURCES`, in any case. Other files are one document each, whole, with
+    their line ends untouched; one that holds JSON is refused.
 
-    - `.jsonl`, `.ndjson`, `.jsonlines`: each line is a document, an object with a string under `text_key`; blank
-      lines are skipped.
-    - `.json`: the same, or an array of such objects or of strings, or one object.
-    - `.parquet`, `.pq`: each row is a document, in the column `text_key`.
-    - any other: the file is one document, whole, its line ends untouched. One that holds JSON is refused.
-
-    A byte order mark of UTF-8 is dropped. Memory holds one document, and what unpacks it.
+    A byte order mark of UTF-8 is dropped. Memory holds one document and the buffers of the decompressor.
 
     Args:
       patterns: names of files or patterns (`*`, `?`, `[...]`), local or `gs://`; `**`, any directories, is local
         only. What exists under a name is that file, whatever the name looks like.
       text_key: where records keep their text; "a.b" is also the key "b" of the object under "a".
-      format: a name in `FORMATS` for all files, or "auto".
-      bad_records: what becomes of records without usable text; by default the first one stops.
+      format: a name in `SOURCES` for all files, or "auto".
+      bad_records: counts records without usable text; by default the first one is an error.
       check: called with each text; may raise `BadRecordError`.
 
     Raises:
       StoppedError: a record has no usable text, and bad records are not skipped.
-      UserError: a pattern matches no file, or a library is missing.
+      UserError: a pattern matches no file, or a library is not installed.
     """
     bad_records = bad_records or BadRecords()
     for file in _once(itertools.chain.from_iterable(map(_matches, patterns))):
-        chosen = format_of(split_suffix(file.name)[0]) if format == AUTO else FORMATS[format]
+        source = source_of(split_suffix(file.name)[0]) if format == AUTO else SOURCES[format]
         try:
-            yield from _read(file, chosen, text_key, bad_records, check)
+            yield from _read(file, source, text_key, bad_records, check)
         except BadRecordError as error:
             bad_records.add(f"{file}", error)
+        except MissingLibraryError as error:
+            raise UserError(f"{file}: {error}") from error
 
 
 def _once(files: Iterable[epath.Path]) -> list[epath.Path]:
@@ -65,8 +72,8 @@ def _once(files: Iterable[epath.Path]) -> list[epath.Path]:
     return list(names.values())
 
 
-def _naming(file: epath.Path, records: Records) -> Records:
-    """Names the file in errors of the system that name none."""
+def _with_file_name(file: epath.Path, records: Records) -> Records:
+    """Adds the file to errors of the system that name none."""
     try:
         yield from records
     except OSError as error:
@@ -75,12 +82,12 @@ def _naming(file: epath.Path, records: Records) -> Records:
 
 
 def _read(
-    file: epath.Path, format: Format, text_key: str, bad_records: BadRecords, check: Callable[[str], object] | None
+    file: epath.Path, source: Source, text_key: str, bad_records: BadRecords, check: Callable[[str], object] | None
 ) -> Iterator[str]:
-    with open_unpacked(file) as stream:
-        for place, record in _naming(file, format.records(stream, text_key)):
+    with open_decompressed(file) as stream:
+        for place, record in _with_file_name(file, source.records(stream, text_key)):
             try:
-                text = format.text(record, text_key)
+                text = source.text(record, text_key)
                 del record  # it may be huge
                 if check:
                     check(text)
@@ -93,7 +100,7 @@ def _read(
 def _matches(pattern: str) -> list[epath.Path]:
     path = epath.Path(pattern)
     if path.is_dir():
-        raise UserError(f"--input={pattern}: is a directory; name files in it: '{pattern.rstrip('/')}/*'")
+        raise UserError(f"{pattern}: is a directory; name files in it: '{pattern.rstrip('/')}/*'")
     if path.exists():
         return [path]
     if "://" in pattern:
@@ -102,5 +109,123 @@ def _matches(pattern: str) -> list[epath.Path]:
         found = map(epath.Path, sorted(glob.glob(pattern, recursive=True)))  # epath knows no `**`
     files = [path for path in found if not path.is_dir()]
     if not files:
-        raise UserError(f"--input={pattern}: matches no file; name files of text, or DIR/* for all in DIR")
+        raise UserError(f"{pattern}: matches no file; name files of text, or DIR/* for all in DIR")
     return files
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compression:
+    name: str
+    suffixes: tuple[str, ...]
+    magic: re.Pattern[bytes]
+    decompress: Callable[[io.BufferedIOBase], io.BufferedIOBase]
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses zstd frames; unlike the library's own reader, it notices when the last one is cut off."""
+
+    def __init__(self, packed: io.BufferedIOBase):
+        self._zstd = data_library("zstandard", "zstd")
+        self._packed, self._input, self._output, self._frame = packed, b"", b"", None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._output:
+            self._input = self._input or self._packed.read(_CHUNK_BYTES)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._zstd.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                self._output = self._frame.decompress(self._input)
+            except self._zstd.ZstdError as error:
+                raise zlib.error(str(error)) from error
+            self._input = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
+class _Decompressed(io.RawIOBase):
+    """Reads decompressed bytes; damage is reported once all bytes before it have been read."""
+
+    def __init__(self, name: str, file: io.BufferedIOBase):
+        self._name, self._file, self._damage = name, file, None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = 0
+        while size < len(buffer) and not self._damage:
+            try:
+                data = self._file.read1(len(buffer) - size)
+            except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # of the disk, not of the data
+                self._damage = error
+                break
+            if not data:
+                break
+            buffer[size : size + len(data)] = data
+            size += len(data)
+        if self._damage and not size:
+            raise BadRecordError(
+                f"is not a whole {self._name} file ({self._damage}); fetch or compress it again"
+            ) from self._damage
+        return size
+
+
+def _gzip(file: io.BufferedIOBase) -> gzip.GzipFile:
+    return gzip.GzipFile(fileobj=file)
+
+
+def _zstandard(file: io.BufferedIOBase) -> io.BufferedReader:
+    return io.BufferedReader(_Zstandard(file))
+
+
+_COMPRESSIONS = (
+    _Compression("gzip", (".gz", ".gzip", ".bgz"), re.compile(rb"\x1f\x8b"), _gzip),
+    _Compression("bzip2", (".bz2",), re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
+    _Compression("xz", (".xz",), re.compile(rb"\xfd7zXZ\x00"), lzma.LZMAFile),
+    _Compression("zstd", (".zst", ".zstd"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstandard),
+)
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """Returns the suffixes of a file's name that tell its format and its compression, in lower case.
+
+    Either may be empty: "a.JSON.gz" gives (".json", ".gz"), "a.txt" gives (".txt", "").
+    """
+    path = pathlib.PurePosixPath(name.lower())
+    if any(path.suffix in compression.suffixes for compression in _COMPRESSIONS):
+        return pathlib.PurePosixPath(path.stem).suffix, path.suffix
+    return path.suffix, ""
+
+
+@contextlib.contextmanager
+def open_decompressed(file: epath.Path) -> Iterator[io.BufferedReader]:
+    """Opens a file for reading, and decompresses it if its first bytes are those of gzip, bzip2, xz or zstd.
+
+    Raises:
+      BadRecordError: its suffix names another compression, or its content is damaged.
+    """
+    suffix = split_suffix(file.name)[1]
+    with file.open("rb") as opened:
+        packed = io.BufferedReader(opened, _BUFFER_BYTES)
+        head = packed.peek()
+        found = next((c for c in _COMPRESSIONS if c.magic.match(head)), None)
+        named = next((c for c in _COMPRESSIONS if suffix in c.suffixes), None)
+        if found:
+            yield io.BufferedReader(_Decompressed(found.name, found.decompress(packed)), _BUFFER_BYTES)
+        elif named:
+            raise BadRecordError(f"is not a {named.name} file; fetch it again, or drop {suffix} from its name")
+        else:
+            yield packed

@@ -1,4 +1,4 @@
-"""JSON read value by value from a stream, and told from text."""
+"""JSON values read one by one from a stream, and tests that tell JSON from text."""
 
 import codecs
 import itertools
@@ -17,13 +17,13 @@ _LONGEST_TOKEN = 16  # "-Infinity", "\ud83d\ude00": a cut one is reported where 
 
 
 def read_values(chunks: Iterable[bytes]) -> Iterator[Any]:
-    """Yields the items of an array, or values that stand one after another.
+    """Yields the items of an array, or values that follow one another.
 
     Memory holds the largest value and a chunk. (The C parser of ijson would do the same, but turns half of a
-    surrogate pair into "?" without a word.) Bytes that are no UTF-8 come out as lone surrogates.
+    surrogate pair into "?" silently.) Bytes that are not UTF-8 become lone surrogates.
 
     Raises:
-      BadRecordError: it is no JSON from somewhere on.
+      BadRecordError: the rest is not JSON.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     scanner = _Scanner(map(decode, chunks))
@@ -41,11 +41,11 @@ def read_values(chunks: Iterable[bytes]) -> Iterator[Any]:
 def looks_like_json(head: bytes, *, whole: bool) -> bool:
     """Tells JSON from text that merely begins with a bracket.
 
-    It is JSON if all that is seen of it is objects and arrays, or if half of its lines are objects.
+    It is JSON if `head` consists of objects and arrays, or if half of its lines are objects.
 
     Args:
-      head: how a file begins.
-      whole: whether that is all of it.
+      head: the beginning of a file.
+      whole: whether that is the whole file.
     """
     return _is_json(head, whole) or are_json_lines(head)
 
@@ -88,7 +88,7 @@ class _Scanner:
     """Reads JSON values from chunks of characters.
 
     Attributes:
-      cut: whether it failed because there was no more to read.
+      cut: whether parsing failed at the end of the input.
     """
 
     def __init__(self, chunks: Iterator[str]):
@@ -122,7 +122,7 @@ class _Scanner:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._place)
-                if end < len(self._buffer) or not self._read(size):  # a number may go on in the next chunk
+                if end < len(self._buffer) or not self._read(size):  # a number may continue in the next chunk
                     self._place = min(end, len(self._buffer))  # the end, where there was no next chunk
                     return value
             except (ValueError, RecursionError) as error:
@@ -131,23 +131,23 @@ class _Scanner:
                 self.cut = place > len(self._buffer) - _LONGEST_TOKEN or reason.startswith("Unterminated string")
                 if not (self.cut and self._read(size)):
                     self.fail(reason)
-            size *= 2  # so that a huge value is not begun again with every chunk
+            size *= 2  # so that a huge value is not parsed again for every chunk
 
     def fail(self, reason: str) -> NoReturn:
         """Raises `BadRecordError` at the current place."""
         raise BadRecordError(f"is not JSON from character {self._before + self._place} on ({reason}); fix it there")
 
     def _read(self, size: int) -> bool:
-        """Reads that many characters more, or a chunk; returns False where there is nothing more."""
+        """Reads `size` more characters, or a chunk; returns False at the end of the input."""
         self._before += self._place
         self._buffer, self._place = self._buffer[self._place :], 0
-        parts = [self._buffer]
+        chunks = [self._buffer]
         try:
             for chunk in self._chunks:
-                parts.append(chunk)
+                chunks.append(chunk)
                 size -= len(chunk)
                 if size <= 0:
                     break
-        finally:  # keep what came before damage
-            self._buffer = "".join(parts)
-        return len(parts) > 1
+        finally:  # keep what precedes damaged input
+            self._buffer = "".join(chunks)
+        return len(chunks) > 1

@@ -2,13 +2,13 @@
 
 A batch is a dict of int32 arrays [batch, length]:
 
-- `tokens`: what the model reads. Document d0 .. dn, EOS is read as EOS, d0 .. dn.
-- `targets`: what it should predict: d0 .. dn, EOS. So each token of a document, the first and the closing
-  EOS included, is a target exactly once.
-- `segment_ids`: which document of the row a token belongs to, from 1; 0 is padding. A row starts and ends
-  wherever the stream of documents is cut, so its first and last segments may be parts of a document.
-- `positions`: from 0 in each segment. The rest of a document that a row cut starts from 0 again in the next
-  row, where nothing of the earlier part can be attended to.
+- `tokens`: the model's inputs. For a document d0 .. dn, EOS they are EOS, d0 .. dn.
+- `targets`: the next tokens: d0 .. dn, EOS. So each token of a document, including the first and EOS, is a target
+  exactly once.
+- `segment_ids`: the document of the sequence that a token belongs to, from 1; 0 is padding. The stream of documents is
+  split into sequences at fixed intervals, so the first and last segments may be incomplete documents.
+- `positions`: from 0 in each segment. A document that continues in the next sequence starts from 0 there, without
+  attention to its beginning.
 """
 
 import functools
@@ -32,20 +32,20 @@ def training_batches(
 ) -> grain.DatasetIterator[Batch]:
     """Returns endless batches of packed documents, every epoch of a group in a new order.
 
-    The corpora of a group are one set of documents. Groups are packed apart and mixed row by row, in a
-    fixed pattern of which every stretch has each group's share (grain rounds the weights to hundredths of
-    the smallest one).
+    The corpora of a group form one set of documents. Groups are packed separately and mixed sequence by sequence, in a
+    fixed pattern in which every interval has each group's share (grain rounds the weights to hundredths of the smallest
+    one).
 
-    Nothing is sharded here: every process runs this same pipeline over the global batch and the training
-    loop takes the process's rows, so batches do not depend on the number of processes or devices.
+    Batches are not sharded here: every process runs the same pipeline over the global batch, and the training loop
+    takes the sequences of its process. So batches do not depend on the number of processes or devices.
 
-    `get_state()` is JSON; `set_state` of it, on an iterator made with the same arguments, goes on with the
-    same bits. No thread fetches ahead: a batch is made while the device runs the step dispatched before.
+    `get_state()` is JSON; an iterator made with the same arguments resumes from it exactly (`set_state`). There is no
+    prefetching thread: a batch is made while the device runs the previous step.
 
     Args:
-      corpora: groups of corpora and each group's weight, its share of rows relative to the others.
-      length: tokens of a row.
-      batch_size: rows of a batch, over all processes.
+      corpora: groups of corpora and each group's weight, its share of sequences relative to the others.
+      length: tokens of a sequence.
+      batch_size: sequences of a batch, over all processes.
       seed: of the documents' order, a non-negative integer.
 
     Raises:
@@ -53,11 +53,11 @@ def training_batches(
         are made: an id of one is outside the vocabulary.
     """
     _check(corpora)
-    rows = [
-        _rows(_shuffled(group, np.random.SeedSequence([seed, index])), group[0].eos_id, length)
+    sequences = [
+        _sequences(_shuffled(group, np.random.SeedSequence([seed, index])), group[0].eos_id, length)
         for index, (group, _) in enumerate(corpora)
     ]
-    mixed = grain.IterDataset.mix(rows, [weight for _, weight in corpora])
+    mixed = grain.IterDataset.mix(sequences, [weight for _, weight in corpora])
     split = _batch_maker([corpus for group, _ in corpora for corpus in group])
     return iter(mixed.batch(batch_size, drop_remainder=True).map(split))
 
@@ -70,9 +70,9 @@ def evaluation_batches(corpus: Corpus, length: int, batch_size: int) -> grain.Da
     Raises:
       UserError: while batches are made: an id of one is outside the vocabulary.
     """
-    rows = _rows(grain.MapDataset.source(corpus), corpus.eos_id, length)
+    sequences = _sequences(grain.MapDataset.source(corpus), corpus.eos_id, length)
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return iter(rows.batch(batch_size, batch_fn=pad).map(_batch_maker([corpus])))
+    return iter(sequences.batch(batch_size, batch_fn=pad).map(_batch_maker([corpus])))
 
 
 def _check(corpora: Sequence[tuple[Sequence[Corpus], float]]) -> None:
@@ -88,13 +88,13 @@ def _check(corpora: Sequence[tuple[Sequence[Corpus], float]]) -> None:
 
 
 def _shuffled(group: Sequence[Corpus], seed: np.random.SeedSequence) -> grain.MapDataset[np.ndarray]:
-    """Returns the documents of a group, endless; grain gives each epoch an order of its own."""
+    """Returns the documents of a group without end; grain shuffles every epoch anew."""
     documents = grain.MapDataset.concatenate([grain.MapDataset.source(corpus) for corpus in group])
     return documents.shuffle(seed=int(seed.generate_state(1)[0])).repeat()
 
 
-def _rows(documents: grain.MapDataset[np.ndarray], eos_id: int, length: int) -> grain.IterDataset[Batch]:
-    """Packs documents into rows of `length` pairs (token, target)."""
+def _sequences(documents: grain.MapDataset[np.ndarray], eos_id: int, length: int) -> grain.IterDataset[Batch]:
+    """Packs documents into sequences of `length` pairs (token, target)."""
     # The files are memory-mapped: threads would only contend.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     pairs = documents.map(functools.partial(_pair, eos_id=eos_id)).to_iter_dataset(options)
@@ -102,7 +102,7 @@ def _rows(documents: grain.MapDataset[np.ndarray], eos_id: int, length: int) -> 
 
 
 def _pair(document: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
-    """Pairs each token with the one before it: int32 [length, 2], so that both are packed alike."""
+    """Pairs each token with the one before it, int32 [length, 2], so that both are packed alike."""
     pair_Lx2 = np.empty((len(document), 2), np.int32)
     pair_Lx2[0, 0] = eos_id
     pair_Lx2[1:, 0] = document[:-1]
@@ -111,12 +111,12 @@ def _pair(document: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
 
 
 def _batch_maker(corpora: Sequence[Corpus]) -> Callable[[dict[str, np.ndarray]], Batch]:
-    """Returns what makes a batch of packed pairs; it refuses ids outside the corpora's one vocabulary."""
+    """Returns a function from packed pairs to a batch, which refuses ids outside the corpora's vocabulary."""
     vocab_size = corpora[0].vocab_size
 
     def split(batch: dict[str, np.ndarray]) -> Batch:
-        # The whole batch at once, as a look at each document would take a tenth of the time of making a batch of short
-        # ones. An id above 2**31 is a negative int32, and a large uint32.
+        # The whole batch is checked at once: with short documents, checking each would take a tenth of the time of
+        # making a batch. An id above 2**31 is a negative int32, and a large uint32.
         if batch[_PAIR].view(np.uint32).max() >= vocab_size:
             for corpus in corpora:
                 corpus.refuse_ids()
@@ -132,7 +132,7 @@ def _batch_maker(corpora: Sequence[Corpus]) -> Callable[[dict[str, np.ndarray]],
 
 
 class _JsonState(grain.IterDataset):
-    """Packed rows whose iterator state survives JSON.
+    """Packed sequences whose iterator state can be stored as JSON.
 
     The state of grain's packing holds a pair that it compares with a tuple; JSON makes it a list, which
     never compares equal, and documents would be lost on resuming.

@@ -1,6 +1,6 @@
-"""Where a long text may be cut so that its pieces encode to the ids of the whole.
+"""Positions where a long text can be split into chunks that encode to the ids of the whole.
 
-`tokenizers` needs some 100 bytes for each byte in flight, so a long text is encoded in pieces. A tokenizer matches its
+`tokenizers` needs some 100 bytes per byte of text, so a long text is encoded in chunks. A tokenizer matches its
 added tokens, normalizes, pre-tokenizes, and runs its model on each pre-token alone. So a cut changes nothing if
 
 - it lies between two pre-tokens whatever stands around it, and no rule of the pre-tokenizer looks across it;
@@ -26,8 +26,8 @@ import tokenizers
 
 from flexolmo_jax.data.bad_records import BadRecordError
 
-PIECE_CHARACTERS = 1 << 16
-LARGEST_PIECE_BYTES = 1 << 23
+CHUNK_CHARACTERS = 1 << 16
+MAX_CHUNK_BYTES = 1 << 23
 
 _ANYWHERE = frozenset([""])
 _BEFORE_SPACE = r"(?<=\S)(?= )"
@@ -54,37 +54,37 @@ _PATTERNS = (
 
 
 class Splitter:
-    """Cuts texts for one tokenizer."""
+    """Splits texts for one tokenizer."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        parts = json.loads(backend.to_str())
+        spec = json.loads(backend.to_str())
         self._normalizer = backend.normalizer
-        cuts = sorted(_cuts(parts))
+        cuts = sorted(_cuts(spec))
         self._pattern = re.compile("|".join(cuts)) if cuts else None
         # Special tokens are not looked for in texts, but hide others that they overlap.
-        tokens = [token["content"] for token in parts["added_tokens"] if _has_plain_tokens(parts)]
+        tokens = [token["content"] for token in spec["added_tokens"] if _has_plain_tokens(spec)]
         self._tokens = {form for token in tokens for form in (token, self._normalize(token)) if form}
         self._longest = max(map(len, self._tokens), default=0)
 
-    def piece_ends(self, text: str) -> list[int]:
-        """Returns where the pieces of a text end, in order; the last end is that of the text, and "" has none.
+    def chunk_ends(self, text: str) -> list[int]:
+        """Returns the ends of the chunks of a text, in order; the last is the end of the text, and "" has none.
 
         Raises:
-          BadRecordError: a piece would be larger than can be encoded at once.
+          BadRecordError: a chunk would be too large to encode.
         """
         ends = []
         while (start := ends[-1] if ends else 0) < len(text):
             end = self._end(text, start)
-            if (end - start) * 4 > LARGEST_PIECE_BYTES and len(text[start:end].encode()) > LARGEST_PIECE_BYTES:
+            if (end - start) * 4 > MAX_CHUNK_BYTES and len(text[start:end].encode()) > MAX_CHUNK_BYTES:
                 raise BadRecordError(
-                    f"has more than {LARGEST_PIECE_BYTES >> 20} MiB from character {start} on that this tokenizer can "
+                    f"has more than {MAX_CHUNK_BYTES >> 20} MiB from character {start} on that this tokenizer can "
                     "only encode at once; split the text into documents"
                 )
             ends.append(end)
         return ends
 
     def _end(self, text: str, start: int) -> int:
-        limit = start + PIECE_CHARACTERS
+        limit = start + CHUNK_CHARACTERS
         if limit >= len(text) or self._pattern is None:
             return len(text)
         reach = 256
@@ -116,22 +116,22 @@ def _lies_across(token: str, left: str, right: str) -> bool:
     return token in left[max(0, len(left) - reach) :] + right[:reach]
 
 
-def _cuts(parts: dict[str, Any]) -> frozenset[str]:
+def _cuts(spec: dict[str, Any]) -> frozenset[str]:
     """Returns the patterns of the cuts that change nothing for the tokenizer of a tokenizer.json."""
-    if not (_composes_locally(parts["normalizer"]) and _tokens_are_local(parts)):
+    if not (_composes_locally(spec["normalizer"]) and _tokens_are_local(spec)):
         return frozenset()
-    if _is_character_by_character(parts):
+    if _is_character_by_character(spec):
         return _ANYWHERE
-    cuts, splits = _pre_tokenizer_cuts(parts["pre_tokenizer"])
+    cuts, splits = _pre_tokenizer_cuts(spec["pre_tokenizer"])
     return cuts if splits else frozenset()
 
 
-def _is_character_by_character(parts: dict[str, Any]) -> bool:
+def _is_character_by_character(spec: dict[str, Any]) -> bool:
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    model, pre_tokenizer = parts["model"], parts["pre_tokenizer"] or {}
+    model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
     return (
-        parts["normalizer"] is None
-        and not _has_plain_tokens(parts)
+        spec["normalizer"] is None
+        and not _has_plain_tokens(spec)
         and plain.items() <= pre_tokenizer.items()
         and model["type"] == "BPE"
         and not any(
@@ -180,14 +180,14 @@ def _composes_locally(normalizer: dict[str, Any] | None) -> bool:
     return normalizer["type"] in _NORMALIZERS
 
 
-def _has_plain_tokens(parts: dict[str, Any]) -> bool:
+def _has_plain_tokens(spec: dict[str, Any]) -> bool:
     """Whether there are added tokens that are looked for in texts, as special ones are not."""
-    return any(not token["special"] for token in parts["added_tokens"])
+    return any(not token["special"] for token in spec["added_tokens"])
 
 
-def _tokens_are_local(parts: dict[str, Any]) -> bool:
+def _tokens_are_local(spec: dict[str, Any]) -> bool:
     """Whether what an added token matches is its own characters, each of which comes from one of the text."""
-    plain = [token for token in parts["added_tokens"] if not token["special"]]
+    plain = [token for token in spec["added_tokens"] if not token["special"]]
     looks_around = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in plain)
-    may_compose = plain and parts["normalizer"] and not all(t["content"].isascii() for t in parts["added_tokens"])
+    may_compose = plain and spec["normalizer"] and not all(t["content"].isascii() for t in spec["added_tokens"])
     return not looks_around and not may_compose

@@ -9,17 +9,17 @@ from etils import epath
 
 from flexolmo_jax.errors import UserError
 
-_SCAN_TOKENS = 1 << 24  # looked at together in a search
-_READ_BYTES = 1 << 22  # digested together
+_SCAN_TOKENS = 1 << 24  # searched at a time
+_READ_BYTES = 1 << 22  # hashed at a time
 
 
 class TokenFileWriter:
-    """Writes documents to numbered token files, none across two.
+    """Writes documents to numbered token files; no document spans two files.
 
     Args:
       directory: where to write `tokens-00000.npy` and on.
       dtype: of the ids, little-endian.
-      tokens_per_file: a new file starts once the current one holds as many.
+      tokens_per_file: a new file starts when the current one has this many.
     """
 
     def __init__(self, directory: epath.Path, dtype: np.dtype, tokens_per_file: int):
@@ -28,7 +28,7 @@ class TokenFileWriter:
         self._stream = None
 
     def append(self, ids: np.ndarray, *, ends: bool = True) -> None:
-        """Writes ids [length] of a document, which ends with them (and with its EOS) if `ends`."""
+        """Writes ids [length] of a document; `ends`: they are its last, including EOS."""
         if self._stream is None:
             name = f"tokens-{len(self._files):05}.npy"
             self._files.append({"name": name, "tokens": 0})
@@ -41,7 +41,7 @@ class TokenFileWriter:
             self.close()
 
     def close(self) -> list[dict[str, Any]]:
-        """Ends the current file; returns the name, number of tokens and SHA-256 of each file."""
+        """Closes the current file; returns the name, number of tokens and SHA-256 of each file."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -71,7 +71,7 @@ def map_token_file(file: epath.Path, tokens: int, dtype: np.dtype) -> np.ndarray
 
 
 def file_digest(file: epath.Path, advance: Callable[[int], None] = lambda size: None) -> str:
-    """SHA-256 of a file, in hex; `advance` is called with numbers of bytes, as they are read."""
+    """SHA-256 of a file, in hex; `advance` is called with the number of bytes of each read."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while data := stream.read(_READ_BYTES):
@@ -81,17 +81,17 @@ def file_digest(file: epath.Path, advance: Callable[[int], None] = lambda size: 
 
 
 def find_document_ends(tokens: np.ndarray, eos_id: int) -> np.ndarray:
-    """Returns the offset after each EOS, int64 [documents]; the end of the file is an end in any case."""
+    """Returns the offset after each EOS, int64 [documents]; the last is the end of the file, with or without EOS."""
     starts = range(0, len(tokens), _SCAN_TOKENS)
     chunks = [np.flatnonzero(tokens[start : start + _SCAN_TOKENS] == eos_id) + start + 1 for start in starts]
     ends = np.concatenate(chunks)
     return ends if ends.size and ends[-1] == len(tokens) else np.append(ends, len(tokens))
 
 
-def find_above(tokens: np.ndarray, most: int) -> int | None:
-    """Returns the offset of the first id above `most`, or None."""
+def find_above(tokens: np.ndarray, limit: int) -> int | None:
+    """Returns the offset of the first id above `limit`, or None."""
     for start in range(0, len(tokens), _SCAN_TOKENS):
-        found = np.flatnonzero(tokens[start : start + _SCAN_TOKENS] > most)
+        found = np.flatnonzero(tokens[start : start + _SCAN_TOKENS] > limit)
         if found.size:
             return start + int(found[0])
     return None

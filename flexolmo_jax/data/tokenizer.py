@@ -1,10 +1,17 @@
-"""Text to token ids and back: every tokenizer is a Hugging Face `tokenizers` one (`tokenizer.json`)."""
+"""Text to token ids and back, with a tokenizer of Hugging Face's `tokenizers` (`tokenizer.json`).
+
+`tokenizers` encodes the name of a special token as that token if the model's own vocabulary contains it: "</s>" in a
+text would end the document. So texts are encoded by a copy of the tokenizer in which such an entry has the same id and
+a name that no text contains.
+"""
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -12,17 +19,14 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers
 
 from flexolmo_jax.data.bad_records import BadRecordError
-from flexolmo_jax.data.special_tokens import (
-    KNOWN_EOS,
-    may_come_from_text,
-    special_ids,
-    unknown_token,
-    without_special_tokens,
-)
-from flexolmo_jax.data.splitting import PIECE_CHARACTERS, Splitter
+from flexolmo_jax.data.splitting import CHUNK_CHARACTERS, Splitter
 from flexolmo_jax.errors import UserError, rust_errors
 
 BYTES = "bytes"
+KNOWN_EOS = (
+    *("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]"),
+    *("<EOS>", "<|eos|>", "<|EOS|>", "<end_of_text>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+)
 _RARE = "\U00012000\U0010fffd"  # where a tokenizer has tokens for these characters, it has them for all
 _LARGEST_FILE = 1 << 29  # bytes; the largest tokenizers have a tenth of it
 _SAVE = "transformers writes one: AutoTokenizer.from_pretrained(DIR).save_pretrained(OUT)"
@@ -34,9 +38,9 @@ class Tokenizer:
 
     Attributes:
       backend: the tokenizer as its file has it.
-      eos_id: the id that closes a document; no text is ever encoded to it.
-      label: what errors call it.
-      file: the content of its `tokenizer.json`; None: it has none yet.
+      eos_id: the id that terminates a document; no text is encoded to it.
+      label: its name in errors.
+      file: content of its `tokenizer.json`, if it was loaded from one.
     """
 
     backend: tokenizers.Tokenizer
@@ -69,7 +73,7 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id: the rows that an embedding table needs."""
+        """One more than the largest id: the size that an embedding table needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
@@ -82,7 +86,7 @@ class Tokenizer:
         """Returns the ids of `text`, int32 [length], with no special token before, after or within.
 
         Raises:
-          UserError: the tokenizer has no token for a part of the text, nor one for unknown text.
+          UserError: characters of the text have no token, and there is none for unknown text.
         """
         return self.encode_batch([text])[0]
 
@@ -95,19 +99,19 @@ class Tokenizer:
             raise self._unknown_text(texts) or error from error.__cause__
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
-    def piece_ends(self, text: str) -> list[int]:
-        """Returns where the pieces of `text` end that, encoded each alone, give the ids of the whole.
+    def chunk_ends(self, text: str) -> list[int]:
+        """Returns the ends of chunks of `text` that, encoded separately, give the ids of the whole.
 
         Raises:
-          BadRecordError: a piece is too large to be encoded, since this tokenizer cannot be split there.
+          BadRecordError: a chunk is too large to encode, and this tokenizer does not allow to split it.
         """
-        if len(text) <= PIECE_CHARACTERS:
+        if len(text) <= CHUNK_CHARACTERS:
             return [len(text)] if text else []
-        return self._splitter.piece_ends(text)
+        return self._splitter.chunk_ends(text)
 
     def check(self, text: str) -> None:
-        """Raises BadRecordError where `text` cannot be encoded: too large at once, or a part of it has no token."""
-        self.piece_ends(text)
+        """Raises BadRecordError where `text` cannot be encoded: a chunk is too large, or characters have no token."""
+        self.chunk_ends(text)
         if self._refuses_unknown:
             try:
                 self.encode(text)
@@ -130,7 +134,7 @@ class Tokenizer:
     def count_bytes(self, ids: np.ndarray) -> int:
         """Returns the number of UTF-8 bytes of the text that was encoded to `ids` [length].
 
-        A byte-level tokenizer need not decode them, which takes some 100 bytes of memory for each.
+        Ids of a byte-level tokenizer are not decoded, since that takes some 100 bytes of memory per id.
         """
         if isinstance(self.backend.decoder, decoders.ByteLevel):
             return int(self._bytes_of_tokens[ids].sum())
@@ -148,19 +152,19 @@ class Tokenizer:
         return lengths
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes a `tokenizer.json` that `load_tokenizer` and `transformers` read: the one that was loaded, as it was.
+        """Writes a `tokenizer.json` that `load_tokenizer` and `transformers` read; a loaded file is copied.
 
-        Written anew, the scores of a Unigram model would not always be read as the same numbers.
+        Serialized again, the scores of a Unigram model could change in the last digit.
         """
         epath.Path(path).write_bytes((self.file or self.backend.to_str(pretty=True)).encode())
 
     def _unknown_text(self, texts: Sequence[str]) -> UserError | None:
-        """What of which text has no token; None where that is not what is wrong."""
+        """The error for characters without a token; None where that is not the problem."""
         for text in texts:
-            piece = _first_failing(self.plain, text)
-            if piece is not None:
+            failing = _first_failing(self.plain, text)
+            if failing is not None:
                 return UserError(
-                    f"{self.label}: has no token for {piece[:40]!r}, in the text {text[:40]!r}, nor one for unknown "
+                    f"{self.label}: has no token for {failing[:40]!r}, in the text {text[:40]!r}, nor one for unknown "
                     "text (unk_token); choose a tokenizer that has one"
                 )
         return None
@@ -187,17 +191,17 @@ def load_tokenizer(
 
     Args:
       source: a `tokenizer.json`, or "bytes" for `byte_tokenizer`.
-      eos_token: the token that closes documents; by default the first well-known name in the vocabulary, and one that
-        is marked as special before those that are not.
-      eos_id: the same as an id, for those who kept it with the file; it stands before `eos_token`.
-      label: what to call the source in errors; by default --tokenizer and its name, or its name if `eos_id` is given.
-      eos_label: where the user says which token EOS is, for errors; by default --eos_token.
+      eos_token: the token that terminates documents; by default the first well-known name in the vocabulary, special
+        tokens first.
+      eos_id: the same as an id; it takes precedence over `eos_token`.
+      label: name of the source in errors; by default `source`.
+      eos_label: name of the option that selects EOS, for errors; by default "eos_token".
 
     Raises:
-      UserError: the file is missing or is no tokenizer, or no token can serve as EOS.
+      UserError: the file is missing or is not a tokenizer, or no token can serve as EOS.
     """
-    label = label or (f"--tokenizer={source}" if eos_id is None else str(source))
-    eos_label = eos_label or ("--eos_token" if eos_id is None else "--eos_token of `flexolmo tokenize`")
+    label = label or str(source)
+    eos_label = eos_label or "eos_token"
     backend, file = (byte_tokenizer().backend, None) if source == BYTES else _read(epath.Path(source), label)
     chosen = _find_eos(backend, label, eos_token, eos_label) if eos_id is None else eos_id
     tokenizer = Tokenizer(backend, chosen, label, file)
@@ -235,7 +239,10 @@ def _find_eos(backend: tokenizers.Tokenizer, label: str, eos_token: str | None, 
 
 
 def _check_eos(tokenizer: Tokenizer, eos_label: str, kept: bool) -> None:
-    """Raises UserError where plain text could be encoded to EOS, or its name, if a model was trained with it."""
+    """Raises UserError where plain text could be encoded to EOS.
+
+    With `kept`, a model was trained with this EOS: only the text of its name is tried.
+    """
     backend, label, eos_id = tokenizer.backend, tokenizer.label, tokenizer.eos_id
     eos = backend.id_to_token(eos_id)
     if eos is None:
@@ -244,7 +251,7 @@ def _check_eos(tokenizer: Tokenizer, eos_label: str, kept: bool) -> None:
     if others:
         raise UserError(f"{label}: has the id {eos_id} for {eos!r}, its EOS, and for {others[0]!r}; fix its ids")
     named = {*special_ids(backend), *KNOWN_EOS}
-    if eos not in named:  # it may be a word, and is not hidden from texts
+    if eos not in named:  # it may be a word, which texts may contain
         if eos_id in (_ids_if_any(tokenizer, eos) or ()) or (not kept and may_come_from_text(backend, eos)):
             raise UserError(
                 f"{label}: encodes the plain text {eos!r} as its EOS; "
@@ -286,8 +293,104 @@ def _fails(backend: tokenizers.Tokenizer, word: str) -> bool:
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """The characters that stand for bytes: themselves where printable, else U+0100 and on, in order."""
+    """The characters that represent bytes: themselves where printable, else U+0100, U+0101, ... in order."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: ord(character) for character in characters if ord(character) < 256}
     others = sorted(set(range(256)) - set(vocabulary.values()))
     return vocabulary | dict(zip(characters[len(vocabulary) :], others, strict=True))
+
+
+def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
+    """{name: id} of the tokens that `tokenizer.json` marks as special."""
+    return {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+
+
+def unknown_token(backend: tokenizers.Tokenizer) -> str | None:
+    """The name of the token that stands for unknown text, where the vocabulary has one."""
+    if isinstance(backend.model, models.Unigram):  # it does not say
+        id = json.loads(backend.to_str())["model"]["unk_id"]
+        return None if id is None else backend.model.id_to_token(id)
+    name = backend.model.unk_token
+    return None if name is None or backend.model.token_to_id(name) is None else name
+
+
+def may_come_from_text(backend: tokenizers.Tokenizer, name: str) -> bool:
+    """Whether encoding plain text can give the token of that name, which is in the vocabulary."""
+    added = backend.get_added_tokens_decoder().get(backend.token_to_id(name))
+    if added and not added.special:
+        return True
+    if backend.model.token_to_id(name) is None:
+        return False
+    return not isinstance(backend.model, models.BPE) or _is_merged(json.loads(backend.to_str())["model"], name)
+
+
+def without_special_tokens(backend: tokenizers.Tokenizer, eos: str) -> tokenizers.Tokenizer:
+    """A tokenizer with the same ids that encodes the names of special tokens as plain text.
+
+    Decoding skips special tokens, and `eos` if it has a well-known name, marked as special or not; another name may be
+    a word. The token for unknown text is unchanged. Dropout is off, and decoders that fail on short texts are replaced.
+    Returns `backend` itself if nothing has to change.
+    """
+    special = special_ids(backend)
+    marks_eos = eos in KNOWN_EOS and eos not in special
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
+    inside = {name for name in {*special, *([eos] * marks_eos)} if backend.model.token_to_id(name) is not None}
+    as_it_is = not marks_eos and _total(decoder) == decoder and not getattr(backend.model, "dropout", None)
+    if as_it_is and not inside:
+        return backend
+    document = json.loads(backend.to_str())
+    model = document["model"]
+    hidden = {name for name in inside - {unknown_token(backend)} if model["type"] != "BPE" or _is_merged(model, name)}
+    if as_it_is and not hidden:
+        return backend
+    names = {name: f"\U0010ffff{secrets.token_hex(16)}" for name in hidden}
+    added = document["added_tokens"]
+    if marks_eos:
+        others = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [token for token in added if token["content"] != eos]
+        added.append({"id": backend.token_to_id(eos), "content": eos, "special": True} | others)
+    document["added_tokens"] = [token | {"content": names.get(token["content"], token["content"])} for token in added]
+    document |= {"decoder": _total(decoder), "post_processor": None, "model": _renamed(model, names)}
+    copy = tokenizers.Tokenizer.from_str(json.dumps(document))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _is_merged(model: Mapping[str, Any], name: str) -> bool:
+    """Whether a BPE model encodes plain text to that token: a single character, a whole word, or a merge."""
+    prefix = len(model["continuing_subword_prefix"] or "")
+    merged = (first + second[prefix:] for first, second in model["merges"])
+    return model["ignore_merges"] or len(name) == 1 or any(token == name for token in merged)
+
+
+def _renamed(model: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The same model with other names for some tokens, and without the merges that involve them."""
+    if model["type"] == "Unigram":
+        return model | {"vocab": [[names.get(token, token), score] for token, score in model["vocab"]]}
+    renamed = model | {"vocab": {names.get(name, name): id for name, id in model["vocab"].items()}}
+    if model["type"] != "BPE":
+        return renamed
+    prefix = len(model["continuing_subword_prefix"] or "")
+    merges = [pair for pair in model["merges"] if not _concerns(*pair, prefix, names.keys())]
+    return renamed | {"merges": merges, "dropout": None}
+
+
+def _concerns(first: str, second: str, prefix: int, names: Collection[str]) -> bool:
+    return first in names or second in names or first + second[prefix:] in names
+
+
+def _total(decoder: Any) -> Any:
+    """An equivalent decoder that does not fail on any list of tokens.
+
+    `Strip` with a `stop` panics on text that is shorter than what it strips; a pattern strips it instead.
+    """
+    if not decoder:
+        return decoder
+    if decoder["type"] == "Sequence":
+        return decoder | {"decoders": [_total(stage) for stage in decoder["decoders"]]}
+    if decoder["type"] != "Strip" or not decoder["stop"]:
+        return decoder
+    character = f"\\x{{{ord(decoder['content']):x}}}"
+    patterns = rf"\A{character}{{0,{decoder['start']}}}", rf"{character}{{0,{decoder['stop']}}}\z"
+    stages = [{"type": "Replace", "pattern": {"Regex": pattern}, "content": ""} for pattern in patterns]
+    return {"type": "Sequence", "decoders": stages}

@@ -25,7 +25,7 @@ def texts(tmp_path):
     return folder
 
 
-def test_writes_every_document_closed_by_eos(texts, tmp_path):
+def test_every_document_is_terminated_by_eos(texts, tmp_path):
     result = flexolmo("tokenize", f"--input={texts}/*.jsonl*", f"--input={texts}/*.txt", f"--out={tmp_path}/corpus")
     documents = ["first", "second", "zipped", "one\ntwo", "naïve"]
     ids = [i for text in documents for i in [*text.encode(), EOS]]

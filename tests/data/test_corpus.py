@@ -77,7 +77,7 @@ def test_batches_do_not_change_the_result(corpus, tmp_path, monkeypatch, size):
 
 
 def test_documents_are_encoded_as_they_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_BATCH_PIECES", 2)
+    monkeypatch.setattr(corpus_module, "_BATCH_CHUNKS", 2)
     drawn, seen = [], []
     encode_batch = Tokenizer.encode_batch
 
@@ -90,7 +90,7 @@ def test_documents_are_encoded_as_they_come(tmp_path, monkeypatch):
     assert seen == [(3, 2), (5, 2), (5, 1)]
 
 
-def test_a_long_document_is_encoded_in_pieces_and_stays_one(tmp_path, monkeypatch):
+def test_a_long_document_is_encoded_in_chunks_and_stays_one(tmp_path, monkeypatch):
     seen = []
     encode_batch = Tokenizer.encode_batch
 
@@ -126,7 +126,7 @@ def test_a_reader_that_stops_leaves_nothing_and_tells_how_far_it_got(tmp_path):
         BadRecords().add("a.jsonl:4", "is bad")
 
     with pytest.raises(
-        UserError, match=r"^a.jsonl:4: is bad \(stopped after 3 documents, 14 tokens; no corpus is made; "
+        UserError, match=r"^a.jsonl:4: is bad \(stopped after 3 documents, 14 tokens; no corpus is made\)$"
     ):
         write_corpus(tmp_path / "corpus", texts(), byte_tokenizer())
     assert not list(tmp_path.iterdir())
@@ -165,7 +165,7 @@ def test_a_last_document_without_eos_is_a_document(corpus):
 
 @pytest.mark.parametrize("documents", [[], ["", ""]])
 def test_no_document_leaves_nothing(tmp_path, documents):
-    with pytest.raises(UserError, match=r"^--input: holds no text"):
+    with pytest.raises(UserError, match=r"^the input holds no text"):
         write_corpus(tmp_path / "corpus", documents, byte_tokenizer())
     assert list(tmp_path.iterdir()) == []
 
@@ -230,7 +230,7 @@ def test_open_needs_a_local_directory(tmp_path):
 
 def test_a_wrong_eos_is_found(corpus):
     edit(corpus, eos_id=120)
-    with pytest.raises(UserError, match=r"holds 54 documents closed by EOS 120, and corpus.json says 6"):
+    with pytest.raises(UserError, match=r"holds 54 documents terminated by EOS 120, and corpus.json says 6"):
         Corpus.open(corpus.path)[0]
 
 

@@ -14,7 +14,7 @@ from flexolmo_jax.errors import UserError
 EOS = 256
 KEYS = ("tokens", "targets", "segment_ids", "positions")
 LENGTH = 8
-# With EOS: shorter than a row, exactly one or two rows, and longer.
+# With EOS: shorter than a sequence, exactly one or two sequences, and longer.
 SIZES = [2, 7, 30, 15, 1, 7, 5, 23, 9, 7, 3, 7]
 
 
@@ -35,32 +35,32 @@ def lower(tmp_path):
 
 
 def slow_rows(documents, length):
-    """Packs documents one token at a time; yields rows {key: list}, the last one padded with zeros."""
-    row, segment = {key: [] for key in KEYS}, 0
+    """Packs documents one token at a time; yields sequences {key: list}, the last one padded with zeros."""
+    sequence, segment = {key: [] for key in KEYS}, 0
     for document in documents:
         segment, position, previous = segment + 1, 0, EOS
         for token in document:
             for key, value in zip(KEYS, (previous, token, segment, position), strict=True):
-                row[key].append(value)
+                sequence[key].append(value)
             previous, position = token, position + 1
-            if len(row["tokens"]) == length:
-                yield row
-                row, segment, position = {key: [] for key in KEYS}, 1, 0
-        if not row["tokens"]:
+            if len(sequence["tokens"]) == length:
+                yield sequence
+                sequence, segment, position = {key: [] for key in KEYS}, 1, 0
+        if not sequence["tokens"]:
             segment = 0
-    if row["tokens"]:
-        yield {key: values + [0] * (length - len(values)) for key, values in row.items()}
+    if sequence["tokens"]:
+        yield {key: values + [0] * (length - len(values)) for key, values in sequence.items()}
 
 
-def take_rows(batches, count):
-    """Returns `count` rows of each key, int32 [count, length]."""
+def take_sequences(batches, count):
+    """Returns `count` sequences of each key, int32 [count, length]."""
     taken = []
     while sum(len(batch["tokens"]) for batch in taken) < count:
         taken.append(next(batches))
     return {key: np.concatenate([batch[key] for batch in taken])[:count] for key in KEYS}
 
 
-def assert_rows_equal(got, expected):
+def assert_sequences_equal(got, expected):
     for key in KEYS:
         assert got[key].dtype == np.int32
         np.testing.assert_array_equal(got[key], expected[key], err_msg=key)
@@ -77,10 +77,10 @@ def test_evaluation_batches_are_the_corpus_in_order(corpus, length, batch_size):
     expected = list(slow_rows(corpus, length))
     assert len(batches) == -(-len(expected) // batch_size)
     assert all(batch[key].shape == (batch_size, length) for batch in batches for key in KEYS)
-    got = take_rows(iter(batches), len(batches) * batch_size)
+    got = take_sequences(iter(batches), len(batches) * batch_size)
     padding = {key: np.zeros((len(got[key]) - len(expected), length), np.int32) for key in KEYS}
-    slow = {key: np.concatenate([[row[key] for row in expected], padding[key]]) for key in KEYS}
-    assert_rows_equal(got, slow)
+    slow = {key: np.concatenate([[sequence[key] for sequence in expected], padding[key]]) for key in KEYS}
+    assert_sequences_equal(got, slow)
     targets = got["targets"][got["segment_ids"] > 0]
     np.testing.assert_array_equal(targets, np.concatenate(list(corpus)))
 
@@ -88,7 +88,7 @@ def test_evaluation_batches_are_the_corpus_in_order(corpus, length, batch_size):
 def test_every_target_once_per_epoch_in_a_new_order(corpus):
     epochs = 3
     batches = training_batches([([corpus], 1.0)], LENGTH, 2, seed=0)
-    targets = take_rows(batches, -(-epochs * corpus.tokens // LENGTH))["targets"].ravel()
+    targets = take_sequences(batches, -(-epochs * corpus.tokens // LENGTH))["targets"].ravel()
     documents = [tuple(document) for document in corpus]
     orders = [split_at_eos(targets[e * corpus.tokens : (e + 1) * corpus.tokens]) for e in range(epochs)]
     for order in orders:
@@ -100,12 +100,12 @@ def test_every_target_once_per_epoch_in_a_new_order(corpus):
 def test_training_rows_are_packed_as_the_slow_version_packs(corpus, length):
     count = 2 * corpus.tokens // length
     batches = training_batches([([corpus], 1.0)], length, 4, seed=3)
-    rows = take_rows(batches, count)
-    # The order is the shuffle's; the rest of the last document, which these rows cut, is never reached.
-    targets = rows["targets"].ravel()
+    sequences = take_sequences(batches, count)
+    # The order is the shuffle's; the rest of the last document, which these sequences cut, is never reached.
+    targets = sequences["targets"].ravel()
     documents = [*split_at_eos(targets), targets[np.flatnonzero(targets == EOS)[-1] + 1 :]]
     slow = list(itertools.islice(slow_rows(documents, length), count))
-    assert_rows_equal(rows, {key: np.array([row[key] for row in slow]) for key in KEYS})
+    assert_sequences_equal(sequences, {key: np.array([sequence[key] for sequence in slow]) for key in KEYS})
 
 
 @pytest.mark.parametrize("fetched", range(24))
@@ -120,13 +120,13 @@ def test_resume_through_json_is_exact(corpus, lower, fetched):
     next(resumed)
     resumed.set_state(json.loads(state))
     assert json.dumps(resumed.get_state()) == state
-    assert_rows_equal(take_rows(resumed, 30), take_rows(batches, 30))
+    assert_sequences_equal(take_sequences(resumed, 30), take_sequences(batches, 30))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.2, 0.8)])
 def test_groups_share_the_rows_by_weight(corpus, lower, weights):
     batches = training_batches([([corpus], weights[0]), ([lower], weights[1])], LENGTH, 5, seed=0)
-    targets = take_rows(batches, 200)["targets"]
+    targets = take_sequences(batches, 200)["targets"]
     text = np.where(targets == EOS, 0, targets)
     is_lower = (text >= ord("a")).any(axis=1)
     is_upper = ((text > 0) & (text < ord("a"))).any(axis=1)
@@ -138,25 +138,25 @@ def test_groups_share_the_rows_by_weight(corpus, lower, weights):
 def test_corpora_of_a_group_are_one_set(corpus, lower):
     total = corpus.tokens + lower.tokens
     batches = training_batches([([corpus, lower], 1.0)], LENGTH, 1, seed=0)
-    targets = take_rows(batches, -(-total // LENGTH))["targets"].ravel()[:total]
+    targets = take_sequences(batches, -(-total // LENGTH))["targets"].ravel()[:total]
     assert sorted(split_at_eos(targets)) == sorted(tuple(document) for document in [*corpus, *lower])
 
 
 def test_the_seed_decides(corpus):
-    def rows(seed, batch_size=2):
+    def sequences(seed, batch_size=2):
         batches = training_batches([([corpus], 1.0)], LENGTH, batch_size, seed)
-        taken = take_rows(batches, 20)
+        taken = take_sequences(batches, 20)
         return taken
 
-    assert_rows_equal(rows(0), rows(0))
-    assert_rows_equal(rows(0), rows(0, batch_size=5))
-    assert (rows(0)["targets"] != rows(1)["targets"]).any()
+    assert_sequences_equal(sequences(0), sequences(0))
+    assert_sequences_equal(sequences(0), sequences(0, batch_size=5))
+    assert (sequences(0)["targets"] != sequences(1)["targets"]).any()
     # The second epoch of one seed is not the first of the next.
     second = training_batches([([corpus], 1.0)], 1, 1, seed=0)
-    take_rows(second, corpus.tokens)
-    epoch = split_at_eos(take_rows(second, corpus.tokens)["targets"].ravel())
+    take_sequences(second, corpus.tokens)
+    epoch = split_at_eos(take_sequences(second, corpus.tokens)["targets"].ravel())
     first = training_batches([([corpus], 1.0)], 1, 1, seed=1)
-    assert epoch != split_at_eos(take_rows(first, corpus.tokens)["targets"].ravel())
+    assert epoch != split_at_eos(take_sequences(first, corpus.tokens)["targets"].ravel())
 
 
 def test_a_single_document_repeats(tmp_path):

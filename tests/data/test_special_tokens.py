@@ -4,8 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from flexolmo_jax.data.special_tokens import special_ids
-from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.data.tokenizer import load_tokenizer, special_ids
 from flexolmo_jax.errors import UserError
 from tests.support import kinds
 
@@ -102,7 +101,7 @@ def test_eos_that_stands_for_unknown_text_is_refused(kind, tmp_path):
     backend = kinds.KINDS[kind]()
     backend.add_special_tokens([unknown])
     (tmp_path / "tokenizer.json").write_text(backend.to_str())
-    with pytest.raises(UserError, match="is EOS and stands for unknown text too; choose another with --eos_token"):
+    with pytest.raises(UserError, match="is EOS and stands for unknown text too; choose another with eos_token"):
         load_tokenizer(tmp_path / "tokenizer.json", unknown)
 
 

@@ -1,4 +1,4 @@
-"""Texts encoded in pieces against the same texts encoded whole, by every kind of tokenizer that can be split."""
+"""Texts encoded in chunks against the same texts encoded whole, by every kind of tokenizer that can be split."""
 
 import itertools
 import random
@@ -106,54 +106,54 @@ WHOLE = {
 }
 
 
-def pieces(splitter, text):
-    ends = splitter.piece_ends(text)
-    parts = [text[start:end] for start, end in itertools.pairwise([0, *ends])]
-    assert "".join(parts) == text
-    return parts
+def chunks(splitter, text):
+    ends = splitter.chunk_ends(text)
+    found = [text[start:end] for start, end in itertools.pairwise([0, *ends])]
+    assert "".join(found) == text
+    return found
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_pieces_encode_to_the_ids_of_the_whole(name, monkeypatch):
+def test_chunks_encode_to_the_ids_of_the_whole(name, monkeypatch):
     backend = SPLIT[name]()
     tokenizer, splitter, rng, cuts = Tokenizer(backend, 0), Splitter(backend), random.Random(name), 0
     for number in range(250):
-        monkeypatch.setattr(splitting, "PIECE_CHARACTERS", rng.choice([1, 2, 5, 13]))
+        monkeypatch.setattr(splitting, "CHUNK_CHARACTERS", rng.choice([1, 2, 5, 13]))
         atoms = rng.sample(ATOMS, rng.randint(2, 12)) if number % 2 else ATOMS
         text = "".join(rng.choices(atoms, k=rng.randint(5, 120)))
-        parts = pieces(splitter, text)
-        ids = [ids.tolist() for ids in tokenizer.encode_batch(parts)]
-        assert [*itertools.chain(*ids)] == tokenizer.encode(text).tolist(), (text, parts)
-        cuts += len(parts) - 1
+        found = chunks(splitter, text)
+        ids = [ids.tolist() for ids in tokenizer.encode_batch(found)]
+        assert [*itertools.chain(*ids)] == tokenizer.encode(text).tolist(), (text, found)
+        cuts += len(found) - 1
     assert cuts > 150
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_cannot_be_split_for_certain_is_whole(name, monkeypatch):
-    monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 1)
+    monkeypatch.setattr(splitting, "CHUNK_CHARACTERS", 1)
     splitter = Splitter(WHOLE[name]())
-    assert pieces(splitter, "a dog, and 12 dogs.\n" * 20) == ["a dog, and 12 dogs.\n" * 20]
-    monkeypatch.setattr(splitting, "LARGEST_PIECE_BYTES", 100)
+    assert chunks(splitter, "a dog, and 12 dogs.\n" * 20) == ["a dog, and 12 dogs.\n" * 20]
+    monkeypatch.setattr(splitting, "MAX_CHUNK_BYTES", 100)
     with pytest.raises(BadRecordError, match=r"^has more than 0 MiB from character 0 on that this tokenizer can only"):
-        splitter.piece_ends("a dog, and 12 dogs.\n" * 20)
+        splitter.chunk_ends("a dog, and 12 dogs.\n" * 20)
 
 
 @pytest.mark.parametrize("stretch", ["x", " ", "\u6570", "\U0001f469\u200d", "\n", "="])
-def test_a_long_stretch_without_a_cut_is_one_piece(stretch, monkeypatch):
+def test_a_long_stretch_without_a_cut_is_one_chunk(stretch, monkeypatch):
     splitter = Splitter(SPLIT["cl100k"]())
     text = "a b " * 50 + stretch * 3000 + " and so on" * 50
-    monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 50)
-    parts = pieces(splitter, text)
-    assert max(map(len, parts)) < 3000 * len(stretch) + 50
-    assert sum(len(part) <= 50 for part in parts) > 8
-    monkeypatch.setattr(splitting, "LARGEST_PIECE_BYTES", 2000)
+    monkeypatch.setattr(splitting, "CHUNK_CHARACTERS", 50)
+    found = chunks(splitter, text)
+    assert max(map(len, found)) < 3000 * len(stretch) + 50
+    assert sum(len(part) <= 50 for part in found) > 8
+    monkeypatch.setattr(splitting, "MAX_CHUNK_BYTES", 2000)
     with pytest.raises(BadRecordError, match=r"from character 1\d\d on that this tokenizer"):
-        splitter.piece_ends(text)
+        splitter.chunk_ends(text)
 
 
-def test_pieces_are_as_long_as_they_may_be():
+def test_chunks_are_as_long_as_they_may_be():
     backend = byte_tokenizer().backend
     text = "\u6570" * 200_000
-    assert Splitter(backend).piece_ends(text) == [1 << 16, 2 << 16, 3 << 16, 200_000]
-    assert Tokenizer(backend, 256).piece_ends("") == []
-    assert Tokenizer(backend, 256).piece_ends("short") == [5]
+    assert Splitter(backend).chunk_ends(text) == [1 << 16, 2 << 16, 3 << 16, 200_000]
+    assert Tokenizer(backend, 256).chunk_ends("") == []
+    assert Tokenizer(backend, 256).chunk_ends("short") == [5]

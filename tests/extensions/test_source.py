@@ -1,0 +1,83 @@
+"""A new format of input files is one class: tab-separated values, from a compressed file to a trained anchor."""
+
+import csv
+import gzip
+import io
+import json
+
+import pytest
+
+from flexolmo_jax.data import sources
+from flexolmo_jax.data.bad_records import BadRecordError
+from flexolmo_jax.data.corpus import Corpus
+from tests.support import runs
+from tests.support.small import assert_refused, flexolmo
+
+
+class TabSeparated(sources.Source):
+    """Each line after the header is a record."""
+
+    name = "tsv"
+    suffixes = (".tsv", ".tab")
+    document = "each line after the header"
+
+    def records(self, stream, text_key):
+        """Yields {column: value} of each line."""
+        reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE)
+        if text_key not in (reader.fieldnames or ()):
+            raise BadRecordError(f'has no column "{text_key}"; name the column of the text with text_key')
+        for record in reader:
+            yield f":{reader.line_num}", record
+
+    def text(self, record, text_key):
+        """Returns the value of the column."""
+        if record[text_key] is None:
+            raise BadRecordError("has too few columns; add them")
+        return record[text_key]
+
+
+@pytest.fixture
+def tsv():
+    sources.register(TabSeparated)
+    yield
+    del sources.SOURCES["tsv"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    words = " ".join(f"word{number % 7}" for number in range(60))
+    lines = ["id\tbody", *(f"{number}\ttext {number}: {words}" for number in range(20)), "20"]
+    (tmp_path / "news.tsv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    return tmp_path / "news.tsv.gz"
+
+
+@pytest.mark.usefixtures("tsv")
+def test_a_new_source_makes_a_corpus_that_trains(table, tmp_path):
+    given = [f"--input={table}", "--text_key=body", "--on_error=skip", f"--out={tmp_path}/corpus"]
+    result = flexolmo("tokenize", *given)
+    assert (result.status, result.err) == (0, "")
+    corpus = Corpus.open(tmp_path / "corpus")
+    decode = corpus.tokenizer().decode
+    assert [decode(document).partition(":")[0] for document in corpus] == [f"text {number}" for number in range(20)]
+    (bad,) = json.loads((tmp_path / "corpus" / "corpus.json").read_text())["bad_records"]["records"]
+    assert bad == {"place": f"{table}:22", "reason": "has too few columns; add them"}
+    flags = runs.as_flags("anchor", data__train=str(tmp_path / "corpus"), steps=2, optimizer__warmup_steps=1)
+    result = flexolmo("train", *flags, f"--workdir={tmp_path}/run")
+    assert result.status == 0, result.err
+    assert (tmp_path / "run" / "model" / "model.json").exists()
+
+
+@pytest.mark.usefixtures("tsv")
+def test_the_command_line_offers_a_new_source(table, tmp_path):
+    assert "tsv (.tsv, .tab): a document is each line after the header" in " ".join(
+        flexolmo("tokenize", "--help").out.split()
+    )
+    table.rename(tmp_path / "table")
+    given = [f"--input={tmp_path}/table", "--format=tsv", f"--out={tmp_path}/corpus"]
+    words = ["--input=", 'table: has no column "text"', "with --text_key"]
+    assert_refused(flexolmo("tokenize", *given), "tokenize", *words)
+
+
+def test_without_it_the_command_line_does_not_know_the_format(tmp_path):
+    given = ["--input=x", "--format=tsv", f"--out={tmp_path}/corpus"]
+    assert_refused(flexolmo("tokenize", *given), "tokenize", "--format", "auto|text|jsonl|json|parquet")
