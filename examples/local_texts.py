@@ -16,6 +16,7 @@ a held-out document's 8-word runs are in no other document, and the same machine
 import argparse
 import ast
 import email
+import functools
 import hashlib
 import json
 import os
@@ -76,10 +77,12 @@ def walk(root: Path) -> list[Path]:
     found = []
     for folder, children, files in os.walk(root):
         children[:] = [child for child in children if child not in SKIPPED_FOLDERS]
-        found += [Path(folder, name) for name in files]
-    return sorted(found, key=lambda path: rank(path.relative_to(root).as_posix()))
+        found += [os.path.join(folder, name) for name in files]
+    start = len(os.path.join(root, ""))
+    return [Path(path) for path in sorted(found, key=lambda path: rank(path[start:]))]
 
 
+@functools.cache
 def packages() -> list[Path]:
     """Lists the files of all installed packages."""
     roots = sorted({Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))})

@@ -39,6 +39,7 @@ LENGTH = 256  # tokens of a sequence
 PROMPT_BYTES = 64
 # In so short a run, many small steps learn more of the same tokens than few large ones.
 SMALL_STEPS = ["--config.data.batch_size=2", "--config.evaluation.every=250"]
+TINY_STEPS = ["--config.data.batch_size=2", "--config.steps=4", "--config.optimizer.warmup_steps=1"]
 SIZES = {
     "full": {
         "train_bytes": 2_500_000,
@@ -50,8 +51,8 @@ SIZES = {
     "small": {
         "train_bytes": 100_000,
         "heldout_bytes": 4_000,
-        "anchor": ["--config.steps=4", "--config.optimizer.warmup_steps=1"],
-        "expert": ["--config.steps=4", "--config.optimizer.warmup_steps=1"],
+        "anchor": [*TINY_STEPS, "--config.model.num_layers=2", "--config.model.d_model=64", "--config.model.d_ff=96"],
+        "expert": TINY_STEPS,
     },
 }
 INTRODUCTION = (

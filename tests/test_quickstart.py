@@ -18,7 +18,8 @@ def run(*arguments, cwd):
     script = ["bash", str(ROOT / "launch" / "quickstart.sh")]
     python = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
     command = script if pathlib.Path(sys.prefix) == ROOT / ".venv" else python
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # whether the package is installed or only lies here
+    # The package need not be installed. Unoptimized programs take less time to compile than they save here.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
@@ -89,8 +90,8 @@ HOLDS = {
     "merged-without:legal": {"public": 2.1, "code": 3.3, "headers": 3.1, "legal": 3.9},
 }
 FAILS = {
-    "a pair at home": (0, {"pair:headers": {"headers": 4.0}}),
-    "the merge at home": (1, {"merged": {"legal": 4.1}, "merged-without:legal": {"legal": 4.8}}),
+    "a pair on its own domain": (0, {"pair:headers": {"headers": 4.0}}),
+    "the merge on an own domain": (1, {"merged": {"legal": 4.1}, "merged-without:legal": {"legal": 4.8}}),
     "the average, against the anchor": (2, {"anchor": {"public": 0.0, "code": 3.6, "headers": 3.6, "legal": 3.6}}),
     "the average, against a pair": (2, {"pair:legal": {"public": 0.0}}),
     "another owner's domain": (3, {"merged-without:code": {"legal": 4.0}}),

@@ -52,7 +52,7 @@ def table(tmp_path):
 
 
 @pytest.mark.usefixtures("tsv")
-def test_a_new_source_makes_a_corpus_that_trains(table, tmp_path):
+def test_a_new_source_makes_a_corpus_that_trains(table, tmp_path, tmp_path_factory):
     given = [f"--input={table}", "--text_key=body", "--on_error=skip", f"--out={tmp_path}/corpus"]
     result = flexolmo("tokenize", *given)
     assert (result.status, result.err) == (0, "")
@@ -61,10 +61,9 @@ def test_a_new_source_makes_a_corpus_that_trains(table, tmp_path):
     assert [decode(document).partition(":")[0] for document in corpus] == [f"text {number}" for number in range(20)]
     (bad,) = json.loads((tmp_path / "corpus" / "corpus.json").read_text())["bad_records"]["records"]
     assert bad == {"place": f"{table}:22", "reason": "has too few columns; add them"}
-    flags = runs.as_flags("anchor", data__train=str(tmp_path / "corpus"), steps=2, optimizer__warmup_steps=1)
-    result = flexolmo("train", *flags, f"--workdir={tmp_path}/run")
-    assert result.status == 0, result.err
-    assert (tmp_path / "run" / "model" / "model.json").exists()
+    runs.journey(tmp_path_factory.getbasetemp())  # whose compiled steps serve here too
+    run = runs.train(runs.make_config("anchor", data__train=str(corpus.path)), tmp_path / "run")
+    assert (run.product / "model.json").exists()
 
 
 @pytest.mark.usefixtures("tsv")
