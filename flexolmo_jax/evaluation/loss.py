@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from flexolmo_jax.checkpoint.directories import CERTIFICATE_FILE
+from flexolmo_jax.checkpoint.model_directory import CERTIFICATE_FILE
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.pipeline import evaluation_batches
 from flexolmo_jax.errors import UserError
