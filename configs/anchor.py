@@ -10,14 +10,13 @@ The argument is a size of configs/models.py.
 from ml_collections import ConfigDict
 
 from configs import base, models
-from flexolmo_jax.training.partition import PARTITIONS
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Returns the configuration of an anchor of a named size."""
     config = base.get_config()
     models.set_size(config, size)
-    config.partition = PARTITIONS["anchor"]
+    config.partition = base.PARTITIONS["anchor"]
     config.optimizer.weight_decay = 0.1
     config.publish.public_documents = 1000
     if size == "tiny":

@@ -1,11 +1,14 @@
-"""Every configuration key, once, with its default and its unit. The other configs change values only."""
+"""Every configuration key, once: its default, its bound and its unit. The other configs change values only."""
 
 from ml_collections import ConfigDict
 
+from configs import keys
+from configs.keys import at_least, choices, fraction, key, pairs, patterns
+
 # Where the dimensions of parameters and activations go: logical axis -> mesh axes.
 SHARDING_RULES = (
-    ("batch", ("data", "fsdp", "expert")),  # rows of a batch
-    ("length", None),  # tokens of a row
+    ("batch", ("data", "fsdp", "expert")),  # sequences of a batch
+    ("length", None),  # tokens of a sequence
     ("layers", None),  # the scanned axis
     ("embed", ("fsdp", "expert")),  # d_model of parameters that all experts share
     ("expert_embed", "fsdp"),  # d_model of an expert's
@@ -16,17 +19,41 @@ SHARDING_RULES = (
 )
 
 
+# Which leaves are trained, by what is trained: an anchor; an owner's expert; a merged model's router; all of it.
+PARTITIONS = {
+    # The router of an anchor waits for other experts: alone, it has nothing to route.
+    "anchor": ((r"blocks/moe/anchor/router/.*", "frozen"), (r".*", "trainable")),
+    "expert": ((r"blocks/moe/expert/.*", "trainable"), (r".*", "frozen")),
+    "router": ((r"blocks/moe/experts/router/.*", "trainable"), (r".*", "frozen")),
+    "joint": ((r".*", "trainable"),),
+}
+
+# Keys and sections that had another name: {old name: new name}.
+RENAMED = {
+    "mixture": "moe",
+    "data.accumulate": "data.grad_accum_steps",
+    "init.row_file": "init.router_weight_file",
+    "init.row_stddev": "init.router_weight_stddev",
+    "init.bias": "init.router_bias",
+}
+
+
 def get_config() -> ConfigDict:
     """Returns the defaults: an untrained anchor of no particular size. Locked: an unknown key is an error."""
+    return keys.defaults(declare())
+
+
+def declare() -> ConfigDict:
+    """Declares all keys, each with its default and, where it has one, its bound (configs/keys.py)."""
     config = ConfigDict()
 
-    config.seed = 0  # of initialisation and of the order of the data
-    config.steps = 0  # optimizer steps of the whole run
+    config.seed = key(0, at_least(0, below=2**32, shown="2**32"))  # of initialisation and of the order of the data
+    config.steps = key(0, at_least(1))  # optimizer steps of the whole run
     # Model directory to start from (an owner's anchor, a coordinator's merge); "": fresh weights.
     config.start_from = ""
     config.expert = ""  # name of the expert to train against start_from; "": train the model itself
     # Ordered (regular expression of a leaf's whole path, "trainable" or "frozen"); the first match decides.
-    config.partition = ((".*", "trainable"),)
+    config.partition = key(((".*", "trainable"),), pairs)
 
     config.model = ConfigDict()  # architecture of fresh weights; start_from brings its own
     config.model.vocab_size = 0  # token ids
@@ -39,12 +66,12 @@ def get_config() -> ConfigDict:
     config.model.norm_eps = 1e-6  # added to the mean square of an RMSNorm
     config.model.tied_embeddings = False  # whether the head is the embedding, transposed
     config.model.norm_topk_prob = False  # whether the weights of a token's top-k experts are made to sum to 1
-    config.model.expert = "swiglu"  # kind of expert: a key of EXPERT_KINDS in flexolmo_jax/model/experts.py
-    config.model.router = "linear"  # a key of ROUTERS in flexolmo_jax/model/routers.py
+    config.model.expert = key("swiglu", choices(registry="model.experts:EXPERT_KINDS"))  # kind of expert
+    config.model.router = key("linear", choices(registry="model.routers:ROUTERS"))  # kind of router
 
-    config.moe = ConfigDict()  # of fresh weights, which `benchmark` and `plan` take; start_from brings its own
-    config.moe.num_experts = 1  # stacked experts, the anchor included; 1: none to route between
-    config.moe.top_k = 1  # experts that compute each token
+    config.moe = ConfigDict()  # of fresh weights, for `benchmark` and `plan`; start_from brings its own
+    config.moe.num_experts = key(1, at_least(1))  # stacked experts, the anchor included; 1: none to route between
+    config.moe.top_k = key(1, at_least(1))  # experts that compute each token
 
     config.init = ConfigDict()  # of fresh weights, and of a new expert's leaves beside its copy of the anchor's
     config.init.embedding_stddev = 0.02  # of fresh embeddings; every other matrix has 0.02
@@ -53,43 +80,47 @@ def get_config() -> ConfigDict:
     config.init.router_bias = -0.1  # b of every layer; its effect on the logit is -|b|, and at exactly 0 it stays 0
 
     config.compute = ConfigDict()  # how steps are computed
-    config.compute.dtype = "float32"  # activations and matmuls: "float32" or "bfloat16"
-    config.compute.frozen_dtype = "float32"  # how frozen leaves are held in memory
-    # What the backward pass computes again, the later the more: "none", "dots" (all but matmuls, attention and stacked
-    # experts), "feed_forward" (all but the feed-forward's, attention and stacked experts), "kernels" (all but the
-    # latter two; of experts on a CPU, all but their sums), "full".
-    config.compute.remat = "none"
-    # Which kernels compute; "auto" goes by the devices, and most are for devices of one kind.
-    config.compute.attention = "auto"  # a key of flexolmo_jax/model/kernels/causal_attention.py's KERNELS
-    config.compute.dispatch = "auto"  # of tokens to stacked experts: a key of flexolmo_jax/model/dispatch.py's DISPATCH
-    config.compute.unroll = 1  # blocks per iteration of the scan over layers
+    config.compute.dtype = key("float32", choices("float32", "bfloat16"))  # activations and matmuls
+    config.compute.frozen_dtype = key("float32", choices("float32", "bfloat16"))  # frozen leaves in memory
+    # What the backward pass recomputes, from nothing to everything: "none", "dots" (all but matmuls, attention and
+    # stacked experts), "feed_forward" (all but the feed-forward's matmuls, attention and stacked experts), "kernels"
+    # (all but attention and stacked experts; of experts on a CPU, all but their sums), "full".
+    config.compute.remat = key("none", choices(registry="model.decoder:REMAT_POLICIES"))
+    # Kernels of attention, and of the dispatch of tokens to stacked experts; "auto" chooses by the devices, and most
+    # kernels run on one kind of device only.
+    config.compute.attention = key("auto", choices("auto", registry="model.kernels.causal_attention:KERNELS"))
+    # See compute.attention.
+    config.compute.dispatch = key("auto", choices("auto", registry="model.dispatch:DISPATCH"))
+    config.compute.unroll = key(1, at_least(1))  # blocks per iteration of the scan over layers
 
     config.data = ConfigDict()  # what is trained on, and in which batches
     config.data.train = ""  # corpus directory, or several with commas between
-    config.data.public_share = 0.0  # share of rows drawn from public data instead of data.train
+    config.data.public_share = key(0.0, at_least(0, below=1))  # share of sequences from public data, not data.train
     config.data.public = ""  # corpus directory of public data; "": the sample that came with start_from
-    config.data.sequence_length = 0  # tokens in a row
-    config.data.batch_size = 0  # rows in a step, over all devices
-    config.data.grad_accum_steps = 1  # parts a step's rows are computed in, one after another
+    config.data.sequence_length = key(0, at_least(1))  # tokens of a sequence
+    config.data.batch_size = key(0, at_least(1))  # sequences of a step, over all devices
+    config.data.grad_accum_steps = key(1, at_least(1))  # micro-batches of a step, computed one after another
 
     config.evaluation = ConfigDict()  # held-out losses while training
     config.evaluation.data = ""  # held-out corpus directories, commas between; "": no evaluation while training
-    config.evaluation.every = 0  # steps between evaluations; the last step is always evaluated
-    config.evaluation.batches = 0  # batches of each corpus; 0: all of it
+    config.evaluation.every = key(0, at_least(0))  # steps between evaluations; the last step is always evaluated
+    config.evaluation.batches = key(0, at_least(0))  # batches of each corpus; 0: all of it
 
     config.optimizer = ConfigDict()  # AdamW, on trainable leaves alone
     config.optimizer.learning_rate = 9e-4  # peak
-    # Steps of the linear rise from 0 to the peak; in a run that is not longer than that, half of its steps.
-    config.optimizer.warmup_steps = 0
-    config.optimizer.schedule = "cosine"  # "cosine", or "wsd": constant, then linear decay
-    config.optimizer.decay_fraction = 0.2  # of all steps, the share that decays ("wsd")
-    config.optimizer.final_fraction = 0.1  # of the peak, where the schedule ends
-    config.optimizer.beta1 = 0.9  # decay of the mean of gradients, per step
-    config.optimizer.beta2 = 0.95  # decay of the mean of squared gradients, per step
+    # Steps of the linear warm-up from 0 to the peak; a run that is no longer warms up for half of its steps.
+    config.optimizer.warmup_steps = key(0, at_least(0))
+    config.optimizer.schedule = key("cosine", choices("cosine", "wsd"))  # "wsd": constant, then linear decay
+    config.optimizer.decay_fraction = key(0.2, fraction)  # of all steps, the share that decays ("wsd")
+    config.optimizer.final_fraction = key(0.1, fraction)  # of the peak, where the schedule ends
+    config.optimizer.beta1 = key(0.9, at_least(0, below=1))  # decay of the mean of gradients, per step
+    config.optimizer.beta2 = key(0.95, at_least(0, below=1))  # decay of the mean of squared gradients, per step
     config.optimizer.epsilon = 1e-8  # added to the root of the mean of squares
     config.optimizer.weight_decay = 0.0  # per step, times the learning rate
-    config.optimizer.no_decay = (".*scale", ".*/router/.*", "embedding")  # patterns of paths that never decay
-    config.optimizer.clip_norm = 1.0  # global norm of the gradient of trainable leaves; 0: no clipping
+    # Patterns of whole paths of leaves that never decay.
+    config.optimizer.no_decay = key((".*scale", ".*/router/.*", "embedding"), patterns)
+    # Global norm of the gradient of trainable leaves to which it is clipped; 0: no clipping.
+    config.optimizer.clip_norm = key(1.0, at_least(0))
 
     config.loss = ConfigDict()  # weights of the terms beside the cross-entropy, per token
     config.loss.z_loss = 1e-5  # squared log partition function of the logits
@@ -97,23 +128,24 @@ def get_config() -> ConfigDict:
     config.loss.load_balancing = 0.0  # Switch Transformer's; top-k when routing is uniform
 
     config.mesh = ConfigDict()  # devices along each axis; one of them may be -1: all that are left
-    config.mesh.data = -1  # copies of the parameters, each with its rows of the batch
-    config.mesh.fsdp = 1  # parameters split over rows' devices
-    config.mesh.expert = 1  # stacked experts split over devices, and what they share as over fsdp
-    config.mesh.tensor = 1  # heads, hidden units and vocabulary split
-    config.sharding_rules = SHARDING_RULES  # logical axis -> mesh axes
+    config.mesh.data = -1  # copies of the parameters, each with its sequences of the batch
+    config.mesh.fsdp = 1  # parameters sharded over devices that share the batch
+    config.mesh.expert = 1  # stacked experts sharded, and all other parameters as over fsdp
+    config.mesh.tensor = 1  # heads, hidden units and vocabulary sharded
+    config.sharding_rules = key(SHARDING_RULES, pairs)  # logical axis -> mesh axes
 
-    config.checkpoint = ConfigDict()  # what an interrupted run goes on from
-    config.checkpoint.every = 1000  # steps between checkpoints; the last step is always saved
-    config.checkpoint.keep = 2  # most recent checkpoints kept
+    config.checkpoint = ConfigDict()  # what an interrupted run resumes from
+    config.checkpoint.every = key(1000, at_least(1))  # steps between checkpoints; the last step is always saved
+    config.checkpoint.keep = key(2, at_least(1))  # most recent checkpoints kept
 
     config.log = ConfigDict()  # metrics of training steps
-    config.log.every = 10  # steps between lines of metrics.jsonl and TensorBoard points
+    config.log.every = key(10, at_least(1))  # steps between lines of metrics.jsonl and TensorBoard points
 
-    config.publish = ConfigDict()  # what goes into the product besides weights
-    config.publish.public_documents = 0  # documents of data.train shipped with an anchor, for owners to mix in
+    config.publish = ConfigDict()  # what goes into the output besides weights
+    # Documents of data.train shipped with an anchor, for owners to mix in.
+    config.publish.public_documents = key(0, at_least(0))
 
     config.card = ConfigDict()  # what a data owner says of the data; it travels with the weights
     config.card.description = ""  # in words
     config.card.license = ""  # under which the data may be used
-    return config.lock()
+    return config

@@ -24,7 +24,7 @@ def get_config(vocab_size: str = "512") -> ConfigDict:
     config.data.sequence_length = 512
     config.data.batch_size = 4
     config.compute.remat = "dots"
-    config.data.grad_accum_steps = 2  # in parts, what is kept for the backward pass takes half the memory
+    config.data.grad_accum_steps = 2  # micro-batches halve what is kept for the backward pass
     config.steps = 1000
     config.loss.router_z_loss = 1e-3
     return config

@@ -1,4 +1,4 @@
-r"""Trains an expert: an owner's copy of the anchor's feed-forward, with a router row and a bias.
+r"""Trains an expert: an owner's copy of the anchor's feed-forward, with a router weight and bias of its own.
 
     flexolmo train --config=configs/expert.py:tiny --workdir=runs/news --config.start_from=runs/anchor/model \
         --config.expert=news --config.data.train=corpora/news
@@ -11,16 +11,15 @@ The argument is a size of configs/models.py.
 from ml_collections import ConfigDict
 
 from configs import base, models
-from flexolmo_jax.training.partition import PARTITIONS
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Returns the configuration of an expert of a named size."""
     config = base.get_config()
     models.set_size(config, size)
-    config.partition = PARTITIONS["expert"]
+    config.partition = base.PARTITIONS["expert"]
     config.loss.router_z_loss = 1e-3
-    # A share of public rows teaches the router when not to choose this expert.
+    # Public sequences teach the router when not to choose this expert.
     config.data.public_share = 0.5
     if size == "tiny":
         config.steps = 250

@@ -13,7 +13,7 @@ _SIZES = {
 
 
 def set_size(config: ConfigDict, size: str) -> None:
-    """Writes the architecture of a named size into `config.model`, its rows and how they are computed beside it."""
+    """Writes the architecture of a named size into `config.model`, with its batch, computation and mesh."""
     if size not in _SIZES:
         raise ValueError(f"unknown size '{size}'; choose one of {', '.join(_SIZES)}")
     config.model.update(_SIZES[size])

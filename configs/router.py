@@ -11,14 +11,13 @@ The argument is a size of configs/models.py.
 from ml_collections import ConfigDict
 
 from configs import base, models
-from flexolmo_jax.training.partition import PARTITIONS
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Returns the configuration of router tuning for models of a named size."""
     config = base.get_config()
     models.set_size(config, size)
-    config.partition = PARTITIONS["router"]
+    config.partition = base.PARTITIONS["router"]
     config.moe.num_experts, config.moe.top_k = (4, 2) if size == "tiny" else (8, 4)
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.1

@@ -8,14 +8,16 @@ import shlex
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
-from configs import base, models
+from configs import base, keys, models
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
-from flexolmo_jax.training.inputs import build_model
 from flexolmo_jax.training.optimizer import make_schedule
-from flexolmo_jax.training.partition import trainable_paths
+from flexolmo_jax.training.run import build_model
+from flexolmo_jax.training.state import trainable_paths
+from tests.support import small
 
 CONFIGS = sorted(
     path.stem for path in pathlib.Path(base.__file__).parent.glob("*.py") if "get_config(size" in path.read_text()
@@ -41,13 +43,9 @@ def get_config(name, *size):
     return importlib.import_module(f"configs.{name}").get_config(*size)
 
 
-def keys(config):
-    """{dotted key: value}, sections included."""
-    found = {}
-    for key, value in config.items():
-        inner = keys(value) if hasattr(value, "items") else {}
-        found |= {key: value, **{f"{key}.{name}": x for name, x in inner.items()}}
-    return found
+def names(config):
+    """All dotted keys, sections included."""
+    return {key.rsplit(".", 1)[0] for key in keys.flatten(config) if "." in key} | keys.flatten(config).keys()
 
 
 def test_every_configuration_is_known_here():
@@ -58,7 +56,7 @@ def test_every_configuration_is_known_here():
 @pytest.mark.parametrize("name", CONFIGS)
 class TestEverySize:
     def test_it_has_the_keys_of_base_and_no_other(self, name, size):
-        assert keys(get_config(name, size)).keys() == keys(base.get_config()).keys()
+        assert names(get_config(name, size)) == names(base.get_config())
 
     def test_it_is_locked_in_every_section(self, name, size):
         config = get_config(name, size)
@@ -118,7 +116,7 @@ def test_an_unknown_size_is_refused_with_the_known_ones():
 def test_the_benchmark_changes_values_of_base_alone():
     config = get_config("benchmark")
     assert config.is_locked
-    assert keys(config).keys() == keys(base.get_config()).keys()
+    assert names(config) == names(base.get_config())
     assert [get_config("benchmark", *size).model.vocab_size for size in ((), ("50304",))] == [512, 50_304]
     assert build_model(config)[0].layout == Layout("stacked", 4, 2)
 
@@ -137,7 +135,7 @@ def test_every_key_is_explained_where_it_is_declared():
             comment = re.search(r"#\s*(\S.*)$", line) or re.match(r"\s*# (\S.*)$", lines[number - 1])
             assert match[1] not in declared, f"configs/base.py:{number + 1}: {match[1]} is declared twice"
             declared[match[1]] = comment
-    assert declared.keys() == keys(base.get_config()).keys()
+    assert declared.keys() == names(base.get_config())
     unexplained = [key for key, comment in declared.items() if not comment]
     assert not unexplained, f"configs/base.py: say what they mean and their unit, in a comment: {unexplained}"
 
@@ -148,7 +146,43 @@ def test_the_docstring_holds_the_command(name):
     # From the command on, up to an empty line: a line that ends without a backslash would end the command early.
     first, *more = text[text.index("    flexolmo") :].split("\n\n")[0].replace("\\\n", "").strip().splitlines()
     assert not more, "a command over several lines needs a backslash at the end of each but the last"
-    program, verb, *flags = shlex.split(first)
-    given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-    assert (program, verb, given["config"]) == ("flexolmo", "train", f"configs/{name}.py:tiny")
-    assert given.keys() >= {"workdir", "config.data.train"} | STARTS.get(name, set())
+    program, command, *flags = shlex.split(first)
+    values = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    assert (program, command, values["config"]) == ("flexolmo", "train", f"configs/{name}.py:tiny")
+    assert values.keys() >= {"workdir", "config.data.train"} | STARTS.get(name, set())
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--config.data.accumulate=2", "--config.data.accumulate is now --config.data.grad_accum_steps"),
+        ("--config.mixture.top_k=2", "--config.mixture is now --config.moe"),
+    ],
+)
+def test_a_flag_with_an_old_key_is_refused_with_the_new_one(tmp_path, monkeypatch, flag, line):
+    monkeypatch.chdir(pathlib.Path(base.__file__).parents[1])
+    result = small.flexolmo("train", "--config=configs/anchor.py:tiny", f"--workdir={tmp_path}/run", flag)
+    small.assert_refused(result, "train", line)
+
+
+def test_a_configuration_file_with_an_old_key_is_refused_with_the_new_one(tmp_path):
+    file = tmp_path / "old.py"
+    file.write_text(
+        "from configs import anchor\ndef get_config():\n  c = anchor.get_config()\n  c.data.accumulate = 2\n"
+    )
+    result = small.flexolmo("train", f"--config={file}", f"--workdir={tmp_path}/run")
+    small.assert_refused(result, "train", "--config.data.accumulate is now --config.data.grad_accum_steps")
+
+
+def test_bounds_hold_values_in_them_alone():
+    declared = ConfigDict({"count": keys.key(0, keys.at_least(1, below=3)), "rate": 0.5})
+    assert keys.defaults(declared).to_dict() == {"count": 0, "rate": 0.5}
+
+    def problem(**values):
+        return keys.first_problem(declared, ConfigDict({"count": 1, "rate": 0.5} | values))
+
+    assert problem() is None
+    assert problem(count=0) == ("count", 0, "must be at least 1 and below 3")
+    assert problem(count=3) == ("count", 3, "must be at least 1 and below 3")
+    assert problem(rate=float("inf")) == ("rate", float("inf"), "must be a finite number")
+    assert problem(other=1)[0] == "other"

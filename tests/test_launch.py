@@ -9,7 +9,7 @@ import pytest
 from flexolmo_jax.benchmark import run
 from flexolmo_jax.benchmark.machine import restored
 from flexolmo_jax.model.architecture import PAIR, Layout
-from flexolmo_jax.training.inputs import build_model
+from flexolmo_jax.training.run import build_model
 from tests import conftest
 from tests.support import small
 

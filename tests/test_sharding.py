@@ -14,12 +14,9 @@ from configs import base
 from flexolmo_jax import sharding
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.decoder import Compute, Decoder
-from flexolmo_jax.training.inputs import Inputs
-from flexolmo_jax.training.objective import LossWeights
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.partition import split, trainable_paths
-from flexolmo_jax.training.state import initial_state, shardings
-from flexolmo_jax.training.step import make_train_step
+from flexolmo_jax.training.state import abstract_leaves, abstract_state, initial_state, split, trainable_paths
+from flexolmo_jax.training.step import LossWeights, make_train_step
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch, random_leaves
 
 RULES = base.SHARDING_RULES
@@ -111,26 +108,27 @@ def test_constraints_hold_on_a_mesh_and_are_nothing_without_one_or_without_rules
         assert constrained(RULES).sharding.shard_shape(x.shape) == (1, 2)
 
 
-def train(kind, sizes, accumulate=1):
+def train(kind, sizes, grad_accum_steps=1):
     """Losses of three steps and the leaves after them, on the devices that the sizes ask for."""
     config = base.get_config()
     config.optimizer.learning_rate = 1e-2
     config.optimizer.weight_decay = 0.1
     layout = LAYOUTS["stacked" if kind == "router" else kind]
     model = Decoder(ARCHITECTURE, layout, Compute(rules=config.sharding_rules))
-    inputs = Inputs(model, None, trainable_paths(model.abstract(), PARTITIONS[kind]), [], {})
+    paths = trainable_paths(model.abstract(), PARTITIONS[kind])
     sizes = {**ONE, **sizes}
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    shardings_of = shardings(inputs, mesh, config.sharding_rules)
+    shardings = sharding.leaf_shardings(model.abstract(), model.logical_axes(), mesh, config.sharding_rules)
+    abstract = abstract_leaves(model, shardings, paths, "float32")
     batch_sharding = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
     schedule = make_schedule(config.optimizer, 10)
     optimizer = make_optimizer(config.optimizer, schedule)
     weights = LossWeights(z_loss=1e-3, router_z_loss=1e-2, load_balancing=1e-2)
     with jax.set_mesh(mesh):
-        leaves = {path: jax.device_put(leaf, shardings_of[path]) for path, leaf in random_leaves(model).items()}
-        trainable, frozen = split(leaves, inputs.trainable)
-        state = initial_state(trainable, optimizer, mesh)
-        step = make_train_step(model, optimizer, schedule, weights, accumulate)
+        values = split(random_leaves(model), paths)
+        trainable, frozen = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), values, abstract)
+        state = initial_state(trainable, optimizer, abstract_state(trainable, optimizer, mesh))
+        step = make_train_step(model, optimizer, schedule, weights, grad_accum_steps)
         batch = jax.device_put(BATCH, batch_sharding)
         # One program for all steps: it refuses a state that lies elsewhere than the first one did.
         step = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(COMPILE_FAST)
@@ -139,7 +137,7 @@ def train(kind, sizes, accumulate=1):
             state, metrics = step(state, frozen, batch)
             losses.append(float(metrics["loss"]))
         for path, leaf in state.trainable.items():
-            assert leaf.sharding.is_equivalent_to(shardings_of[path], leaf.ndim), path
+            assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim), path
     return losses, jax.tree.map(np.asarray, state.trainable)
 
 
@@ -165,8 +163,8 @@ def test_eight_devices_train_as_one_does(kind, meshes):
 
 @pytest.mark.parametrize(("kind", "sizes"), [("pair", {"fsdp": 2, "tensor": 2}), ("stacked", {"expert": 2, "fsdp": 2})])
 def test_micro_batches_add_their_gradients_on_devices_as_on_one(kind, sizes):
-    losses, leaves = train(kind, {}, accumulate=2)
-    spread, spread_leaves = train(kind, sizes, accumulate=2)
+    losses, leaves = train(kind, {}, grad_accum_steps=2)
+    spread, spread_leaves = train(kind, sizes, grad_accum_steps=2)
     assert spread == pytest.approx(losses, rel=1e-5)
     assert_trees_close(spread_leaves, leaves, 1e-3)
 

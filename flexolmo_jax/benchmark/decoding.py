@@ -18,7 +18,7 @@ from flexolmo_jax.inference.request import Request
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.flops import decode_step_flops
 from flexolmo_jax.model.layers import INIT_STDDEV
-from flexolmo_jax.training.inputs import build_model
+from flexolmo_jax.training.run import build_model
 
 NO_TOKEN = -1  # for EOS, so that no continuation ends early
 

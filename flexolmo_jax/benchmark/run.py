@@ -10,11 +10,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.base import PARTITIONS
 from flexolmo_jax.benchmark.processes import Process
 from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.training.inputs import ANY_PLATFORM, build_model
-from flexolmo_jax.training.partition import PARTITIONS
+from flexolmo_jax.training.run import ANY_PLATFORM, build_model
 
 OURS = "flexolmo"
 STEPS = ("anchor", "expert", "joint", "router", "decode")

@@ -6,17 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from flexolmo_jax import sharding
 from flexolmo_jax.benchmark import machine
 from flexolmo_jax.benchmark.subject import Spec
 from flexolmo_jax.model.flops import train_step_flops
-from flexolmo_jax.training import partition
-from flexolmo_jax.training.inputs import Inputs, build_model
-from flexolmo_jax.training.program import abstract_batch, configured_step
-from flexolmo_jax.training.state import abstract_leaves, initial_state, shardings
+from flexolmo_jax.training.run import Program, make_program
+from flexolmo_jax.training.state import initial_state, split
 from flexolmo_jax.training.step import Batch, Leaves, compile_step
 
 
@@ -30,16 +25,14 @@ class TrainStep:
     def build(self) -> dict[str, Any]:
         """Compiles the step and takes it once."""
         config = self._config
-        model, _ = build_model(config)
-        inputs = Inputs(model, None, partition.trainable_paths(model.abstract(), config.partition), [], {})
-        optimizer, step = configured_step(config, model)
-        mesh = sharding.make_mesh(config.mesh)
-        with jax.set_mesh(mesh):
-            trainable, self._frozen = random_leaves(config, inputs, mesh)
-            self._state = initial_state(trainable, optimizer, mesh)
-            self._batch = random_batch(config, mesh)
+        program = make_program(config)
+        model = program.model
+        with jax.set_mesh(program.mesh):
+            trainable, self._frozen = random_leaves(program, config.seed)
+            self._state = initial_state(trainable, program.optimizer, program.state)
+            self._batch = random_batch(program, config.seed)
             start = time.perf_counter()
-            self._step = compile_step(step, self._state, self._frozen, self._batch)
+            self._step = compile_step(program.step, self._state, self._frozen, self._batch)
             compile_seconds = time.perf_counter() - start
         self.step()
         self.wait()
@@ -48,7 +41,7 @@ class TrainStep:
             **machine.devices(),
             "compile_seconds": compile_seconds,
             "tokens": batch * length,
-            "flops": train_step_flops(model.architecture, model.layout, inputs.trainable, batch, length),
+            "flops": train_step_flops(model.architecture, model.layout, program.trainable, batch, length),
             "limit_of": f"{config.compute.dtype} matmul",
             "temporary_bytes": self._step.memory_analysis().temp_size_in_bytes,
         }
@@ -74,24 +67,23 @@ class TrainStep:
         return machine.device_memory()
 
 
-def random_leaves(config: ConfigDict, inputs: Inputs, mesh: Mesh) -> tuple[Leaves, Leaves]:
+def random_leaves(program: Program, seed: int) -> tuple[Leaves, Leaves]:
     """Fresh leaves as (trainable, frozen), made where they lie, in the dtypes in which a run holds them."""
-    abstract = abstract_leaves(config, inputs, shardings(inputs, mesh, config.sharding_rules))
+    abstract = program.state.trainable, program.frozen
     dtypes, where = (jax.tree.map(operator.attrgetter(what), abstract) for what in ("dtype", "sharding"))
 
     def draw(key: jax.Array) -> tuple[Leaves, Leaves]:
-        leaves = partition.split(inputs.model.init_flat(key), inputs.trainable)
+        leaves = split(program.model.init_flat(key), program.trainable)
         return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), leaves, dtypes)
 
-    return jax.jit(draw, out_shardings=where)(jax.random.key(config.seed))
+    return jax.jit(draw, out_shardings=where)(jax.random.key(seed))
 
 
-def random_batch(config: ConfigDict, mesh: Mesh) -> Batch:
+def random_batch(program: Program, seed: int) -> Batch:
     """Rows of one document each, without padding."""
-    abstract = abstract_batch(config, mesh)
-    shape = abstract["tokens"].shape
-    rng = np.random.default_rng(config.seed)
-    tokens, targets = rng.integers(0, config.model.vocab_size, (2, *shape), np.int32)
+    shape = program.batch["tokens"].shape
+    rng = np.random.default_rng(seed)
+    tokens, targets = rng.integers(0, program.model.architecture.vocab_size, (2, *shape), np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     batch = {"tokens": tokens, "targets": targets, "segment_ids": np.ones(shape, np.int32), "positions": positions}
-    return jax.device_put(batch, {name: rows.sharding for name, rows in abstract.items()})
+    return jax.device_put(batch, {name: rows.sharding for name, rows in program.batch.items()})

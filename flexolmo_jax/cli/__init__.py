@@ -183,7 +183,8 @@ def _parse(command: str, module: types.ModuleType, arguments: Sequence[str]) -> 
     except (Exception, SystemExit) as error:  # a configuration file is code, so it may raise anything
         config = next((argument for argument in arguments if argument.startswith("--config=")), "--config")
         reason = f"{type(error).__name__}: {_reason(error)}"
-        raise UserError(f"{config}: {reason}; the keys of a configuration are those of configs/base.py") from error
+        advice = flags_of.renamed_key(arguments, reason) or "the keys of a configuration are those of configs/base.py"
+        raise UserError(f"{config}: {reason}; {advice}") from error
     for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
         if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
             raise UserError(f"--{flag.name}: given {flag.present} times; give it once")

@@ -33,6 +33,20 @@ def translate(error: UserError, values: Mapping[str, object], flags: Mapping[str
     return _KEY.sub("--config.", message)
 
 
+def renamed_key(arguments: Sequence[str], reason: str) -> str:
+    """Names the new key where a flag, or the reason why a configuration file failed, has an old one; "" elsewhere.
+
+    Args:
+      arguments: of the command.
+      reason: the message of ml_collections, which quotes the last part of a key.
+    """
+    for old, new in base.RENAMED.items():
+        in_flag = any(re.match(rf"--config\.{re.escape(old)}[.=]", argument) for argument in arguments)
+        if in_flag or re.search(rf"""['"]{old.rpartition(".")[2]}['"]""", reason):
+            return f"--config.{old} is now --config.{new}"
+    return ""
+
+
 def _each(value: object) -> Sequence[str]:
     """The strings among a flag's values."""
     values = value if isinstance(value, list | tuple) else [value]

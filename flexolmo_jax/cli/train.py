@@ -1,11 +1,11 @@
-r"""Trains what a configuration describes. The same command, run again, goes on from the last checkpoint.
+r"""Trains what a configuration describes. The same command, run again, resumes from the last checkpoint.
 
     flexolmo train --config=configs/anchor.py:tiny --workdir=runs/anchor --config.data.train=corpora/public
     flexolmo train --config=configs/expert.py:tiny --workdir=runs/news --config.start_from=runs/anchor/model \
         --config.expert=news --config.data.train=corpora/news
 
 Every key of a configuration stands in configs/base.py with its unit, and can be set with --config.KEY=VALUE.
-A short trial needs --config.steps alone: the warm-up takes at most half of a run that ends before it does.
+A short trial needs --config.steps only: a warm-up that is no shorter than the run takes half of its steps.
 The output is WORKDIR/contribution for an expert, and WORKDIR/model otherwise. On SIGTERM a checkpoint is saved, and
 the exit status is 143; it is 2 for bad input, and for a loss that is not finite. docs/runs.md says more.
 """
@@ -33,13 +33,13 @@ MEMORY_REMEDY = (
 
 
 def run() -> None:
-    """Trains, and says where the output is."""
+    """Trains, and prints the path of the output."""
     from flexolmo_jax.training.loop import train
 
     output = train(_CONFIG.value, _WORKDIR.value, verify=_VERIFY.value)
     if output is None:
         sys.stderr.write(
-            f"flexolmo train: stopped by SIGTERM; run the same command again to go on in {_WORKDIR.value}\n"
+            f"flexolmo train: stopped by SIGTERM; run the same command again to resume in {_WORKDIR.value}\n"
         )
         sys.exit(SIGTERM_STATUS)
     print(output)

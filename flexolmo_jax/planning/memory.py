@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flexolmo_jax.planning.program import Program
+from flexolmo_jax.training.run import Program
 
 
 class Memory(NamedTuple):
@@ -59,7 +59,7 @@ def kept_bytes(config: ConfigDict, program: Program) -> dict[str, int]:
     Returns:
       {policy of `decoder.REMAT_POLICIES`: bytes}.
     """
-    arch, layout, ways = program.model.architecture, program.model.layout, program.ways
+    arch, layout, ways = program.model.architecture, program.model.layout, program.num_shards
     width, hidden = arch.d_model, arch.d_ff // ways("mlp")
     heads, keys = width // ways("heads"), 2 * arch.num_kv_heads * arch.head_dim // ways("heads")
     stacked = layout.kind == "stacked"

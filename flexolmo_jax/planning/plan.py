@@ -12,9 +12,10 @@ from flexolmo_jax.planning.advice import advice
 from flexolmo_jax.planning.chips import Chip, chip, torus_shape
 from flexolmo_jax.planning.collectives import Collective, Row, collectives, summarise
 from flexolmo_jax.planning.memory import Memory, kept_bytes, memory
-from flexolmo_jax.planning.program import Program, TooLargeError, compile_program, make_program
+from flexolmo_jax.planning.program import TooLargeError, compile_program
 from flexolmo_jax.planning.roofline import Roofline, network_seconds, roofline
 from flexolmo_jax.planning.topology import topology_devices
+from flexolmo_jax.training.run import Program, make_program
 
 
 class Plan(NamedTuple):

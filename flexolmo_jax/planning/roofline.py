@@ -36,7 +36,7 @@ from flexolmo_jax.model.loss import chunk_length
 from flexolmo_jax.planning.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.collectives import ICI, Collective
 from flexolmo_jax.planning.memory import device_bytes
-from flexolmo_jax.planning.program import Program
+from flexolmo_jax.training.run import Program
 
 FLOAT32 = 4  # bytes
 
@@ -123,7 +123,7 @@ def block_work(config: ConfigDict, program: Program) -> tuple[float, float]:
     Returns:
       (FLOPs, bytes that go through its memory); zeros where experts are computed in another way.
     """
-    model, parts, ways = program.model, config.data.grad_accum_steps, program.ways
+    model, parts, ways = program.model, config.data.grad_accum_steps, program.num_shards
     arch, layout, dispatch = model.architecture, model.layout, model.compute.dispatch
     if layout.kind != "stacked" or layout.top_k == layout.num_experts or dispatch not in ("blocks", "mosaic"):
         return 0.0, 0.0
@@ -176,7 +176,7 @@ def hbm_bytes(config: ConfigDict, program: Program) -> float:
 
 def _token_bytes(program: Program, width: int, again: Collection[str]) -> float:
     """Bytes that go through a device's memory for a token in a step, besides weights."""
-    arch, layout, ways = program.model.architecture, program.model.layout, program.ways
+    arch, layout, ways = program.model.architecture, program.model.layout, program.num_shards
     heads, keys = arch.d_model / ways("heads"), 2 * arch.num_kv_heads * arch.head_dim / ways("heads")
     hidden, vocabulary = arch.d_ff / ways("mlp"), arch.vocab_size / ways("vocab")
     expert = 2 * (arch.d_model + hidden) + (2 * hidden + arch.d_model)

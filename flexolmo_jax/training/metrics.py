@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and a progress bar."""
+"""Reports the metrics of a run: metrics.jsonl, TensorBoard, and a progress bar."""
 
 import json
 import time
@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
@@ -22,18 +21,20 @@ LOG_LINES_EVERY = 10  # lines of metrics.jsonl for one line in a log
 class Reporter:
     """Reports the steps of one run: on disk, and as a progress bar or, in a log, a line now and then."""
 
-    def __init__(self, workdir: epath.Path, config: ConfigDict, roster: Sequence[str], first: int):
-        """Opens the logs in `workdir`, to go on after step `first`.
+    def __init__(self, workdir: epath.Path, title: str, roster: Sequence[str], steps: int, every: int, first: int):
+        """Opens the logs in `workdir`, to resume after step `first`.
 
         Lines of later steps, left by a run that was killed after its last checkpoint, are dropped.
 
         Args:
           workdir: gets `metrics.jsonl` and `tensorboard/`.
-          config: of the run.
+          title: of the progress bar.
           roster: expert names, for the routing shares.
+          steps: of the whole run.
+          every: steps between lines of the logs; the first and the last step always have one.
           first: the step resumed from, or 0.
         """
-        self._every, self._steps, self._roster = config.log.every, config.steps, roster
+        self._title, self._roster, self._steps, self._every = title, roster, steps, every
         self._pending: tuple[int, Any] | None = None
         self._tokens, self._since = 0.0, time.perf_counter()
         self._file = workdir / METRICS_FILE
@@ -43,10 +44,9 @@ class Reporter:
             temporary.write_text("".join(f"{line}\n" for line in kept))
             temporary.replace(self._file)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-        self._title = config.expert or "model"
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"), TimeRemainingColumn())
         self._bar = progress_bar(TextColumn("{task.description}"), *columns)
-        self._task = self._bar.add_task(self._title, total=config.steps, completed=first, figures="")
+        self._task = self._bar.add_task(self._title, total=steps, completed=first, summary="")
         self._bar.start()
 
     def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -58,7 +58,7 @@ class Reporter:
         """Waits for the last step taken, and reports it.
 
         Raises:
-          UserError: a figure of that step is not finite.
+          UserError: a metric of that step is not finite.
         """
         if self._pending is None:
             return
@@ -75,25 +75,25 @@ class Reporter:
         scalars["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
         self._tokens, self._since = 0.0, now
         self._write(step, scalars)
-        figures = f"loss {scalars['loss']:.3f}  {scalars['tokens_per_second']:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, figures=figures)
+        summary = f"loss {scalars['loss']:.3f}  {scalars['tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, summary=summary)
         if self._bar.disable and (step == self._steps or step % (self._every * LOG_LINES_EVERY) == 0):
-            self._bar.console.print(f"{self._title} {step}/{self._steps} {figures}")
+            self._bar.console.print(f"{self._title} {step}/{self._steps} {summary}")
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Reports held-out losses, {label: nats per token}; the time they took is not the training's."""
+        """Reports held-out losses, {label: nats per token}; the time they took does not count as that of training."""
         self.flush()
         self._check_finite(step, {f"the held-out loss of {label}": nats for label, nats in losses.items()})
         self._write(step, {f"evaluation/{label}": nats for label, nats in losses.items()})
         self._tokens, self._since = 0.0, time.perf_counter()
 
-    def _check_finite(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Stops a run that has diverged; the loss and the gradient's norm are named before what follows from them."""
-        for name in sorted(figures, key=lambda name: (name != "loss", name != "gradient_norm")):
-            if not np.isfinite(figures[name]).all():
+    def _check_finite(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Stops a run that has diverged; names the loss and the gradient's norm before what follows from them."""
+        for name in sorted(metrics, key=lambda name: (name != "loss", name != "gradient_norm")):
+            if not np.isfinite(metrics[name]).all():
                 raise UserError(
-                    f"step {step}: {name} is not finite ({figures[name]}); stopped, and the checkpoints of earlier "
-                    "steps are kept: check the data, or lower --config.optimizer.learning_rate, in a new workdir"
+                    f"step {step}: {name} is not finite ({metrics[name]}); stopped, and the checkpoints of earlier "
+                    "steps are kept: check the data, or lower config.optimizer.learning_rate, in a new workdir"
                 )
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and clipping; all of them see trainable leaves alone."""
+"""AdamW, its learning rate schedule, and gradient clipping, of trainable leaves only."""
 
 import re
 from collections.abc import Mapping
@@ -8,17 +8,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from flexolmo_jax.errors import UserError
-
 
 def warmup_steps(config: ConfigDict, steps: int) -> int:
-    """Steps of the linear rise: as configured, or half of a run that ends before that (a short trial).
-
-    Raises:
-      UserError: it is negative.
-    """
-    if config.warmup_steps < 0:
-        raise UserError(f"--config.optimizer.warmup_steps={config.warmup_steps}: must be at least 0")
+    """Steps of the linear warm-up: as configured, or half of a run that is no longer (a short trial)."""
     return config.warmup_steps if config.warmup_steps < steps else steps // 2
 
 
@@ -26,11 +18,8 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then `cosine`, or `wsd` (constant, then a linear decay).
 
     Args:
-      config: the `optimizer` section of the configuration.
+      config: the section `optimizer` of the configuration.
       steps: length of the run, warm-up included.
-
-    Raises:
-      UserError: the warm-up is negative.
     """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     rise = warmup_steps(config, steps)
@@ -52,7 +41,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     """
 
     def decayed(leaves: Mapping[str, jax.Array]) -> dict[str, bool]:
-        return {path: not any(re.fullmatch(p, path) for p in config.no_decay) for path in leaves}
+        return {path: not any(re.fullmatch(pattern, path) for pattern in config.no_decay) for path in leaves}
 
     return optax.chain(
         _clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -67,8 +56,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     )
 
 
-def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """As optax has it, but with one factor for all: its quotient of each leaf would be written to memory."""
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """As `optax.clip_by_global_norm`, but with one factor for all leaves: optax writes another copy of the gradient."""
     return optax.stateless(
-        lambda gradient, _: optax.tree.scale(jnp.minimum(1.0, most / optax.tree.norm(gradient)), gradient)
+        lambda gradient, _: optax.tree.scale(jnp.minimum(1.0, max_norm / optax.tree.norm(gradient)), gradient)
     )

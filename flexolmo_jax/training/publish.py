@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from ml_collections import ConfigDict
 
 from flexolmo_jax.checkpoint.manifests import (
     ANCHOR_NAME,
@@ -31,13 +30,39 @@ from flexolmo_jax.checkpoint.model_directory import (
 )
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.data.corpus import Corpus, copy_documents
-from flexolmo_jax.training.inputs import EXPERT, Inputs
-from flexolmo_jax.training.state import start_leaf
+from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.training.state import EXPERT, Start, start_leaf
 from flexolmo_jax.training.step import Leaves
 
 
-def publish(product: epath.Path, config: ConfigDict, inputs: Inputs, leaves: Leaves) -> epath.Path:
-    """Writes the product of a run, whole or not at all, and returns its directory.
+class Publication(NamedTuple):
+    """What the output of a run holds beside its trained leaves.
+
+    Attributes:
+      expert: name of the expert, for a contribution; "" for a model.
+      card: what the weights say of their data.
+      start: the model that the run started from, if any.
+      architecture: of the model.
+      roster: experts in the order of the router's logits.
+      trainable: paths of the trained leaves.
+      corpus: brings the tokenizer, and the documents of a public sample.
+      public_documents: how many documents the sample has.
+      seed: of the choice of these.
+    """
+
+    expert: str
+    card: dict[str, Any]
+    start: Start | None
+    architecture: Architecture
+    roster: list[str]
+    trainable: frozenset[str]
+    corpus: Corpus
+    public_documents: int
+    seed: int
+
+
+def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epath.Path:
+    """Writes the output of a run, whole or not at all, and returns its directory.
 
     A trained leaf is rounded to the dtype of the leaf that it started from, an expert's to that of the anchor's
     (docs/formats.md). A frozen leaf may be held in a shorter dtype than its source, so it is copied from there.
@@ -45,65 +70,57 @@ def publish(product: epath.Path, config: ConfigDict, inputs: Inputs, leaves: Lea
     Raises:
       UserError: a trained leaf is not finite, or too large for its dtype; or the start has changed since.
     """
-    stored = open_params(config.start_from) if inputs.manifest else {}
-    if config.expert:
-        own = {path: leaf for path, leaf in leaves.items() if path.startswith(EXPERT)}
-        return _write_contribution(product, config, inputs, own, stored)
-    frozen = {path: (stored or leaves)[path] for path in leaves.keys() - inputs.trainable}
-    return _write_model(product, config, inputs, {path: leaves[path] for path in inputs.trainable} | frozen, stored)
-
-
-def data_card(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
-    """What the weights say of their data: the owner's words, counts, and how long they were trained on it."""
-    own = inputs.corpora[0][0]
-    return {
-        **config.card.to_dict(),
-        "documents": sum(corpus.documents for corpus in own),
-        "tokens": sum(corpus.tokens for corpus in own),
-        "sequence_length": config.data.sequence_length,
-        # Of all sequences, public ones included.
-        "trained_tokens": config.steps * config.data.batch_size * config.data.sequence_length,
-        "public_share": config.data.public_share,
-    }
+    start = publication.start
+    stored = open_params(start.path) if start else {}
+    if start and publication.expert:
+        expert = {path: leaf for path, leaf in leaves.items() if path.startswith(EXPERT)}
+        return _write_contribution(output, expert, stored, start.manifest, publication)
+    trained = {path: leaves[path] for path in publication.trainable}
+    frozen = {path: (stored or leaves)[path] for path in leaves.keys() - publication.trainable}
+    return _write_model(output, trained | frozen, stored, publication)
 
 
 def _write_contribution(
-    product: epath.Path, config: ConfigDict, inputs: Inputs, tree: Leaves, stored: Mapping[str, ts.TensorStore]
+    output: epath.Path,
+    leaves: Leaves,
+    stored: Mapping[str, ts.TensorStore],
+    anchor: ModelManifest,
+    publication: Publication,
 ) -> epath.Path:
     slices = {}
-    for path, leaf in sorted(tree.items()):
+    for path, leaf in sorted(leaves.items()):
         dtype = stored[start_leaf(path)].dtype.numpy_dtype
         slices[digest_name(path)] = Slice(leaf, None, f"the trained leaf {path}").as_dtype(dtype)
     manifest = ContributionManifest(
-        name=config.expert,
-        anchor_digest=inputs.manifest.anchor_digest,
-        architecture=inputs.manifest.architecture,
-        card=data_card(config, inputs),
+        name=publication.expert,
+        anchor_digest=anchor.anchor_digest,
+        architecture=anchor.architecture,
+        card=publication.card,
         leaves={},
     )
-    write_contribution(product, manifest, slices)
-    return product
+    write_contribution(output, manifest, slices)
+    return output
 
 
 def _write_model(
-    product: epath.Path,
-    config: ConfigDict,
-    inputs: Inputs,
-    tree: Mapping[str, Any],
+    output: epath.Path,
+    leaves: Mapping[str, Any],
     stored: Mapping[str, ts.TensorStore],
+    publication: Publication,
 ) -> epath.Path:
-    """Writes a model of the leaves in `tree`; `stored` are those it started from, none where they were fresh."""
+    """Writes a model of the leaves; `stored` are those that it started from, none where they were fresh."""
     dtypes = {path: leaf.dtype.numpy_dtype for path, leaf in stored.items()}
-    before, corpus = inputs.manifest, inputs.corpora[0][0][0]
-    if before:
-        manifest = _without_leaves(before, inputs.trainable)
+    start, corpus = publication.start, publication.corpus
+    if start:
+        before = start.manifest
+        manifest = _without_leaves(before, publication.trainable)
         if len(before.experts) > 1:
-            trained = inputs.trainable | set(before.tuned.leaves if before.tuned else ())
-            manifest = manifest.but(tuned=before.tuned_in(trained, data_card(config, inputs)))
+            trained = publication.trainable | set(before.tuned.leaves if before.tuned else ())
+            manifest = manifest.but(tuned=before.tuned_in(trained, publication.card))
     else:
         manifest = ModelManifest(
-            architecture=dataclasses.asdict(inputs.model.architecture),
-            experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card=data_card(config, inputs))],
+            architecture=dataclasses.asdict(publication.architecture),
+            experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card=publication.card)],
             shared={},
             top_k=1,
             tokenizer_digest=corpus.tokenizer_digest,
@@ -112,37 +129,36 @@ def _write_model(
 
     def complete(directory: epath.Path, written: ModelManifest) -> None:
         (corpus.path / TOKENIZER_FILE).copy(directory / TOKENIZER_FILE)
-        if before:
-            copy_files(epath.Path(config.start_from) / TOKENIZER_FOLDER, directory / TOKENIZER_FOLDER)
-        if config.publish.public_documents:
-            _publish_sample(config, corpus, directory / PUBLIC)
+        if start:
+            copy_files(start.path / TOKENIZER_FOLDER, directory / TOKENIZER_FOLDER)
+        if publication.public_documents:
+            _publish_sample(corpus, publication.public_documents, publication.seed, directory / PUBLIC)
 
-    shared, experts = split_experts(tree, inputs.roster, "the trained model", dtypes)
+    shared, experts = split_experts(leaves, publication.roster, "the trained model", dtypes)
     write_model(
-        product,
+        output,
         manifest,
         shared,
         experts,
-        statistics=open_statistics(config.start_from, before) if before else None,
-        merged_router=open_merged_router(config.start_from, before) if before else None,
+        statistics=open_statistics(start.path, start.manifest) if start else None,
+        merged_router=open_merged_router(start.path, start.manifest) if start else None,
         complete=complete,
     )
-    return product
+    return output
 
 
 def _without_leaves(manifest: ModelManifest, trained: Set[str]) -> ModelManifest:
     """The manifest before trained leaves are written: it names neither digests nor casts of them."""
-    own = {digest_name(path) for path in trained if path.startswith(MOE)}
+    of_experts = {digest_name(path) for path in trained if path.startswith(MOE)}
 
     def rest(values: Mapping[str, Any], leaves: Set[str]) -> dict[str, Any]:
         return {leaf: value for leaf, value in values.items() if leaf not in leaves}
 
-    experts = [e.but(leaves=rest(e.leaves, own), casts=rest(e.casts, own)) for e in manifest.experts]
+    experts = [e.but(leaves=rest(e.leaves, of_experts), casts=rest(e.casts, of_experts)) for e in manifest.experts]
     return manifest.but(experts=experts, shared=rest(manifest.shared, trained), casts=rest(manifest.casts, trained))
 
 
-def _publish_sample(config: ConfigDict, corpus: Corpus, out: epath.Path) -> None:
+def _publish_sample(corpus: Corpus, count: int, seed: int, out: epath.Path) -> None:
     """Ships some of the public documents with the anchor, so that owners can mix them in."""
-    count = min(config.publish.public_documents, len(corpus))
-    chosen = np.random.default_rng(config.seed).choice(len(corpus), count, replace=False)
+    chosen = np.random.default_rng(seed).choice(len(corpus), min(count, len(corpus)), replace=False)
     copy_documents(corpus, sorted(chosen.tolist()), out)

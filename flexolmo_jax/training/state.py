@@ -1,6 +1,8 @@
-"""The leaves a run begins with, on their devices, and the train state around them."""
+"""The leaves that a run begins with, which of them it trains, and the train state around these."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import jax
@@ -8,120 +10,198 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tensorstore as ts
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint.manifests import MOE, ROUTER
+from flexolmo_jax.checkpoint.manifests import MOE, ROUTER, ModelManifest
 from flexolmo_jax.checkpoint.model_directory import open_params
 from flexolmo_jax.checkpoint.params import read_leaf
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.leaves import INIT_STDDEV
 from flexolmo_jax.model.routers import ROUTERS
-from flexolmo_jax.training import partition
-from flexolmo_jax.training.inputs import EXPERT, Inputs
 from flexolmo_jax.training.step import Leaves, TrainState
 
-
-def shardings(inputs: Inputs, mesh: Mesh, rules: sharding.Rules) -> dict[str, NamedSharding]:
-    """Where each leaf lies: {path: sharding}."""
-    return sharding.leaf_shardings(inputs.model.abstract(), inputs.model.logical_axes(), mesh, rules)
-
-
-def leaf_dtypes(config: ConfigDict, inputs: Inputs) -> dict[str, np.dtype]:
-    """How leaves are held: those that a run publishes from memory in float32, the others in `frozen_dtype`."""
-    published = {path: path in inputs.trainable or path.startswith(EXPERT) for path in inputs.model.abstract()}
-    return {path: jnp.dtype("float32" if own else config.compute.frozen_dtype) for path, own in published.items()}
+EXPERT = MOE + "expert/"  # prefix of the leaves of the expert in training
+TRAINABLE, FROZEN = "trainable", "frozen"
+AbstractLeaves = dict[str, jax.ShapeDtypeStruct]
 
 
-def abstract_leaves(config: ConfigDict, inputs: Inputs, where: Mapping[str, NamedSharding]) -> tuple[Leaves, Leaves]:
-    """The leaves of a run that starts from a model directory as (trainable, frozen): shapes, dtypes, shardings."""
-    dtypes, shapes = leaf_dtypes(config, inputs), inputs.model.abstract()
-    leaves = {p: jax.ShapeDtypeStruct(leaf.shape, dtypes[p], sharding=where[p]) for p, leaf in shapes.items()}
-    return partition.split(leaves, inputs.trainable)
+class Start(NamedTuple):
+    """The model directory that a run starts from."""
+
+    path: epath.Path
+    manifest: ModelManifest
+
+
+class Initialization(NamedTuple):
+    """How leaves begin that no other model brings: fresh weights, and the router of a new expert.
+
+    Attributes:
+      seed: of all that is random.
+      expert: name of the new expert, or "".
+      options: the section `init` of the configuration.
+    """
+
+    seed: int
+    expert: str
+    options: ConfigDict
+
+
+def trainable_paths(
+    paths: Iterable[str], partition: Sequence[tuple[str, str]], required_prefix: str = ""
+) -> frozenset[str]:
+    """The paths that a partition marks trainable; the first pattern that matches a whole path decides.
+
+    Args:
+      paths: every leaf's path, such as `blocks/moe/expert/gate`.
+      partition: (regular expression, "trainable" or "frozen") in order.
+      required_prefix: of all trainable paths: an expert ships its leaves and no other.
+
+    Raises:
+      UserError: a path no pattern matches, a pattern that decides no path, an unknown mark or a bad
+        expression, or nothing left to train.
+    """
+    key = "config.partition"
+    for pattern, mark in partition:
+        if mark not in (TRAINABLE, FROZEN):
+            raise UserError(f"{key}: '{pattern}' is marked '{mark}'; use '{TRAINABLE}' or '{FROZEN}'")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{key}: '{pattern}' is not a regular expression ({error})") from None
+    unused = {pattern for pattern, _ in partition}
+    trainable = set()
+    for path in paths:
+        pattern, mark = next((rule for rule in partition if re.fullmatch(rule[0], path)), (None, None))
+        if pattern is None:
+            raise UserError(f"{key}: no pattern matches the leaf {path}; add one that does")
+        unused.discard(pattern)
+        if mark == TRAINABLE:
+            trainable.add(path)
+    for pattern, _ in partition:
+        if pattern in unused:
+            raise UserError(f"{key}: '{pattern}' decides no leaf of this model; remove it, or correct or move it")
+    if not trainable:
+        raise UserError(f"{key}: every leaf is frozen; mark at least one pattern '{TRAINABLE}'")
+    others = sorted(path for path in trainable if not path.startswith(required_prefix))
+    if others:
+        raise UserError(
+            f"{key}: trains {others[0]}, and an expert ships {required_prefix}* only; freeze the rest, as "
+            "configs/expert.py does, or leave out config.expert"
+        )
+    return frozenset(trainable)
+
+
+def split(leaves: Mapping[str, Any], trainable: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a flat dict into (trainable, frozen)."""
+    chosen = frozenset(trainable)
+    return (
+        {path: leaf for path, leaf in leaves.items() if path in chosen},
+        {path: leaf for path, leaf in leaves.items() if path not in chosen},
+    )
+
+
+def abstract_leaves(
+    model: Decoder, shardings: Mapping[str, NamedSharding], trainable: frozenset[str], frozen_dtype: str
+) -> tuple[AbstractLeaves, AbstractLeaves]:
+    """The leaves of a run that starts from a model directory as (trainable, frozen): shapes, dtypes, shardings.
+
+    Leaves that a run publishes from memory are float32, the others have `frozen_dtype`.
+    """
+
+    def abstract(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = "float32" if path in trainable or path.startswith(EXPERT) else frozen_dtype
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=shardings[path])
+
+    return split({path: abstract(path, leaf) for path, leaf in model.abstract().items()}, trainable)
 
 
 def initial_leaves(
-    config: ConfigDict, inputs: Inputs, where: Mapping[str, NamedSharding]
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The leaves a run begins with, on their devices, as (trainable, frozen).
+    model: Decoder,
+    trainable: AbstractLeaves,
+    frozen: AbstractLeaves,
+    start: Start | None,
+    initialization: Initialization,
+) -> tuple[Leaves, Leaves]:
+    """The leaves that a run begins with, on their devices, as (trainable, frozen).
 
-    Fresh weights are drawn from the seed. Otherwise leaves are read from `start_from`, and a new expert
-    gets the anchor's feed-forward and router leaves of its own (`routers.Router.new_expert`). What the
-    run will publish from memory is float32; the other frozen leaves are held in `frozen_dtype`.
+    Fresh weights are drawn from the seed, in float32. Otherwise leaves are read from the start, and a new expert gets
+    the anchor's feed-forward, and router leaves of its own (`routers.Router.new_expert`).
+
+    Args:
+      model: the decoder.
+      trainable: shapes, dtypes and shardings of the leaves.
+      frozen: the same of the others.
+      start: where leaves are read; None for fresh weights.
+      initialization: of leaves that the start does not bring.
     """
-    if inputs.manifest is None:
-        key = jax.random.key(config.seed)
-        leaves = jax.jit(inputs.model.init_flat, out_shardings=dict(where))(key)
-        leaves["embedding"] *= config.init.embedding_stddev / INIT_STDDEV
-    else:
-        stored = open_params(config.start_from)
-        new = _new_expert(config, inputs) if config.expert else {}
-        trainable, frozen = (
-            {
-                path: jax.device_put(new[path], leaf.sharding) if path in new else _read(config, stored, path, leaf)
-                for path, leaf in leaves.items()
-            }
-            for leaves in abstract_leaves(config, inputs, where)
-        )
-        return trainable, frozen
-    return partition.split(leaves, inputs.trainable)
+    if start is None:
+        shardings = {path: leaf.sharding for path, leaf in {**trainable, **frozen}.items()}
+        leaves = jax.jit(model.init_flat, out_shardings=shardings)(jax.random.key(initialization.seed))
+        leaves["embedding"] *= initialization.options.embedding_stddev / INIT_STDDEV
+        return split(leaves, trainable)
+    stored = open_params(start.path)
+    new = _new_expert(model.architecture, initialization) if initialization.expert else {}
+
+    def initial(abstract: AbstractLeaves) -> Leaves:
+        return {
+            path: jax.device_put(new[path], leaf.sharding) if path in new else _read(path, leaf, start, stored)
+            for path, leaf in abstract.items()
+        }
+
+    return initial(trainable), initial(frozen)
+
+
+def start_leaf(path: str) -> str:
+    """The leaf of the start that a leaf begins as; an expert's are the anchor's."""
+    return path.replace(EXPERT, MOE + "anchor/")
 
 
 def abstract_state(
     trainable: Mapping[str, jax.Array | jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state around leaves: optimizer state lies where its leaves do.
+    """Shapes, dtypes and shardings of the state around leaves: optimizer state has the shardings of its leaves.
 
-    Scalars lie on every device. To be called outside `jax.set_mesh` where the devices are not there.
+    Scalars are replicated. To be called outside `jax.set_mesh` where the devices are not there.
     """
 
-    def place(leaf, where):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    def like(leaf, leaf_sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding)
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    abstract = {path: place(leaf, leaf.sharding) for path, leaf in trainable.items()}
+    replicated = NamedSharding(mesh, PartitionSpec())
+    abstract = {path: like(leaf, leaf.sharding) for path, leaf in trainable.items()}
     state = optax.tree.map_params(
         optimizer,
-        lambda leaf, like: place(leaf, like.sharding),
+        lambda moment, leaf: like(moment, leaf.sharding),
         jax.eval_shape(optimizer.init, trainable),
         abstract,
-        transform_non_params=lambda leaf: place(leaf, everywhere),
+        transform_non_params=lambda scalar: like(scalar, replicated),
     )
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), abstract, state)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), abstract, state)
 
 
-def initial_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The train state of step 0."""
-    abstract = abstract_state(trainable, optimizer, mesh)
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
+def initial_state(trainable: Leaves, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """The train state of step 0 around leaves, with the shardings of `abstract`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
     step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
-    return TrainState(step, trainable, jax.jit(optimizer.init, out_shardings=where)(trainable))
+    return TrainState(step, trainable, jax.jit(optimizer.init, out_shardings=shardings)(trainable))
 
 
-def _read(
-    config: ConfigDict,
-    stored: Mapping[str, ts.TensorStore],
-    path: str,
-    like: jax.ShapeDtypeStruct,
-) -> jax.Array:
-    """Reads one leaf of `start_from`, a new expert's from the anchor's."""
+def _read(path: str, like: jax.ShapeDtypeStruct, start: Start, stored: Mapping[str, ts.TensorStore]) -> jax.Array:
+    """Reads one leaf of the start, a new expert's from the anchor's."""
     source = start_leaf(path)
-    label = f"--config.start_from={config.start_from}: leaf {source}"
+    label = f"config.start_from={start.path}: leaf {source}"
     if source not in stored or tuple(stored[source].shape) != like.shape:
         raise UserError(f"{label} is missing or misshapen; copy the model again from its source")
     return read_leaf(stored[source], like.sharding, like.dtype, label)
 
 
-def _new_expert(config: ConfigDict, inputs: Inputs) -> dict[str, np.ndarray]:
+def _new_expert(architecture: Architecture, initialization: Initialization) -> dict[str, np.ndarray]:
     """The router's leaves of a new expert, {path: array}."""
-    architecture = inputs.model.architecture
     # The name enters the seed: owners who never talk must not start from the same leaves.
-    key = jax.random.fold_in(jax.random.key(config.seed), crc32(config.expert.encode()))
-    leaves = ROUTERS[architecture.router].new_expert(architecture, config.init, key)
+    key = jax.random.fold_in(jax.random.key(initialization.seed), crc32(initialization.expert.encode()))
+    leaves = ROUTERS[architecture.router].new_expert(architecture, initialization.options, key)
     return {EXPERT + ROUTER + name: leaf for name, leaf in leaves.items()}
-
-
-def start_leaf(path: str) -> str:
-    """The leaf of `start_from` that a leaf starts from, an expert's from the anchor's."""
-    return path.replace(EXPERT, MOE + "anchor/")

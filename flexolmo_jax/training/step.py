@@ -1,4 +1,4 @@
-"""One optimizer step: a pure function of the state, the frozen leaves and a batch."""
+"""The training objective, and one optimizer step: pure functions of the state, the frozen leaves and a batch."""
 
 import ctypes
 import dataclasses
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.training.objective import LossWeights, objective
+from flexolmo_jax.model.decoder import Decoder, Output
+from flexolmo_jax.model.loss import prediction_loss, routing_shares
 
 Leaves = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -25,30 +25,85 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
+class LossWeights(NamedTuple):
+    """Weights of the regularisers, per token (docs/method.md, "Settings of the published run")."""
+
+    z_loss: float
+    router_z_loss: float
+    load_balancing: float
+
+
+def router_z_loss(logits_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+    """Squared log partition function of the router's logits: mean over layers, sum over the tokens of the mask."""
+    return jnp.sum(jnp.square(jax.nn.logsumexp(logits_LxBxSxE, axis=-1)) * mask_BxS) / logits_LxBxSxE.shape[0]
+
+
+def load_balancing(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array, top_k: int) -> jax.Array:
+    """E * sum over experts of (share of tokens routed to it, counting top-k) * (its mean weight).
+
+    Switch Transformer (arXiv 2101.03961), equation 4, over the tokens of all layers together; it is
+    top_k when routing is uniform.
+    """
+    num_experts = router_weights_LxBxSxE.shape[-1]
+    _, chosen = jax.lax.top_k(router_weights_LxBxSxE, top_k)
+    routed = jax.nn.one_hot(chosen, num_experts).sum(axis=-2)
+    mask = jnp.broadcast_to(mask_BxS, router_weights_LxBxSxE.shape[:-1])[..., None]
+    count = jnp.maximum(jnp.sum(mask), 1)
+    share_E, weight_E = (jnp.sum(y * mask, axis=(0, 1, 2)) / count for y in (routed, router_weights_LxBxSxE))
+    return num_experts * jnp.sum(share_E * weight_E)
+
+
+def objective(
+    model: Decoder, params: dict[str, jax.Array], batch: dict[str, jax.Array], weights: LossWeights
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The training loss of a batch, summed over its tokens.
+
+    Args:
+      model: the decoder.
+      params: flat dict of all leaves.
+      batch: int32 [batch, length] arrays `tokens`, `targets`, `segment_ids` (0 is padding), `positions`.
+      weights: weights of the regularisers.
+
+    Returns:
+      (loss, sums): `sums` holds `tokens`, `cross_entropy` (nats) and the regularisers before their
+      weights, each a sum over tokens, and `routing_E`, the routing weight each expert got.
+    """
+    out: Output = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    head, mask_BxS = prediction_loss(model, params, out, batch, weights.z_loss)
+    tokens = jnp.sum(mask_BxS)
+    router = {
+        "router_z_loss": router_z_loss(out.router_logits_LxBxSxE, mask_BxS),
+        "load_balancing": load_balancing(out.router_weights_LxBxSxE, mask_BxS, model.layout.top_k) * tokens,
+    }
+    loss = head.loss + sum(getattr(weights, name) * value for name, value in router.items())
+    sums = {"tokens": tokens, "cross_entropy": head.cross_entropy, "z_loss": head.z_loss, **router}
+    return loss, {**sums, "routing_E": routing_shares(out.router_weights_LxBxSxE, mask_BxS)}
+
+
 def make_train_step(
     model: Decoder,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     weights: LossWeights,
-    accumulate: int,
+    grad_accum_steps: int,
 ) -> Callable[[TrainState, Leaves, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the step `(state, frozen, batch) -> (state, metrics)`.
 
     Gradients are taken with respect to the trainable leaves only: none of a frozen leaf is computed. The batch is
-    computed in `accumulate` parts whose sums are added, so the gradient is that of the mean over all tokens of the
-    batch, however it is divided (load balancing is computed per part).
+    computed in `grad_accum_steps` micro-batches whose sums are added, so the gradient is that of the mean over all
+    tokens of the batch, however it is divided (load balancing is computed per micro-batch).
 
     Metrics, float32: `loss`, `cross_entropy`, `z_loss`, `router_z_loss`, `load_balancing` (means per token),
     `gradient_norm` before clipping, `learning_rate` (of `schedule`, for the log), `tokens`, and `routing_E`, each
     expert's share of the routing weight.
     """
 
-    def part_loss(trainable: Leaves, frozen: Leaves, tokens: jax.Array, part: Batch):
-        """What the part adds to the mean over `tokens`, the vjp toward the trainable leaves, and sums over the part."""
+    def micro_batch_loss(trainable: Leaves, frozen: Leaves, tokens: jax.Array, micro_batch: Batch):
+        """(contribution to the mean over `tokens`, vjp with respect to the trainable leaves, sums) of a micro-batch."""
         differentiated = model if "embedding" in trainable else _ending_at_blocks(model)
 
         def loss_fn(trainable):
-            loss, sums = objective(differentiated, {**frozen, **trainable}, part, weights)
+            loss, sums = objective(differentiated, {**frozen, **trainable}, micro_batch, weights)
             return loss / tokens, {"loss": loss, **sums}
 
         return jax.vjp(loss_fn, trainable, has_aux=True)
@@ -56,23 +111,23 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Leaves, batch: Batch):
         # The loss is divided, not its gradient: that would be one more pass over the memory of all trainable leaves.
         tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
-        loss_of = functools.partial(part_loss, state.trainable, frozen, tokens)
-        if accumulate == 1:
-            # Nothing to add to: a sum would be cleared first, and each layer's gradient held beside it.
+        loss_of = functools.partial(micro_batch_loss, state.trainable, frozen, tokens)
+        if grad_accum_steps == 1:
+            # No sum of gradients, which would be held beside each layer's gradient.
             loss, vjp, sums = loss_of(batch)
             (gradient,) = vjp(jnp.ones_like(loss))
         else:
-            # Part i takes rows i, i + accumulate, ...: every part then spans all devices.
-            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            # Each layer's gradient is added in place: none of a part alone is ever held.
+            # Micro-batch i takes sequences i, i + grad_accum_steps, ...: each then spans all devices.
+            micro_batches = jax.tree.map(lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+            # Each layer's gradient is added in place: that of one micro-batch is never held whole.
             total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), state.trainable)
 
-            def add_part(_, part):
-                loss, vjp, sums = loss_of(part)
+            def accumulate(_, micro_batch):
+                loss, vjp, sums = loss_of(micro_batch)
                 vjp.with_refs(total)(jnp.ones_like(loss))
                 return None, sums
 
-            _, sums = jax.lax.scan(add_part, None, parts)
+            _, sums = jax.lax.scan(accumulate, None, micro_batches)
             sums = jax.tree.map(functools.partial(jnp.sum, axis=0), sums)
             gradient = jax.tree.map(jax.freeze, total)
         metrics = {name: value / tokens for name, value in sums.items()}

@@ -1,11 +1,10 @@
-"""The workdir of a run: which run it holds, and that only one process at a time is at work in it."""
+"""The workdir of a run: which run it holds, the lock of the one process that works in it, and how SIGTERM ends that."""
 
 import contextlib
 import errno
-import hashlib
-import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -15,69 +14,49 @@ from typing import Any
 import filelock
 from etils import epath
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
-from configs import base
-from flexolmo_jax.checkpoint.digests import combined_digest
-from flexolmo_jax.errors import UserError
-from flexolmo_jax.training.inputs import Inputs, public_path, split_paths
-from flexolmo_jax.training.optimizer import warmup_steps
+from configs import base, keys
+from flexolmo_jax.errors import ArgumentError, UserError
 
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+OUTPUTS = MODEL, CONTRIBUTION = "model", "contribution"
 LOCK_FILE = ".lock"
 DAMAGED_FILE = "damaged_corpus.txt"  # why no output may ever come of this run
 # What may differ when a run is resumed: where it runs, what it keeps, and what its owner says of the data.
 MAY_CHANGE = ("mesh", "sharding_rules", "checkpoint", "log", "card")
-# Paths: what they name is compared by its content.
-PATHS = ("start_from", "data.train", "data.public", "evaluation.data", "init.router_weight_file")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
-_CONTENT = "content of "
-_OLD_CONTENT = _CONTENT + "the corpora"  # of records that digest the corpora together with their paths
 
 
-def describe(config: ConfigDict, inputs: Inputs) -> dict[str, Any]:
-    """What `config.json` records: the configuration, and the content of what its paths name."""
-    record = json.loads(config.to_json())
-    record["optimizer"]["warmup_steps"] = warmup_steps(config.optimizer, config.steps)
-    own, *public = ([corpus.digest for corpus in group] for group, _ in inputs.corpora)
-    return {
-        **record,
-        _CONTENT + "start_from": inputs.manifest.content_digest if inputs.manifest else "",
-        _CONTENT + "data.train": own,
-        _CONTENT + "data.public": list(itertools.chain(*public)),
-        _CONTENT + "evaluation.data": [corpus.digest for corpus in inputs.held_out.values()],
-        _CONTENT + "init.router_weight_file": _file_digest(
-            config.init.router_weight_file, "--config.init.router_weight_file"
-        ),
-    }
+def content_key(name: str) -> str:
+    """The key in `config.json` for the content of what the configuration key `name`, a path, names."""
+    return f"content of {name}"
 
 
-def _file_digest(path: str, flag: str) -> str:
-    """The digest of a file's bytes; "" where none is named."""
-    if path and not epath.Path(path).exists():
-        raise UserError(f"{flag}={path}: no such file; check the path")
-    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest() if path else ""
+def finished(workdir: epath.Path, record: dict[str, Any]) -> epath.Path | None:
+    """The output of this run; None for a run to begin or to resume.
 
-
-def finished(workdir: epath.Path, record: dict[str, Any], inputs: Inputs, output: epath.Path) -> bool:
-    """Whether the workdir holds this run with its output; False for a run to begin or to resume.
+    Args:
+      workdir: the directory, which need not be there.
+      record: what `config.json` holds once the run has begun.
 
     Raises:
       UserError: the workdir holds another run, one that may give no output, or an output with another card.
     """
-    before, now = _read_record(workdir / CONFIG_FILE), flatten_dict(record, sep=".")
+    before, now = _read_record(workdir), flatten_dict(record, sep=".")
     if before is not None:
-        _check_same(workdir, before, now, inputs)
+        _check_same(workdir, before, now)
     if (workdir / DAMAGED_FILE).exists():
         raise UserError((workdir / DAMAGED_FILE).read_text().strip())
-    if not output.exists():
-        return False
+    output = next((workdir / name for name in OUTPUTS if (workdir / name).exists()), None)
+    if output is None:
+        return None
     if before is not None and any(before[key] != now[key] for key in now if key.startswith("card.")):
         raise UserError(
-            f"--config.card: {output} has another card; remove {output} and run the same command again, which "
+            f"config.card: {output} has another card; remove {output} and run the same command again, which "
             "writes it with this card and trains nothing again"
         )
-    return True
+    return output
 
 
 def claim(workdir: epath.Path, record: dict[str, Any]) -> None:
@@ -90,7 +69,7 @@ def claim(workdir: epath.Path, record: dict[str, Any]) -> None:
 
 def refuse_output(workdir: epath.Path, error: UserError) -> UserError:
     """Records that the run was trained on damaged data, so that no later start gives an output; returns the error."""
-    text = f"{error}; --workdir={workdir} was trained on it, so it gives no output: train in a new workdir"
+    text = f"{error}; the run in {workdir} was trained on it, so it gives no output: train in a new workdir"
     (workdir / DAMAGED_FILE).write_text(text + "\n")
     return UserError(text)
 
@@ -99,11 +78,11 @@ def refuse_output(workdir: epath.Path, error: UserError) -> UserError:
 def locked(workdir: epath.Path) -> Iterator[None]:
     """Keeps every other process out of the workdir while the block runs.
 
-    The operating system holds the lock, and drops it when the process ends, however it ends; the file says who holds
-    it, and stays. On a file system that has no locks (or `gs://`) the run goes on without one, and says so.
+    The operating system holds the lock, and releases it when the process ends, however it ends; the file names the
+    process, and stays. On a file system that has no locks (or `gs://`) the run has no lock, and a warning is written.
 
     Raises:
-      UserError: another process holds the lock; names its host and process id.
+      ArgumentError: another process holds the lock; the message names its host and process id.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if "://" in os.fspath(workdir):
@@ -115,10 +94,8 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(
-            f"--workdir={workdir}: another run is at work in it ({_holder(file)}); wait for it or stop it, or name "
-            "another workdir"
-        ) from None
+        problem = f"another run is at work in it ({_holder(file)}); wait for it or stop it, or name another workdir"
+        raise ArgumentError("workdir", os.fspath(workdir), problem) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -131,8 +108,50 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         lock.release()
 
 
+class Terminated(BaseException):
+    """SIGTERM came where nothing has to be saved first; like KeyboardInterrupt, not an error to be handled."""
+
+
+class Sigterm:
+    """A handler of SIGTERM, by which schedulers ask a run to end. Only the first signal counts.
+
+    It raises `Terminated` at once, except within `waiting`, where the step under way is to be finished first.
+    """
+
+    def __init__(self):
+        """No signal has come."""
+        self.received = False
+        self._waits = False
+
+    def __call__(self, *_) -> None:
+        """Handles the signal."""
+        first, self.received = not self.received, True
+        if first and not self._waits:
+            raise Terminated
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Lets the block decide what to do: it reads `received`."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+
+@contextlib.contextmanager
+def handle_sigterm() -> Iterator[Sigterm]:
+    """Handles SIGTERM while the block runs; Python handles signals in the main thread only."""
+    handler = Sigterm()
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _holder(file: epath.Path) -> str:
-    """Who holds the lock; it may just be about to say."""
+    """Host and process of the lock's holder, which may be about to write them."""
     for _ in range(10):
         if text := file.read_text().strip():
             return text
@@ -144,40 +163,36 @@ def _warn_unlocked(workdir: epath.Path) -> None:
     sys.stderr.write(f"{workdir}: its file system has no locks; see to it that no other run is at work in it\n")
 
 
-def _read_record(file: epath.Path) -> dict[str, Any] | None:
+def _read_record(workdir: epath.Path) -> dict[str, Any] | None:
     """The record, with today's defaults for keys that came after it; None where there is none."""
+    file = workdir / CONFIG_FILE
     if not file.exists():
         return None
     try:
         before = flatten_dict(json.loads(file.read_text()), sep=".")
     except (ValueError, AssertionError):
         raise UserError(f"{file}: damaged; remove the workdir to start anew") from None
-    return flatten_dict(json.loads(base.get_config().to_json()), sep=".") | before
+    for old, new in base.RENAMED.items():
+        if any(key == old or key.startswith(f"{old}.") for key in before):
+            problem = f"made by another version, whose {old} is now {new}; finish it with that version, or begin anew"
+            raise ArgumentError("workdir", os.fspath(workdir), problem)
+    return keys.flatten(json.loads(base.get_config().to_json())) | before
 
 
-def _check_same(workdir: epath.Path, before: dict[str, Any], now: dict[str, Any], inputs: Inputs) -> None:
-    """Raises UserError with the keys that differ, where the run computes something else."""
-    before = dict(before)
-    if _OLD_CONTENT in before and before.pop(_OLD_CONTENT) == _old_content(before, inputs):
-        before |= {key: value for key, value in now.items() if key.startswith(_CONTENT) and key not in before}
+def _check_same(workdir: epath.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ArgumentError with the keys that differ, where the run computes something else.
+
+    A path may differ: the content of what it names is compared.
+    """
     changed = sorted(
         key
         for key in now.keys() | before.keys()
-        if key not in PATHS and key.split(".")[0] not in MAY_CHANGE and now.get(key) != before.get(key)
+        if content_key(key) not in now and key.split(".")[0] not in MAY_CHANGE and now.get(key) != before.get(key)
     )
     if changed:
-        raise UserError(
-            f"--workdir={workdir}: holds another run (config.json differs in: {', '.join(changed)}); "
-            "name another workdir, or repeat that run's flags"
+        raise ArgumentError(
+            "workdir",
+            os.fspath(workdir),
+            f"holds another run (config.json differs in: {', '.join(changed)}); name another workdir, or repeat that "
+            "run's flags",
         )
-
-
-def _old_content(before: dict[str, Any], inputs: Inputs) -> str:
-    """What an old record would say of these corpora, had they the paths they had then."""
-    paths = split_paths(before["data.train"])
-    if before["data.public_share"]:
-        paths.append(public_path(before["data.public"], before["start_from"]))
-    paths += split_paths(before["evaluation.data"])
-    corpora = [*itertools.chain(*(group for group, _ in inputs.corpora)), *inputs.held_out.values()]
-    named = zip(map(epath.Path, paths), corpora, strict=False)
-    return combined_digest({f"{path}/{file['name']}": file["sha256"] for path, c in named for file in c.files})

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 from jax.interpreters import partial_eval
 
+from configs.base import PARTITIONS
 from flexolmo_jax.model.architecture import Layout
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
 from flexolmo_jax.model.flops import decode_step_flops, recomputed_flops, train_step_flops
-from flexolmo_jax.training.partition import PARTITIONS, trainable_paths
+from flexolmo_jax.training.state import trainable_paths
 from tests.support.tiny import ARCHITECTURE, LAYOUTS
 
 BATCH, LENGTH = 2, 5

@@ -9,7 +9,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import PAIR
 from flexolmo_jax.planning import program as programs
 from flexolmo_jax.planning.memory import Memory, device_bytes, kept_bytes, memory
-from flexolmo_jax.planning.program import TooLargeError, compile_program, make_program
+from flexolmo_jax.planning.program import TooLargeError, compile_program
+from flexolmo_jax.training.run import make_program
 from tests.support import planned, small
 
 MESHES = {"pair": {"data": 2, "fsdp": 2, "tensor": 2}, "stacked": {"fsdp": 2, "expert": 4}}

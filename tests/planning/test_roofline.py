@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
+from configs.base import PARTITIONS
 from flexolmo_jax import sharding
 from flexolmo_jax.model.architecture import ANCHOR, Layout
 from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
 from flexolmo_jax.model.kernels.grouped_matmul import MOSAIC_TILE, block_tokens
 from flexolmo_jax.planning.chips import CHIPS
 from flexolmo_jax.planning.collectives import DCN, ICI, Collective
-from flexolmo_jax.planning.program import make_program
 from flexolmo_jax.planning.roofline import Roofline, block_work, hbm_bytes, network_seconds, recomputed_parts, roofline
-from flexolmo_jax.training.partition import PARTITIONS
+from flexolmo_jax.training.run import make_program
 from tests.support import planned
 
 D, F, V, N, LAYERS, TOKENS = 32, 24, 64, 16, 2, 16 * 32  # N: width of keys, two heads of 8

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
 
 from flexolmo_jax import cli
 from flexolmo_jax.checkpoint.model_directory import open_params
@@ -83,26 +85,26 @@ def losses(workdir) -> dict[int, float]:
 
 
 class Run(NamedTuple):
-    """A finished run: its configuration, workdir and product, and the leaves it ended with, {path: array}."""
+    """A finished run: its configuration, workdir and output, and the leaves it ended with, {path: array}."""
 
-    config: object
+    config: ConfigDict
     workdir: pathlib.Path
-    product: pathlib.Path
+    output: pathlib.Path
     leaves: dict[str, np.ndarray]
 
 
 def train(config, workdir: pathlib.Path) -> Run:
     """Trains in this process, keeping the leaves that go to `publish`; a run that is there already is read."""
-    kept = workdir.with_suffix(".leaves")
+    file = workdir.with_suffix(".leaves")
 
-    def publish(product, config, inputs, leaves):
-        kept.write_bytes(msgpack_serialize(jax.device_get(leaves)))
-        return original(product, config, inputs, leaves)
+    def publish(output, leaves, publication):
+        file.write_bytes(msgpack_serialize(jax.device_get(leaves)))
+        return original(output, leaves, publication)
 
     original = loop.publish
     with once(workdir), mock.patch.object(loop, "publish", publish):
-        product = loop.train(config, workdir)
-    return Run(config, workdir, pathlib.Path(product), msgpack_restore(kept.read_bytes()))
+        output = loop.train(config, workdir)
+    return Run(config, workdir, pathlib.Path(output), msgpack_restore(file.read_bytes()))
 
 
 @contextlib.contextmanager
@@ -158,7 +160,7 @@ class Runs:
     @functools.cached_property
     def merged(self) -> pathlib.Path:
         """The anchor with the expert."""
-        anchor, contributions, out = self.anchor.product, [self.expert.product], self.root / "merged"
+        anchor, contributions, out = self.anchor.output, [self.expert.output], self.root / "merged"
         with once(out) as is_there:
             if not is_there:
                 merge(anchor, contributions, out, top_k=2)
@@ -187,7 +189,7 @@ class Runs:
     @property
     def expert_values(self) -> dict:
         return {
-            "start_from": str(self.anchor.product),
+            "start_from": str(self.anchor.output),
             "expert": "news",
             "data__train": str(self.own.path),
             "evaluation__data": str(self.held_out.path),
@@ -216,29 +218,24 @@ def run_program(arguments, environment) -> subprocess.CompletedProcess:
     )
 
 
-def interrupt(event: str, at: int, signum: int, checkpoint: int) -> None:
-    """The command line with this process's arguments, which sends itself a signal in the midst of training.
+def kill(event: str, at: int, checkpoint: int) -> None:
+    """The command line with this process's arguments, which kills itself in the midst of training.
 
     Args:
-      event: "step" (after step `at`), "save" (as soon as the checkpoint of step `at` is under way) or
-        "publish" (before the product is made).
+      event: "step" (after step `at`) or "save" (as soon as the checkpoint of step `at` is under way).
       at: a step.
-      signum: the signal.
-      checkpoint: a step; the signal waits until its checkpoint is there.
+      checkpoint: a step; the kill waits until its checkpoint is there.
     """
     workdir = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
 
-    def strike():
-        while not (workdir / "checkpoints" / str(checkpoint)).exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signum)
-
-    def strike_at_step(self, step, *rest):
+    def kill_at_step(self, step, *rest):
         original(self, step, *rest)
         if step == at:
-            strike()
+            while not (workdir / "checkpoints" / str(checkpoint)).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    owner = {"step": Reporter, "save": Checkpoints, "publish": loop}[event]
+    owner = {"step": Reporter, "save": Checkpoints}[event]
     original = getattr(owner, event)
-    setattr(owner, event, strike_at_step if event != "publish" else lambda *_: strike())
+    setattr(owner, event, kill_at_step)
     cli.main()

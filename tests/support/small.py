@@ -18,7 +18,6 @@ import numpy as np
 from absl.testing import flagsaver
 from etils import epath
 
-from configs import router
 from flexolmo_jax import cli
 from flexolmo_jax.checkpoint import manifests
 from flexolmo_jax.checkpoint.digests import document_digest
@@ -33,11 +32,11 @@ from flexolmo_jax.checkpoint.model_directory import (
 from flexolmo_jax.checkpoint.params import Slice, read_block
 from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
-from flexolmo_jax.model.architecture import ANCHOR, Architecture, Layout
+from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.training import loop  # noqa: F401  grain defines flags of its own, once
-from flexolmo_jax.training.inputs import Inputs
-from flexolmo_jax.training.publish import publish
+from flexolmo_jax.training.publish import Publication, publish
+from flexolmo_jax.training.state import Start
 
 ARCHITECTURE = Architecture(
     vocab_size=260, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, d_ff=24, rope_theta=10_000.0, norm_eps=1e-6
@@ -182,16 +181,23 @@ def reseal(file, change=lambda document: None):
 
 def tuned(path, model, corpus_path, leaves=ROUTER, seed=9):
     """Publishes `model` as a run that trained `leaves` of it would: with random values there; returns `path`."""
-    config = router.get_config()
-    config.start_from, config.data.train, config.steps = str(model), str(corpus_path), 7
-    manifest = read_model(model)
-    decoder = Decoder(ARCHITECTURE, Layout.of_roster(len(manifest.experts), manifest.top_k))
-    inputs = Inputs(decoder, manifest, set(leaves), [([Corpus.open(corpus_path)], 1.0)], {})
+    manifest, data = read_model(model), Corpus.open(corpus_path)
+    publication = Publication(
+        expert="",
+        card={"description": "", "license": "", "documents": data.documents, "tokens": data.tokens},
+        start=Start(epath.Path(model), manifest),
+        architecture=ARCHITECTURE,
+        roster=manifest.roster,
+        trainable=frozenset(leaves),
+        corpus=data,
+        public_documents=0,
+        seed=0,
+    )
     rng = np.random.default_rng(seed)
     values = read_params(model)
     for leaf in sorted(leaves):
         values[leaf] = (0.3 * rng.standard_normal(values[leaf].shape)).astype(np.float32)
-    publish(epath.Path(path), config, inputs, values)
+    publish(epath.Path(path), values, publication)
     return path
 
 

@@ -1,4 +1,4 @@
-"""A run whose figures are not finite stops at that step, and keeps what was good."""
+"""A run whose metrics are not finite stops at that step, and keeps the checkpoints before it."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ def test_it_stops_at_the_step_and_so_does_the_same_command_again(config, begun, 
         poison = Poison(11, name, value=value)
         line = fails(config, begun, poison)
         assert line.startswith(f"step 11: {name} is not finite (")
-        assert poison.taken in ([10, 11], [10, 11, 12]), "step 12 may be under way when the figures of 11 are there"
+        assert poison.taken in ([10, 11], [10, 11, 12]), "step 12 may be under way when the metrics of 11 are there"
         assert checkpoints(begun) == [6, 9] or checkpoints(begun) == [9]
         steps = [line["step"] for line in strict_metrics(begun) if "loss" in line]
         assert steps == list(range(1, 11))
@@ -105,7 +105,7 @@ def test_it_stops_at_the_step_and_so_does_the_same_command_again(config, begun, 
     assert loop.train(config, begun) == begun / "contribution"
 
 
-def test_figures_of_a_step_are_looked_at_before_its_checkpoint_is_saved(config, begun):
+def test_metrics_of_a_step_are_checked_before_its_checkpoint_is_saved(config, begun):
     assert fails(config, begun, Poison(12, "loss")).startswith("step 12: loss is not finite (nan)")
     assert 12 not in checkpoints(begun)
 
@@ -117,7 +117,7 @@ def test_the_loss_is_named_before_what_follows_from_it(config, begun):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_state_that_is_not_finite_reaches_no_checkpoint_and_no_output(config, begun, value):
-    """The update of the last step overflows: its figures, of the weights before it, are finite."""
+    """The update of the last step overflows: its metrics, of the weights before it, are finite."""
     leaf = "blocks/moe/expert/gate"
     config.evaluation.data, config.evaluation.every = "", 0
     (begun / "config.json").unlink()
@@ -129,7 +129,7 @@ def test_a_state_that_is_not_finite_reaches_no_checkpoint_and_no_output(config, 
 
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(config, begun):
     with (
-        mock.patch.object(loop, "_held_out_losses", return_value={"held_out": float("nan")}),
+        mock.patch.object(loop, "_evaluate", return_value={"held_out": float("nan")}),
         pytest.raises(UserError, match="step 12: the held-out loss of held_out is not finite"),
     ):
         loop.train(config, begun)

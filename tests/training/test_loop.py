@@ -18,6 +18,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import flexolmo_jax
+from flexolmo_jax import sharding
 from flexolmo_jax.data.pipeline import evaluation_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
@@ -44,9 +45,9 @@ def losses_on_one_device(config, workdir, last):
         if step == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    take, one = Reporter.step, loop.sharding.make_mesh
+    take, make_mesh = Reporter.step, sharding.make_mesh
     with (
-        mock.patch.object(loop.sharding, "make_mesh", lambda sizes: one(sizes, jax.devices()[:1])),
+        mock.patch.object(sharding, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1])),
         mock.patch.object(Reporter, "step", step_and_stop),
     ):
         loop.train(config, workdir)
@@ -92,7 +93,7 @@ def test_evaluation_is_due_every_so_many_steps_and_at_the_end(made):
 
 
 def test_evaluation_while_training_is_that_of_the_published_model(made):
-    model = flexolmo_jax.load(made.anchor.product)
+    model = flexolmo_jax.load(made.anchor.output)
     corpora = {"held_out": made.held_out, "corpora/own": made.own}
     expected = evaluate(model, corpora, length=32, batch_size=8)
     line = runs.read_metrics(made.anchor.workdir)[-1]
@@ -109,10 +110,10 @@ def test_evaluation_of_an_expert_in_training_is_that_of_its_merge_with_the_ancho
 
 def test_evaluation_can_stop_after_some_batches(made):
     config = runs.make_config("anchor", **made.anchor_values, evaluation__batches=2)
-    inputs = loop.read_inputs(config)
-    per_row = jax.jit(lambda params, batch: {"tokens": jnp.float32(4), "cross_entropy": 1.0 * batch["tokens"].sum()})
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = loop._held_out_losses(config, inputs, per_row, {}, where)
+    run = loop.read_run(config)
+    loss_step = jax.jit(lambda params, batch: {"tokens": jnp.float32(4), "cross_entropy": 1.0 * batch["tokens"].sum()})
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = loop._evaluate(run, loss_step, device, {})
     first_two = [batch["tokens"].sum() for _, batch in zip(range(2), evaluation_batches(made.own, 32, 8), strict=False)]
     assert found["corpora/own"] == sum(first_two) / 8
 
@@ -121,7 +122,7 @@ def test_evaluation_can_stop_after_some_batches(made):
 def test_frozen_leaves_have_the_same_bits_after_a_run_with_weight_decay(made, name):
     run = getattr(made, name)
     assert run.config.optimizer.weight_decay > 0
-    before, trained = runs.read_params(run.config.start_from), loop.read_inputs(run.config).trainable
+    before, trained = runs.read_params(run.config.start_from), loop.read_run(run.config).program.trainable
     assert before.keys() - trained, "nothing is frozen"
     for path in run.leaves.keys() - trained:
         expected = before[path].astype(jnp.dtype(run.config.compute.frozen_dtype))
@@ -132,7 +133,7 @@ def test_frozen_leaves_have_the_same_bits_after_a_run_with_weight_decay(made, na
 @pytest.mark.parametrize("name", ["expert", "router"])
 def test_every_trainable_leaf_moves(made, name):
     run = getattr(made, name)
-    before, trained = runs.read_params(run.config.start_from), loop.read_inputs(run.config).trainable
+    before, trained = runs.read_params(run.config.start_from), loop.read_run(run.config).program.trainable
     for path in trained:
         start = before[path.replace("/expert/", "/anchor/")]
         assert np.abs(run.leaves[path] - start).max() > 1e-5, path
@@ -141,7 +142,7 @@ def test_every_trainable_leaf_moves(made, name):
 @pytest.mark.parametrize("name", ["expert", "router"])
 def test_checkpoints_hold_no_frozen_leaf(made, name):
     run = getattr(made, name)
-    trained = loop.read_inputs(run.config).trainable
+    trained = loop.read_run(run.config).program.trainable
     tree = ocp.StandardCheckpointer().metadata(run.workdir / "checkpoints" / "12" / "state").item_metadata.tree
     leaves = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
     named = {leaf for leaf in leaves if "/" in leaf}
@@ -151,7 +152,7 @@ def test_checkpoints_hold_no_frozen_leaf(made, name):
     assert len(leaves - named) <= 3, "step counters only"
 
 
-def test_on_another_number_of_devices_a_run_goes_on_with_the_same_batches(made, tmp_path):
+def test_on_another_number_of_devices_a_run_resumes_with_the_same_batches(made, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(made.anchor.workdir, workdir)
     shutil.rmtree(workdir / "model")
@@ -163,13 +164,13 @@ def test_on_another_number_of_devices_a_run_goes_on_with_the_same_batches(made, 
     for step in range(10, runs.STEPS + 1):
         assert lines[step]["loss"] != 0
         assert lines[step]["loss"] == pytest.approx(expected[step], rel=1e-5)
-    product, same = (runs.read_params(path / "model") for path in (workdir, made.anchor.workdir))
-    for path, leaf in product.items():
+    output, same = (runs.read_params(path / "model") for path in (workdir, made.anchor.workdir))
+    for path, leaf in output.items():
         np.testing.assert_allclose(leaf, same[path], atol=1e-4, err_msg=path)
 
 
-def test_a_batch_in_parts_is_the_same_step_and_sigterm_stops_after_the_step_under_way(made, tmp_path):
-    config = runs.make_config("anchor", **made.anchor_values, data__accumulate=2)
+def test_micro_batches_make_the_same_step_and_sigterm_stops_after_the_step_under_way(made, tmp_path):
+    config = runs.make_config("anchor", **made.anchor_values, data__grad_accum_steps=2)
     handler = signal.getsignal(signal.SIGTERM)
     lines = losses_on_one_device(config, tmp_path / "run", last=4)
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -184,17 +185,17 @@ def test_a_batch_in_parts_is_the_same_step_and_sigterm_stops_after_the_step_unde
 def test_an_implicit_transfer_in_the_loop_is_an_error(made, tmp_path):
     config = runs.make_config("anchor", **made.anchor_values)
     with (
-        mock.patch.object(loop, "_place", lambda batch, _: jax.jit(jnp.sum)(batch["tokens"])),
+        mock.patch.object(loop, "_placed", lambda batches, _: (jax.jit(jnp.sum)(b["tokens"]) for b in batches)),
         pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"),
     ):
         loop.train(config, tmp_path / "run")
 
 
-def test_an_error_in_the_loop_ends_the_progress_bar_and_leaves_no_product(made, tmp_path):
+def test_an_error_in_the_loop_ends_the_progress_bar_and_leaves_no_output(made, tmp_path):
     config = runs.make_config("anchor", **made.anchor_values)
     with (
-        mock.patch.object(loop, "_place", side_effect=RuntimeError("no such batch")),
-        pytest.raises(RuntimeError, match="no such batch"),
+        mock.patch.object(loop, "_placed", lambda *_: (1 / 0 for _ in range(1))),
+        pytest.raises(ZeroDivisionError),
     ):
         loop.train(config, tmp_path / "run")
     assert "_RefreshThread" not in [type(thread).__name__ for thread in threading.enumerate()]
@@ -202,14 +203,14 @@ def test_an_error_in_the_loop_ends_the_progress_bar_and_leaves_no_product(made, 
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(made, tmp_path):
-    config = runs.make_config("anchor", **made.anchor_values, data__accumulate=2)
-    with pytest.raises(UserError, match=r"--config.data.batch_size=8: its parts of 4 rows .* 8 devices"):
+    config = runs.make_config("anchor", **made.anchor_values, data__grad_accum_steps=2)
+    with pytest.raises(UserError, match=r"config.data.batch_size=8: its micro-batches of 4 sequences .* 8 devices"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_altered_anchor_is_refused_and_the_workdir_stays_free(made, tmp_path):
-    shutil.copytree(made.anchor.product, tmp_path / "anchor")
+    shutil.copytree(made.anchor.output, tmp_path / "anchor")
     block = next((tmp_path / "anchor" / "params" / "head").glob("c.*"))
     data = block.read_bytes()
     block.write_bytes(bytes([data[0] ^ 1]) + data[1:])
@@ -251,7 +252,7 @@ def alter(corpus, folder, token=3):
     tokens.flush()
 
 
-def test_no_output_comes_of_damaged_data_even_once_they_are_mended(made, tmp_path):
+def test_damaged_data_gives_no_output_even_once_it_is_repaired(made, tmp_path):
     alter(made.own, tmp_path / "own")
     config = runs.make_config("expert", **made.expert_values | {"data__train": f"{tmp_path}/own", "steps": 3})
     with pytest.raises(UserError, match=r"tokens-00000\.npy: differs from the digest .* gives no output") as caught:
@@ -287,7 +288,7 @@ def test_an_id_outside_the_vocabulary_never_reaches_a_step(made, tmp_path):
         loop.train(config, tmp_path / "run")
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(made, tmp_path, capfd):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(made, tmp_path, capfd):
     shutil.copytree(made.expert.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "contribution")
     (tmp_path / "run" / "checkpoints" / "12" / "data" / "metadata").write_text("{}")
@@ -305,7 +306,7 @@ def test_a_short_trial_needs_no_flag_but_steps(made, tmp_path, capfd):
     """Of a warm-up of 20, as configs/expert.py has it, and of one that just fits."""
     values = made.expert_values | {"steps": 5, "optimizer__warmup_steps": 20}
     loop.train(runs.make_config("expert", **values), tmp_path / "run")
-    assert "--config.optimizer.warmup_steps=20: no shorter than the run; the learning rate rises for 2 of 5" in (
+    assert "config.optimizer.warmup_steps=20: no shorter than the run; the learning rate rises for 2 of 5" in (
         capfd.readouterr().err
     )
     rates = [line["learning_rate"] for line in runs.read_metrics(tmp_path / "run") if "loss" in line]

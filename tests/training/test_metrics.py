@@ -1,4 +1,4 @@
-"""The reporter alone, fed with made-up figures."""
+"""The reporter, given made-up metrics."""
 
 import json
 import threading
@@ -10,27 +10,27 @@ from etils import epath
 from flexolmo_jax.training.metrics import Reporter
 from tests.support import runs
 
-ROSTER = ("anchor", "news")
+
+def open_reporter(workdir, first=0, steps=100, every=1):
+    return Reporter(epath.Path(workdir), "news", ("anchor", "news"), steps, every, first)
 
 
-def figures(loss):
+def metrics(loss):
     return {"loss": jnp.float32(loss), "tokens": jnp.float32(64), "routing_E": jnp.array([0.75, 0.25])}
 
 
 def report(workdir, *, first, last, every=1, steps=100):
     """Reports steps `first` + 1 to `last`, each with its number as the loss."""
-    config = runs.make_config("anchor", log__every=every, steps=steps)
-    with Reporter(epath.Path(workdir), config, ROSTER, first) as reporter:
+    with open_reporter(workdir, first, steps, every) as reporter:
         for step in range(first + 1, last + 1):
-            reporter.step(step, figures(step))
+            reporter.step(step, metrics(step))
 
 
 def test_a_step_is_written_once_the_next_one_is_under_way(tmp_path):
-    config = runs.make_config("anchor")
-    with Reporter(epath.Path(tmp_path), config, ROSTER, 0) as reporter:
-        reporter.step(1, figures(5.5))
+    with open_reporter(tmp_path) as reporter:
+        reporter.step(1, metrics(5.5))
         assert not (tmp_path / "metrics.jsonl").exists()
-        reporter.step(2, figures(4.5))
+        reporter.step(2, metrics(4.5))
         (line,) = runs.read_metrics(tmp_path)
         assert line.pop("tokens_per_second") > 0
         assert line == {"step": 1, "loss": 5.5, "tokens": 64, "routing/anchor": 0.75, "routing/news": 0.25}
@@ -52,8 +52,8 @@ def test_lines_after_the_step_resumed_from_and_a_torn_one_are_dropped(tmp_path):
 
 
 def test_an_evaluation_is_written_after_the_step_it_follows(tmp_path):
-    with Reporter(epath.Path(tmp_path), runs.make_config("anchor"), ROSTER, 0) as reporter:
-        reporter.step(1, figures(3))
+    with open_reporter(tmp_path) as reporter:
+        reporter.step(1, metrics(3))
         reporter.evaluation(1, {"legal": 2.5})
     assert [line.get("loss") for line in runs.read_metrics(tmp_path)] == [3, None]
     assert runs.read_metrics(tmp_path)[1] == {"step": 1, "evaluation/legal": 2.5}
@@ -71,8 +71,8 @@ def terminal(monkeypatch):
 
 def test_an_error_ends_the_progress_bar(tmp_path, terminal):
     def fail():
-        with Reporter(epath.Path(tmp_path), runs.make_config("anchor"), ROSTER, 0) as reporter:
-            reporter.step(1, figures(1))
+        with open_reporter(tmp_path) as reporter:
+            reporter.step(1, metrics(1))
             assert refreshing()
             raise RuntimeError("stop")
 
@@ -84,7 +84,7 @@ def test_an_error_ends_the_progress_bar(tmp_path, terminal):
 
 def test_an_error_of_the_last_step_ends_the_progress_bar(tmp_path, terminal):
     def fail():
-        with Reporter(epath.Path(tmp_path), runs.make_config("anchor"), ROSTER, 0) as reporter:
+        with open_reporter(tmp_path) as reporter:
             reporter.step(1, {})
 
     with pytest.raises(KeyError, match="tokens"):

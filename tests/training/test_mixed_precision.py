@@ -9,10 +9,9 @@ from jax.extend import core
 from configs import base
 from flexolmo_jax.model.architecture import PAIR, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
-from flexolmo_jax.training.objective import LossWeights, objective
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.partition import PARTITIONS, split, trainable_paths
-from flexolmo_jax.training.step import TrainState, make_train_step
+from flexolmo_jax.training.state import split, trainable_paths
+from flexolmo_jax.training.step import LossWeights, TrainState, make_train_step, objective
 from tests.support.tiny import ARCHITECTURE, random_batch
 
 BATCH = random_batch([[16], [3, 9]], 16)
@@ -25,11 +24,11 @@ def step_and_arguments(request):
     """A train step in bfloat16 and abstract arguments: trainable leaves float32, frozen ones bfloat16."""
     model = Decoder(ARCHITECTURE, STEPS[request.param], Compute("bfloat16", "dots"))
     leaves = model.abstract()
-    trainable, frozen = split(leaves, trainable_paths(leaves, PARTITIONS[request.param]))
+    trainable, frozen = split(leaves, trainable_paths(leaves, base.PARTITIONS[request.param]))
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for path, leaf in frozen.items()}
     optimizer = make_optimizer(base.get_config().optimizer, schedule := make_schedule(base.get_config().optimizer, 10))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, trainable))
-    step = make_train_step(model, optimizer, schedule, LossWeights(1e-5, 1e-3, 0.0), accumulate=1)
+    step = make_train_step(model, optimizer, schedule, LossWeights(1e-5, 1e-3, 0.0), grad_accum_steps=1)
     return model, step, (state, frozen, BATCH)
 
 
@@ -48,7 +47,7 @@ def test_trainable_leaves_their_gradients_and_moments_are_float32(step_and_argum
 
 
 def test_no_float32_copy_of_a_frozen_kernel_is_made(step_and_arguments):
-    """Scales of norms, router rows and biases are computed with in float32; nothing as large as a kernel is."""
+    """Scales of norms, router weights and biases are computed with in float32; nothing as large as a kernel is."""
     _, step, (state, frozen, batch) = step_and_arguments
     program = jax.make_jaxpr(step)(state, frozen, batch).jaxpr
     before = len(jax.tree.leaves(state))
@@ -85,8 +84,8 @@ def follow(program: core.Jaxpr, names: dict, widened: set, seen: set) -> list:
                 sub = getattr(sub, "jaxpr", sub)
                 # Primitives with more operands than their program has, such as `cond`, have these in front.
                 offset = len(inputs) - len(sub.invars)
-                given = dict(zip(sub.invars, inputs[max(offset, 0) :], strict=False))
-                outputs = follow(sub, {var: n for var, n in given.items() if n}, widened, seen) or outputs
+                names_inside = dict(zip(sub.invars, inputs[max(offset, 0) :], strict=False))
+                outputs = follow(sub, {var: n for var, n in names_inside.items() if n}, widened, seen) or outputs
             names.update({var: n for var, n in zip(equation.outvars, outputs, strict=False) if n})
         elif primitive == "convert_element_type" and equation.params["new_dtype"] == jnp.float32:
             widened.update(n for n in inputs if n)

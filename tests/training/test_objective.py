@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.training.objective import LossWeights, load_balancing, objective
+from flexolmo_jax.training.step import LossWeights, load_balancing, objective
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, STACKED, random_batch, random_leaves
 
 WEIGHTS = LossWeights(z_loss=0.3, router_z_loss=0.2, load_balancing=0.7)
@@ -79,7 +79,7 @@ def test_what_padding_holds_changes_nothing(computed):
 
 def test_a_batch_of_padding_weighs_nothing(computed):
     batch, *_, compute = computed
-    empty = {name: np.zeros_like(rows) for name, rows in batch.items()}
+    empty = {name: np.zeros_like(array) for name, array in batch.items()}
     for value in jax.tree.leaves(compute(empty)):
         assert not np.asarray(value).any()
 

@@ -8,7 +8,6 @@ import optax
 import pytest
 
 from configs import base
-from flexolmo_jax.errors import UserError
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
 
 STEPS, PEAK, LEFT = 100, 0.5, 0.1
@@ -45,11 +44,6 @@ def test_schedules_follow_their_formulas(formula, warmup):
 def test_a_decay_longer_than_what_warm_up_leaves_starts_at_the_peak():
     schedule = make_schedule(section(schedule="wsd", warmup_steps=60, decay_fraction=0.9), STEPS)
     assert [float(schedule(step)) for step in (30, 60, 80, 100)] == pytest.approx([0.25, 0.5, 0.275, 0.05])
-
-
-def test_a_negative_warm_up_is_refused():
-    with pytest.raises(UserError, match=r"--config\.optimizer\.warmup_steps=-1: must be at least 0"):
-        make_schedule(section(warmup_steps=-1), STEPS)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Each process feeds its devices their own rows of the global batch."""
+"""Each process feeds its devices their own sequences of the global batch."""
 
 import pathlib
 import socket
@@ -19,13 +19,14 @@ from flexolmo_jax.training import loop
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
-rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None))
-placed = loop._place({"tokens": np.arange(24).reshape(8, 3)}, rows)["tokens"]
-print(*[int(row[0]) // 3 for shard in placed.addressable_shards for row in np.asarray(shard.data)])
+sequences = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None))
+batch = {"tokens": np.arange(24).reshape(8, 3)}
+placed = next(loop._placed([batch], sequences))["tokens"]
+print(*[int(sequence[0]) // 3 for shard in placed.addressable_shards for sequence in np.asarray(shard.data)])
 """
 
 
-def test_every_row_goes_to_one_process():
+def test_every_sequence_goes_to_one_process():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -33,6 +34,6 @@ def test_every_row_goes_to_one_process():
         subprocess.Popen([sys.executable, "-c", PROGRAM, address, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for i in range(2)
     ]
-    rows = [np.array(process.communicate(timeout=120)[0].split(), int) for process in processes]
-    assert [len(part) for part in rows] == [4, 4]
-    assert sorted(np.concatenate(rows)) == list(range(8))
+    sequences = [np.array(process.communicate(timeout=120)[0].split(), int) for process in processes]
+    assert [len(indices) for indices in sequences] == [4, 4]
+    assert sorted(np.concatenate(sequences)) == list(range(8))

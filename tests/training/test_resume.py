@@ -1,7 +1,9 @@
 """An interrupted run, started again with the same command, ends with the same bits."""
 
 import json
+import os
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,22 +12,26 @@ import pytest
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import loop
-from tests.support import runs
+from flexolmo_jax.training.metrics import Reporter
+from tests.support import runs, small
 
-# What befalls a run of 12 steps with a checkpoint every 3: (event, step, signal, step of a checkpoint that is there).
-STRIKES = (
-    ("step", 5, signal.SIGKILL, 3),  # between checkpoints
-    ("save", 6, signal.SIGKILL, 3),  # while a checkpoint is being written
-    ("step", 8, signal.SIGTERM, 6),
-    ("save", 9, signal.SIGKILL, 9),  # right after a checkpoint
-    ("publish", 12, signal.SIGKILL, 12),  # between the last checkpoint and the product
+# What befalls a run of 12 steps with a checkpoint every 3, in a process of its own: (event, step, step of a checkpoint
+# that is there).
+KILLS = (
+    ("step", 5, 3),  # between checkpoints
+    ("save", 6, 3),  # while a checkpoint is being written
 )
-LAST_CHECKPOINTS = (3, None, 8, 9, 12)  # None: that of step 6 is there whole, or not at all
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return runs.journey(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def straight(made):
+    """The workdir of a run that nothing interrupts."""
+    return made.expert.workdir
 
 
 def command(made, workdir):
@@ -36,74 +42,83 @@ def last_checkpoint(workdir):
     return max((int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), default=0)
 
 
-@pytest.fixture(scope="module")
-def straight(made, tmp_path_factory):
-    """The workdir of a run that nothing interrupts."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    result = runs.run_program(["-m", "flexolmo_jax", *command(made, workdir)], made.environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{workdir}/contribution\n"
-    return workdir
+def flexolmo(made, workdir):
+    """Runs the command in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(runs.ROOT)
+        return small.flexolmo(*command(made, workdir))
 
 
 @pytest.fixture(scope="module")
-def struck(made, tmp_path_factory):
-    """The workdir of a run that every one of `STRIKES` befell, and the result of each start."""
-    workdir, results = tmp_path_factory.mktemp("struck") / "run", []
-    for (event, at, signum, checkpoint), last in zip(STRIKES, LAST_CHECKPOINTS, strict=True):
-        program = f"from tests.support import runs; runs.interrupt({event!r}, {at}, {int(signum)}, {checkpoint})"
+def interrupted(made, tmp_path_factory):
+    """The workdir of a run that was killed, terminated, and failed before its output; and the result of each start."""
+    workdir, results = tmp_path_factory.mktemp("interrupted") / "run", []
+    for event, at, checkpoint in KILLS:
+        program = f"from tests.support import runs; runs.kill({event!r}, {at}, {checkpoint})"
         results.append(runs.run_program(["-c", program, *command(made, workdir)], made.environment))
-        assert not (workdir / "contribution").exists()
-        assert last in (None, last_checkpoint(workdir)), results[-1].stderr
-    results.append(runs.run_program(["-m", "flexolmo_jax", *command(made, workdir)], made.environment))
-    return workdir, results
+    # The checkpoint of step 6 is there whole, or not at all.
+    assert last_checkpoint(workdir) in (3, 6), results[-1].stderr
+
+    def terminate_at_step_8(self, step, metrics):
+        report(self, step, metrics)
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    report = Reporter.step
+    with mock.patch.object(Reporter, "step", terminate_at_step_8):
+        results.append(flexolmo(made, workdir))
+    assert last_checkpoint(workdir) == 8
+    # Between the last checkpoint and the output.
+    with mock.patch.object(loop, "publish", side_effect=KeyboardInterrupt):
+        results.append(flexolmo(made, workdir))
+    assert last_checkpoint(workdir) == runs.STEPS
+    assert not (workdir / "contribution").exists()
+    return workdir, [*results, flexolmo(made, workdir)]
 
 
-def test_each_start_ends_as_its_signal_says(struck):
-    workdir, results = struck
-    killed = -signal.SIGKILL
-    assert [result.returncode for result in results] == [killed, killed, 143, killed, killed, 0], results[-1].stderr
-    assert results[-1].stdout == f"{workdir}/contribution\n"
+def test_each_start_ends_as_its_interruption_says(interrupted):
+    workdir, (*killed, terminated, failed, last) = interrupted
+    assert [result.returncode for result in killed] == [-signal.SIGKILL] * len(KILLS), killed[-1].stderr
+    assert [result.status for result in (terminated, failed, last)] == [143, 130, 0], last.err
+    assert (terminated.out, last.out) == ("", f"{workdir}/contribution\n")
 
 
-def test_sigterm_says_what_to_do(struck):
-    workdir, results = struck
-    assert results[2].stdout == ""
-    assert (
-        results[2].stderr.splitlines()[-1].startswith("flexolmo train: stopped by SIGTERM; run the same command again")
-    )
-    assert str(workdir) in results[2].stderr
+def test_sigterm_says_what_to_do(interrupted):
+    workdir, results = interrupted
+    line = results[len(KILLS)].err.splitlines()[-1]
+    assert line.startswith("flexolmo train: stopped by SIGTERM; run the same command again")
+    assert str(workdir) in line
 
 
-def test_the_product_has_the_same_bits(straight, struck):
-    expected, found = (runs.read_params(workdir / "contribution") for workdir in (straight, struck[0]))
+def test_the_output_has_the_same_bits(straight, interrupted):
+    expected, found = (runs.read_params(workdir / "contribution") for workdir in (straight, interrupted[0]))
     assert expected.keys() == found.keys()
     for leaf, array in expected.items():
         np.testing.assert_array_equal(array.view(np.uint32), found[leaf].view(np.uint32), err_msg=leaf)
-    manifests = [(workdir / "contribution" / "contribution.json").read_text() for workdir in (straight, struck[0])]
+    manifests = [(workdir / "contribution" / "contribution.json").read_text() for workdir in (straight, interrupted[0])]
     assert manifests[0] == manifests[1]
 
 
-def test_the_last_checkpoint_has_the_same_bits_and_data_position(straight, struck):
-    folders = [workdir / "checkpoints" / str(runs.STEPS) for workdir in (straight, struck[0])]
+def test_the_last_checkpoint_has_the_same_bits_and_data_position(straight, interrupted):
+    folders = [workdir / "checkpoints" / str(runs.STEPS) for workdir in (straight, interrupted[0])]
     expected, found = (ocp.StandardCheckpointer().restore(folder / "state") for folder in folders)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     positions = [json.loads((folder / "data" / "metadata").read_text()) for folder in folders]
     assert positions[0] == positions[1]
 
 
-def test_every_step_is_reported_once_with_the_same_loss(straight, struck):
+def test_every_step_is_reported_once_with_the_same_loss(straight, interrupted):
     assert list(runs.losses(straight)) == list(range(1, runs.STEPS + 1))
     rate = "tokens_per_second"
     expected, found = (
         [{name: value for name, value in line.items() if name != rate} for line in runs.read_metrics(workdir)]
-        for workdir in (straight, struck[0])
+        for workdir in (straight, interrupted[0])
     )
     assert found == expected
 
 
-def test_nothing_half_written_stays(struck):
-    workdir, _ = struck
+def test_nothing_half_written_stays(interrupted):
+    workdir, _ = interrupted
     assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
     assert not [path for path in workdir.rglob("*") if "incomplete" in path.name or "tmp" in path.name]
 

@@ -1,4 +1,4 @@
-"""The leaves a run begins with, and where they and the optimizer's state lie."""
+"""The leaves that a run begins with, which of them it trains, and the shardings of these and of optimizer state."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,17 @@ from flexolmo_jax.checkpoint.params import Slice, write_tree
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.training.inputs import Inputs
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.partition import trainable_paths
-from flexolmo_jax.training.state import initial_leaves, initial_state, shardings
+from flexolmo_jax.training.state import (
+    Initialization,
+    Start,
+    abstract_leaves,
+    abstract_state,
+    initial_leaves,
+    initial_state,
+    split,
+    trainable_paths,
+)
 from tests.support.tiny import ARCHITECTURE, expert_leaves, random_leaves
 
 EXPERT_ONLY = (("blocks/moe/expert/.*", "trainable"), (".*", "frozen"))
@@ -23,16 +30,17 @@ HEAD_ONLY = (("head", "trainable"), (".*", "frozen"))
 SHAPE = (ARCHITECTURE.num_layers, ARCHITECTURE.d_model)
 
 
-def inputs_of(layout, partition, manifest=None):
-    model = Decoder(ARCHITECTURE, layout)
-    return Inputs(model, manifest, trainable_paths(model.abstract(), partition), [], {})
-
-
-def begin(config, inputs, **sizes):
-    """(trainable, frozen) of a run on the devices that the sizes ask for, by default one."""
-    sizes = {**dict.fromkeys(sharding.MESH_AXES, 1), **sizes}
+def begin(layout, partition, start=None, frozen_dtype="float32", mesh=None, seed=0, expert="news", **values):
+    """(trainable, frozen) of a run on a mesh of these sizes, by default one device."""
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | (mesh or {})
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    return initial_leaves(config, inputs, shardings(inputs, mesh, config.sharding_rules))
+    model = Decoder(ARCHITECTURE, layout)
+    trainable = trainable_paths(model.abstract(), partition)
+    shardings = sharding.leaf_shardings(model.abstract(), model.logical_axes(), mesh, base.SHARDING_RULES)
+    abstract = abstract_leaves(model, shardings, trainable, frozen_dtype)
+    options = base.get_config().init
+    options.update(values)
+    return initial_leaves(model, *abstract, start, Initialization(seed, expert if start else "", options))
 
 
 @pytest.fixture(scope="module")
@@ -46,64 +54,58 @@ def anchor(tmp_path_factory):
 
 def expert_run(anchor, **values):
     """(trainable, frozen) of an owner's run against that anchor."""
-    config = base.get_config()
-    config.start_from, config.expert = str(anchor[0]), "news"
-    with config.unlocked():
-        config.update_from_flattened_dict(values)
-    return begin(config, inputs_of(PAIR, EXPERT_ONLY, manifest="an anchor's"))
+    return begin(PAIR, EXPERT_ONLY, Start(anchor[0], manifest=None), **values)
 
 
 def test_fresh_leaves_come_from_the_seed_whatever_the_mesh():
-    inputs = inputs_of(ANCHOR, HEAD_ONLY)
-    config = base.get_config()
-    (one, frozen), (spread, _) = begin(config, inputs), begin(config, inputs, fsdp=4, tensor=2)
-    np.testing.assert_array_equal(one["head"], spread["head"])
+    (single, frozen), (spread, _) = (begin(ANCHOR, HEAD_ONLY, mesh=mesh) for mesh in ({}, {"fsdp": 4, "tensor": 2}))
+    np.testing.assert_array_equal(single["head"], spread["head"])
     assert spread["head"].sharding.shard_shape((32, 64)) == (8, 32)
-    assert one.keys() == {"head"}
-    assert frozen.keys() | one.keys() == inputs.model.abstract().keys()
-    config.seed = 1
-    other, _ = begin(config, inputs)
-    assert (np.asarray(other["head"]) != one["head"]).mean() > 0.99
+    assert single.keys() == {"head"}
+    assert frozen.keys() | single.keys() == Decoder(ARCHITECTURE, ANCHOR).abstract().keys()
+    other, _ = begin(ANCHOR, HEAD_ONLY, seed=1)
+    assert (np.asarray(other["head"]) != single["head"]).mean() > 0.99
 
 
 def test_frozen_leaves_may_be_held_in_bfloat16_but_never_the_trained(anchor):
-    trainable, frozen = expert_run(anchor, **{"compute.frozen_dtype": "bfloat16"})
+    trainable, frozen = expert_run(anchor, frozen_dtype="bfloat16")
     assert {leaf.dtype for leaf in frozen.values()} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in trainable.values()} == {jnp.dtype("float32")}
     np.testing.assert_array_equal(frozen["head"], anchor[1]["head"].astype(jnp.bfloat16))
 
 
-def test_a_new_expert_is_a_copy_of_the_anchor_with_a_row_and_a_bias_of_its_own(anchor):
-    trainable, frozen = expert_run(anchor, **{"init.router_bias": -0.25, "init.router_weight_stddev": 0.5})
-    theirs, own = expert_leaves(anchor[1], "anchor"), expert_leaves(trainable, "expert")
+def test_a_new_expert_is_a_copy_of_the_anchor_with_a_router_of_its_own(anchor):
+    trainable, frozen = expert_run(anchor, router_bias=-0.25, router_weight_stddev=0.5)
+    of_anchor, of_expert = expert_leaves(anchor[1], "anchor"), expert_leaves(trainable, "expert")
     for leaf in ("gate", "up", "down"):
-        np.testing.assert_array_equal(own[leaf], theirs[leaf])
-    assert (np.asarray(own["router/bias"]) == -0.25).all()
-    assert own["router/weight"].shape == SHAPE
-    assert 0.3 < np.asarray(own["router/weight"]).std() < 0.6
-    assert np.abs(own["router/weight"]).max() <= 1
-    assert abs(np.asarray(own["router/weight"]).mean()) < 0.2
+        np.testing.assert_array_equal(of_expert[leaf], of_anchor[leaf])
+    assert (np.asarray(of_expert["router/bias"]) == -0.25).all()
+    weight = np.asarray(of_expert["router/weight"])
+    assert weight.shape == SHAPE
+    assert 0.3 < weight.std() < 0.6
+    assert np.abs(weight).max() <= 1
+    assert abs(weight.mean()) < 0.2
     assert frozen.keys() == anchor[1].keys()
     for path, leaf in frozen.items():
         np.testing.assert_array_equal(leaf, anchor[1][path])
 
 
-def test_owners_start_from_different_rows_and_an_owner_always_from_the_same(anchor):
-    rows = [
+def test_owners_start_from_different_router_weights_and_an_owner_always_from_the_same(anchor):
+    weights = [
         np.asarray(expert_run(anchor, expert=name)[0]["blocks/moe/expert/router/weight"])
         for name in ("news", "law", "news")
     ]
-    np.testing.assert_array_equal(rows[0], rows[2])
-    assert (rows[0] != rows[1]).all()
+    np.testing.assert_array_equal(weights[0], weights[2])
+    assert (weights[0] != weights[1]).all()
 
 
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE[1:]])
-def test_a_row_file_sets_the_rows_of_all_layers(anchor, tmp_path, shape):
-    row = np.random.default_rng(0).normal(size=shape)
-    np.save(tmp_path / "row.npy", row)
-    trainable, _ = expert_run(anchor, **{"init.router_weight_file": str(tmp_path / "row.npy")})
+def test_a_file_sets_the_router_weights_of_all_layers(anchor, tmp_path, shape):
+    weight = np.random.default_rng(0).normal(size=shape)
+    np.save(tmp_path / "weight.npy", weight)
+    trainable, _ = expert_run(anchor, router_weight_file=str(tmp_path / "weight.npy"))
     actual = trainable["blocks/moe/expert/router/weight"]
-    np.testing.assert_array_equal(actual, np.broadcast_to(row.astype(np.float32), SHAPE))
+    np.testing.assert_array_equal(actual, np.broadcast_to(weight.astype(np.float32), SHAPE))
 
 
 @pytest.mark.parametrize(
@@ -117,14 +119,14 @@ def test_a_row_file_sets_the_rows_of_all_layers(anchor, tmp_path, shape):
     ],
     ids=["missing", "text", "shape", "nan", "pickled"],
 )
-def test_a_bad_row_file_is_refused(anchor, tmp_path, content, message):
-    file = tmp_path / "row.npy"
+def test_a_bad_file_of_a_router_weight_is_refused(anchor, tmp_path, content, message):
+    file = tmp_path / "weight.npy"
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content is not None:
         np.save(file, content)
     with pytest.raises(UserError, match=message) as error:
-        expert_run(anchor, **{"init.router_weight_file": str(file)})
+        expert_run(anchor, router_weight_file=str(file))
     assert str(error.value).startswith(f"config.init.router_weight_file={file}")
 
 
@@ -142,15 +144,14 @@ def has_moments(part):
     return hasattr(part, "mu")
 
 
-def test_optimizer_state_lies_where_its_leaves_do_and_scalars_everywhere():
-    config = base.get_config()
-    model = Decoder(ARCHITECTURE, ANCHOR)
+def test_optimizer_state_has_the_shardings_of_its_leaves_and_scalars_are_replicated():
+    config, model = base.get_config().optimizer, Decoder(ARCHITECTURE, ANCHOR)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "expert": 1, "tensor": 2})
-    where = shardings(inputs_of(ANCHOR, HEAD_ONLY), mesh, config.sharding_rules)
-    trainable = {
-        path: jax.device_put(np.ones(x.shape, np.float32), where[path]) for path, x in model.abstract().items()
-    }
-    state = initial_state(trainable, make_optimizer(config.optimizer, make_schedule(config.optimizer, 10)), mesh)
+    shardings = sharding.leaf_shardings(model.abstract(), model.logical_axes(), mesh, base.SHARDING_RULES)
+    abstract, _ = abstract_leaves(model, shardings, frozenset(shardings), "float32")
+    trainable = {path: jax.device_put(np.ones(x.shape, np.float32), x.sharding) for path, x in abstract.items()}
+    optimizer = make_optimizer(config, make_schedule(config, 10))
+    state = initial_state(trainable, optimizer, abstract_state(abstract, optimizer, mesh))
     (moments,) = (part for part in jax.tree.leaves(state.optimizer, is_leaf=has_moments) if has_moments(part))
     for path, leaf in trainable.items():
         for moment in (moments.mu[path], moments.nu[path]):
@@ -159,3 +160,37 @@ def test_optimizer_state_lies_where_its_leaves_do_and_scalars_everywhere():
     assert scalars
     assert all(x.sharding.is_fully_replicated and len(x.devices()) == 8 for x in scalars)
     assert trainable["head"].sharding.spec == PartitionSpec(("fsdp", "expert"), ("tensor",))
+
+
+PATHS = ("blocks/moe/anchor/gate", "blocks/moe/expert/gate", "blocks/moe/expert/router/weight", "head")
+
+
+def test_the_first_pattern_that_matches_a_whole_path_decides():
+    table = (("blocks/.*/expert/router/weight", "frozen"), ("blocks/.*/expert/.*", "trainable"), (".*", "frozen"))
+    assert trainable_paths(PATHS, table) == {"blocks/moe/expert/gate"}
+    assert trainable_paths(PATHS, ((".*gate", "frozen"), (".*", "trainable"))) == set(PATHS[2:])
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ((("blocks/.*", "trainable"),), "no pattern matches the leaf head"),
+        ((("blocks", "trainable"), (".*", "frozen")), "'blocks' decides no leaf"),
+        (((".*", "trainable"), ("head", "frozen")), "'head' decides no leaf"),
+        (((".*", "Trainable"),), "marked 'Trainable'"),
+        (((".*(", "trainable"),), "not a regular expression"),
+        (((".*", "frozen"),), "every leaf is frozen"),
+    ],
+    ids=["unmatched leaf", "part of a path", "idle pattern", "bad mark", "bad expression", "all frozen"],
+)
+def test_a_table_that_decides_wrongly_is_refused(table, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
+        trainable_paths(PATHS, table)
+    assert str(error.value).startswith("config.partition")
+
+
+def test_every_leaf_is_on_one_side_of_the_split():
+    leaves = {path: number for number, path in enumerate(PATHS)}
+    trainable, frozen = split(leaves, {PATHS[1]})
+    assert trainable == {PATHS[1]: 1}
+    assert frozen == {PATHS[0]: 0, PATHS[2]: 2, PATHS[3]: 3}

@@ -9,7 +9,7 @@ import pytest
 
 from flexolmo_jax.checkpoint.train_state import Checkpoints
 from flexolmo_jax.training import loop
-from flexolmo_jax.training.termination import Terminated, handle_sigterm
+from flexolmo_jax.training.workdir import Terminated, handle_sigterm
 from tests.support import runs
 
 

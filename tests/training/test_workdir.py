@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flexolmo_jax.checkpoint.digests import combined_digest
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import loop
@@ -51,7 +50,7 @@ def edit_record(workdir, change):
 
 def copies(made, folder):
     """The paths of the run, of copies of what it reads."""
-    for name, path in (("own", made.own.path), ("held_out", made.held_out.path), ("anchor", made.anchor.product)):
+    for name, path in (("own", made.own.path), ("held_out", made.held_out.path), ("anchor", made.anchor.output)):
         shutil.copytree(path, folder / name)
     shutil.move(folder / "anchor" / "public", folder / "public")
     return {
@@ -71,15 +70,15 @@ def test_a_path_may_be_relative(made, run, monkeypatch):
     assert resume(made, run, data__train=made.own.path.name) == run / "contribution"
 
 
-def test_a_file_of_the_router_row_is_known_by_its_content(made, tmp_path):
-    rows = {name: tmp_path / f"{name}.npy" for name in ("first", "same", "other")}
-    for name, row in rows.items():
-        np.save(row, np.full(32, 1.0 + (name == "other"), np.float32))
-    record = {}
-    for name, row in rows.items():
-        config = runs.make_config("expert", **made.expert_values, init__row_file=str(row))
-        record[name] = workdirs.describe(config, loop.read_inputs(config))["content of init.router_weight_file"]
-    assert record["first"] == record["same"] != record["other"]
+def test_a_file_of_a_router_weight_is_known_by_its_content(made, tmp_path):
+    files = {name: tmp_path / f"{name}.npy" for name in ("first", "same", "other")}
+    for name, file in files.items():
+        np.save(file, np.full(32, 1.0 + (name == "other"), np.float32))
+    content = {}
+    for name, file in files.items():
+        config = runs.make_config("expert", **made.expert_values, init__router_weight_file=str(file))
+        content[name] = loop.read_run(config).record["content of init.router_weight_file"]
+    assert content["first"] == content["same"] != content["other"]
 
 
 @pytest.mark.parametrize("key", ["data.train", "data.public", "evaluation.data"])
@@ -101,7 +100,7 @@ def test_another_start_and_another_eos_are_other_runs(made, run, tmp_path):
 
 def test_a_key_that_came_after_the_run_has_its_default(made, run):
     def forget(record):
-        del record["compute"]["unroll"], record["mixture"]
+        del record["compute"]["unroll"], record["moe"]
 
     edit_record(run, forget)
     assert resume(made, run) == run / "contribution"
@@ -115,34 +114,29 @@ def test_a_key_that_this_version_does_not_know_is_another_run(made, run):
         resume(made, run)
 
 
-def as_the_first_version_had_it(made):
-    """Changes a record to one in which corpora are digested together with their paths."""
-    public = Corpus.open(made.anchor.product / "public")
-
-    def change(record):
-        for key in [key for key in record if key.startswith("content of ") and key != "content of start_from"]:
-            del record[key]
-        files = {f"{c.path}/{f['name']}": f["sha256"] for c in (made.own, public, made.held_out) for f in c.files}
-        record["content of the corpora"] = combined_digest(files)
-
-    return change
+@pytest.mark.parametrize(
+    ("section", "key", "new"),
+    [("data", "accumulate", "data.grad_accum_steps"), ("init", "row_file", "init.router_weight_file")],
+)
+def test_a_workdir_of_a_version_with_other_keys_is_refused_with_their_names(made, run, section, key, new):
+    edit_record(run, lambda record: record[section].update({key: record[section].pop(new.split(".")[1])}))
+    line = f"workdir={run}: made by another version, whose {section}.{key} is now {new}; finish it with that version"
+    with pytest.raises(UserError, match=re.escape(line)):
+        resume(made, run)
 
 
-def test_a_record_with_paths_in_its_digest_is_still_read(made, run, tmp_path):
-    edit_record(run, as_the_first_version_had_it(made))
-    assert resume(made, run) == run / "contribution"
-    assert resume(made, run, **copies(made, tmp_path / "copies")) == run / "contribution"
-    other = runs.write_words(made.root / "other_words", 7)
-    with pytest.raises(UserError, match="differs in: content of"):
-        resume(made, run, data__train=str(other.path))
+def test_a_workdir_of_a_version_with_another_section_is_refused_with_its_name(made, run):
+    edit_record(run, lambda record: record.update(mixture=record.pop("moe")))
+    with pytest.raises(UserError, match="made by another version, whose mixture is now moe"):
+        resume(made, run)
 
 
 def test_the_card_of_an_output_changes_only_with_the_output(made, run):
-    with pytest.raises(UserError, match=r"--config\.card: .*contribution has another card; remove") as caught:
+    with pytest.raises(UserError, match=r"config\.card: .*contribution has another card; remove") as caught:
         resume(made, run, card__license="CC-BY-4.0")
     assert "\n" not in str(caught.value)
     shutil.rmtree(run / "contribution")
-    before = runs.read_params(made.expert.product)
+    before = runs.read_params(made.expert.output)
     taken = []
     with mock.patch.object(loop.Reporter, "step", lambda self, step, metrics: taken.append(step)):
         assert resume(made, run, card__license="CC-BY-4.0") == run / "contribution"
@@ -230,4 +224,4 @@ def test_an_error_and_a_refusal_leave_the_lock_free(tmp_path):
 
 
 def test_the_lock_is_no_part_of_the_output(made):
-    assert not [path for path in pathlib.Path(made.expert.product).rglob("*") if path.name == workdirs.LOCK_FILE]
+    assert not [path for path in pathlib.Path(made.expert.output).rglob("*") if path.name == workdirs.LOCK_FILE]

@@ -6,10 +6,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from flexolmo_jax.data.corpus import open_corpora
 from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR
-from flexolmo_jax.training.inputs import build_model, open_corpora, read_inputs, split_paths
+from flexolmo_jax.training.run import build_model, read_run
 from tests.support import runs, small
 
 
@@ -59,21 +60,29 @@ ANCHOR_REFUSALS = {
     "model.vocab_size": (256, "below the 257 of the tokenizer"),
     "partition": ((("embedding", "frozen"),), "no pattern matches the leaf"),
     "sharding_rules": (("batch",), "must hold pairs"),
-    "start_from": ("{}/corpus", "is a corpus directory; give a model directory"),
 }
 OTHER_REFUSALS = {
-    "an accumulate that does not divide": ("anchor", {"data__accumulate": 3}, "data.grad_accum_steps=3: must divide"),
-    "no public data": ("expert", EXPERT | {"data__public": ""}, "give --config.data.public=DIR, or a share of 0"),
-    "an upper-case name": ("expert", EXPERT | {"expert": "News"}, "--config.expert=News"),
-    "the anchor's name": ("expert", EXPERT | {"expert": "anchor"}, "--config.expert=anchor"),
-    "an expert of nothing": ("expert", EXPERT | {"start_from": ""}, "--config.start_from: empty"),
-    "an expert of a merge": ("expert", EXPERT | {"start_from": "{}/merged"}, "--config.start_from=.*merged model"),
+    "micro-batches that do not divide": ("anchor", {"data__grad_accum_steps": 3}, "grad_accum_steps=3: must divide"),
+    "no public data": ("expert", EXPERT | {"data__public": ""}, "give config.data.public=DIR, or a share of 0"),
+    "an upper-case name": ("expert", EXPERT | {"expert": "News"}, "config.expert=News"),
+    "the anchor's name": ("expert", EXPERT | {"expert": "anchor"}, "config.expert=anchor"),
+    "an expert of nothing": (
+        "expert",
+        EXPERT | {"start_from": ""},
+        "config.start_from: empty; an expert starts from an",
+    ),
+    "an expert of a merge": ("expert", EXPERT | {"start_from": "{}/merged"}, "config.start_from=.*merged model"),
     "an expert that trains the anchor": (
         "expert",
         EXPERT | {"partition": ((".*", "trainable"),)},
-        "--config.partition: trains blocks/.*freeze the rest",
+        "config.partition: trains blocks/.*freeze the rest",
     ),
     "a size of 0": ("anchor", {"model__num_layers": 0}, "num_layers is 0"),
+    "a start that is no model": (
+        "anchor",
+        {"start_from": "{}/corpus"},
+        "^.*/corpus: is a corpus directory; give a model",
+    ),
     "no such corpus": ("anchor", {"data__train": "{}/none"}, "none: no such directory"),
     "no such held-out corpus": ("anchor", {"evaluation__data": "{}/none"}, "none: no such directory"),
     "a held-out corpus of another tokenizer": (
@@ -84,19 +93,19 @@ OTHER_REFUSALS = {
     "public data of another tokenizer": (
         "expert",
         EXPERT | {"data__public": "{}/foreign"},
-        "foreign: its tokenizer is not that of --config.start_from=.*/anchor",
+        "foreign: its tokenizer is not that of config.start_from=.*/anchor",
     ),
     "a corpus of another tokenizer than the start's": (
         "router",
         {"start_from": "{}/merged", "data__train": "{}/foreign"},
-        "foreign: its tokenizer is not that of --config.start_from=.*/merged",
+        "foreign: its tokenizer is not that of config.start_from=.*/merged",
     ),
 }
 
 
 def refusal(config):
     with pytest.raises(UserError) as caught:
-        read_inputs(config)
+        read_run(config)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -106,7 +115,7 @@ def refusal(config):
 def test_a_value_that_makes_no_sense_is_refused_by_its_key(folder, key):
     value, reason = ANCHOR_REFUSALS[key]
     message = refusal(make(folder, "anchor", **{key.replace(".", "__"): value}))
-    assert message.startswith(f"--config.{key}")
+    assert message.startswith(f"config.{key}")
     assert reason in message
 
 
@@ -117,33 +126,33 @@ def test_it_refuses(folder, case):
 
 
 def test_the_start_brings_the_architecture_and_its_roster(folder):
-    fresh = read_inputs(make(folder, "anchor"))
-    assert (fresh.manifest, fresh.roster, fresh.model.layout) == (None, ["anchor"], ANCHOR)
-    assert fresh.model.architecture.d_model == runs.TINY["model.d_model"]
+    fresh = read_run(make(folder, "anchor"))
+    assert (fresh.start, fresh.publication.roster, fresh.program.model.layout) == (None, ["anchor"], ANCHOR)
+    assert fresh.program.model.architecture.d_model == runs.TINY["model.d_model"]
 
-    expert = read_inputs(make(folder, "expert", **EXPERT))
-    assert expert.model.architecture == small.ARCHITECTURE
-    assert (expert.model.layout, expert.roster) == (PAIR, ["anchor", "expert"])
-    assert all(path.startswith("blocks/moe/expert/") for path in expert.trainable)
+    expert = read_run(make(folder, "expert", **EXPERT))
+    assert expert.program.model.architecture == small.ARCHITECTURE
+    assert (expert.program.model.layout, expert.roster) == (PAIR, ["anchor", "expert"])
+    assert all(path.startswith("blocks/moe/expert/") for path in expert.program.trainable)
 
-    router = read_inputs(make(folder, "router", start_from="{}/merged"))
-    assert router.roster == ["anchor", "news"]
-    assert router.model.layout.num_experts == 2
-    assert router.trainable == set(small.ROUTER)
+    router = read_run(make(folder, "router", start_from="{}/merged"))
+    assert router.publication.roster == ["anchor", "news"]
+    assert router.program.model.layout.num_experts == 2
+    assert router.program.trainable == set(small.ROUTER)
 
 
-def test_shares_of_rows_go_to_own_and_public_data(folder):
+def test_shares_of_sequences_go_to_own_and_public_data(folder):
     config = make(folder, "expert", **EXPERT | {"data__public_share": 0.25})
     config.data.train = f"{folder}/corpus, {folder}/corpus,"
-    ((own, share), (public, public_share)) = read_inputs(config).corpora
-    assert (len(own), share, len(public), public_share) == (2, 0.75, 1, 0.25)
+    ((train, share), (public, public_share)) = read_run(config).data.groups
+    assert (len(train), share, len(public), public_share) == (2, 0.75, 1, 0.25)
 
 
 def test_the_sample_that_came_with_the_start_is_the_public_data(folder, tmp_path):
     small.anchor(tmp_path / "anchor")
     small.corpus(tmp_path / "anchor" / "public", texts=("one", "two"))
     config = make(folder, "expert", **EXPERT | {"start_from": f"{tmp_path}/anchor", "data__public": ""})
-    assert read_inputs(config).corpora[1][0][0].documents == 2
+    assert read_run(config).data.groups[1][0][0].documents == 2
 
 
 def test_computation_is_as_configured(folder):
@@ -162,11 +171,22 @@ def test_corpora_are_labelled_by_what_tells_them_apart(folder, tmp_path, monkeyp
     assert open_corpora([]) == {}
 
 
-def test_paths_are_split_at_commas():
-    assert split_paths(" a, b/c ,,") == ["a", "b/c"]
-    assert split_paths("") == []
-
-
 def test_the_tokenizers_of_the_tests_differ(folder):
     foreign = open_corpora([f"{folder}/foreign"])["foreign"]
     assert foreign.tokenizer_digest != byte_tokenizer().digest
+
+
+def test_values_of_a_notebook_raise_what_python_programs_expect(folder):
+    with pytest.raises(TypeError, match="config: a dict; give a ConfigDict"):
+        read_run({"steps": 1})
+    with pytest.raises(ValueError, match=r"config\.steps=0: must be at least 1"):
+        read_run(make(folder, "anchor", steps=0))
+    config = make(folder, "anchor")
+    with config.unlocked():
+        config.data.sequnce_length = 8
+    with pytest.raises(ValueError, match=r"config\.data\.sequnce_length=8: no such key"):
+        read_run(config)
+    with config.unlocked():
+        del config.data["sequnce_length"], config.data["batch_size"]
+    with pytest.raises(ValueError, match=r"config\.data\.batch_size=None: is missing"):
+        read_run(config)

@@ -1,0 +1,398 @@
+"""The objects that a run is made of, from its configuration. No other module of this package reads a configuration."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from configs import base, keys
+from flexolmo_jax import sharding
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, NAME_RULE, is_expert_name
+from flexolmo_jax.checkpoint.model_directory import PUBLIC, kind_of, read_model
+from flexolmo_jax.data.corpus import Corpus, open_corpora
+from flexolmo_jax.data.pipeline import ARRAYS
+from flexolmo_jax.errors import ArgumentError, NotFoundError, UserError
+from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
+from flexolmo_jax.model.decoder import Compute, Decoder
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
+from flexolmo_jax.training.publish import Publication
+from flexolmo_jax.training.state import (
+    EXPERT,
+    Initialization,
+    Start,
+    abstract_leaves,
+    abstract_state,
+    trainable_paths,
+)
+from flexolmo_jax.training.step import LossWeights, TrainState, make_train_step
+from flexolmo_jax.training.workdir import content_key
+
+# Kernels that compile for devices of some platforms only.
+_PLATFORMS = {
+    "cudnn": ("gpu", "hopper"),
+    "splash": ("tpu",),
+    "megablox": ("tpu",),
+    "mosaic": ("hopper",),
+}
+ANY_PLATFORM = "any"
+NEEDS_ANCHOR = "config.start_from: empty; an expert starts from an anchor, give its model directory"
+
+
+class Program(NamedTuple):
+    """A train step before it is compiled, with the shapes, dtypes and shardings of all its arguments.
+
+    Attributes:
+      model: the decoder to train.
+      trainable: paths of the trainable leaves.
+      mesh: of the devices.
+      optimizer: of the trainable leaves.
+      step: what `step.make_train_step` returns.
+      state: the train state, abstract.
+      frozen: the frozen leaves, abstract.
+      batch: a global batch, abstract: int32 [batch, length] arrays.
+    """
+
+    model: Decoder
+    trainable: frozenset[str]
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    state: TrainState
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def device_tokens(self) -> int:
+        """Tokens of a step on each device, of all micro-batches."""
+        tokens = self.batch["tokens"]
+        return math.prod(tokens.sharding.shard_shape(tokens.shape))
+
+    def num_shards(self, axis: str) -> int:
+        """Number of shards of a dimension with this logical axis."""
+        return sharding.num_shards(self.mesh, sharding.partition_spec((axis,), self.model.compute.rules)[0])
+
+
+class Data(NamedTuple):
+    """The corpora of a run, and how they are cut into batches.
+
+    Attributes:
+      groups: training corpora, each group with its share of the sequences.
+      held_out: {label: corpus} that are evaluated while training.
+      sequence_length: tokens of a sequence.
+      batch_size: sequences of a batch.
+      seed: of the order of documents.
+    """
+
+    groups: list[tuple[list[Corpus], float]]
+    held_out: dict[str, Corpus]
+    sequence_length: int
+    batch_size: int
+    seed: int
+
+    @property
+    def training(self) -> list[Corpus]:
+        """The training corpora of all groups."""
+        return [corpus for group, _ in self.groups for corpus in group]
+
+
+class Run(NamedTuple):
+    """Everything that is known of a run before it reads a weight.
+
+    Attributes:
+      program: the step.
+      start: the model that it starts from; None for fresh weights.
+      initialization: of the leaves that no other model brings.
+      data: the corpora.
+      steps: of the whole run.
+      evaluation: the section of the configuration: `every`, `batches`.
+      checkpoint: the section of the configuration: `every`, `keep`.
+      log: the section of the configuration: `every`.
+      roster: names of experts, in the order of the router's logits.
+      publication: what the output holds beside trained leaves.
+      record: what `config.json` holds: the configuration, and digests of what its paths name.
+      warnings: lines for the user.
+    """
+
+    program: Program
+    start: Start | None
+    initialization: Initialization
+    data: Data
+    steps: int
+    evaluation: ConfigDict
+    checkpoint: ConfigDict
+    log: ConfigDict
+    roster: list[str]
+    publication: Publication
+    record: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def read_run(config: ConfigDict) -> Run:
+    """Reads and checks everything but weights.
+
+    Raises:
+      TypeError: the configuration is no `ConfigDict`.
+      ArgumentError: the value of a key makes no sense, alone or with another.
+      UserError: the start, a corpus or the devices do not suit the run.
+    """
+    model, start = build_model(config)
+    _check_fresh(model.layout, start)
+    data = _open_data(config)
+    _check_tokenizers(data, start, model.architecture.vocab_size)
+    card, record, warnings = _data_card(config, data), _record(config, data, start), _warnings(config)
+    program = _make_program(config, model, jax.devices())
+    publication = Publication(
+        expert=config.expert,
+        card=card,
+        start=start,
+        architecture=model.architecture,
+        roster=start.manifest.roster if start else [ANCHOR_NAME],
+        trainable=program.trainable,
+        corpus=data.training[0],
+        public_documents=config.publish.public_documents,
+        seed=config.seed,
+    )
+    return Run(
+        program=program,
+        start=start,
+        initialization=Initialization(seed=config.seed, expert=config.expert, options=config.init),
+        data=data,
+        steps=config.steps,
+        evaluation=config.evaluation,
+        checkpoint=config.checkpoint,
+        log=config.log,
+        roster=[ANCHOR_NAME, "expert"] if config.expert else publication.roster,
+        publication=publication,
+        record=record,
+        warnings=warnings,
+    )
+
+
+def make_program(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Program:
+    """The train step of a configuration; of what it names, at most the manifest of its start is read.
+
+    To be called outside `jax.set_mesh`, within which JAX would compute some of this on devices that need not be there.
+
+    Args:
+      config: the configuration; without `start_from`, the program is that of a start with these sizes.
+      devices: those that compute, by default all that are here.
+
+    Raises:
+      UserError: the configuration makes no sense, or does not fit the number of devices.
+    """
+    devices = devices or jax.devices()
+    model, _ = build_model(config, sharding.platform_of(devices[0]))
+    return _make_program(config, model, devices)
+
+
+def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decoder, Start | None]:
+    """The decoder that a configuration describes, and the model that it starts from, if any.
+
+    Args:
+      config: the configuration.
+      platform: of the devices that will compute (`sharding.platform_of`), by default of those that are here; with
+        `ANY_PLATFORM` the decoder serves for its shapes only.
+
+    Raises:
+      TypeError: the configuration is no `ConfigDict`.
+      ArgumentError: the value of a key makes no sense, alone or with the model that the run starts from.
+    """
+    platform = platform or sharding.platform_of(jax.devices()[0])
+    _check_values(config, platform)
+    start = _read_start(config.start_from)
+    _check_expert(config, start)
+    layout = _layout(config, start)
+    if start is None:
+        architecture = Architecture.from_dict(config.model.to_dict(), "config.model")
+    else:
+        architecture = Architecture.from_dict(start.manifest.architecture, str(start.path))
+    compute = config.compute.to_dict()
+    del compute["frozen_dtype"]
+    return Decoder(architecture, layout, Compute(**compute, rules=config.sharding_rules, platform=platform)), start
+
+
+def _make_program(config: ConfigDict, model: Decoder, devices: Sequence[jax.Device]) -> Program:
+    mesh = sharding.make_mesh(config.mesh, devices)
+    batch_sharding = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
+    batch_size, length = config.data.batch_size, config.data.sequence_length
+    micro_batch, shards = batch_size // config.data.grad_accum_steps, sharding.num_shards(mesh, batch_sharding.spec[0])
+    if micro_batch % shards:
+        problem = (
+            f"its micro-batches of {micro_batch} sequences do not divide over the {shards} devices that share the "
+            "batch; give a multiple"
+        )
+        raise ArgumentError("config.data.batch_size", batch_size, problem)
+    batch = dict.fromkeys(ARRAYS, jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding))
+    shardings = sharding.leaf_shardings(model.abstract(), model.logical_axes(), mesh, config.sharding_rules)
+    schedule = make_schedule(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(model, optimizer, schedule, LossWeights(**config.loss), config.data.grad_accum_steps)
+    trainable = trainable_paths(shardings, config.partition, required_prefix=EXPERT if config.expert else "")
+    leaves, frozen = abstract_leaves(model, shardings, trainable, config.compute.frozen_dtype)
+    return Program(model, trainable, mesh, optimizer, step, abstract_state(leaves, optimizer, mesh), frozen, batch)
+
+
+def _check_values(config: ConfigDict, platform: str) -> None:
+    """Checks every key alone, and those that restrict each other."""
+    if not isinstance(config, ConfigDict):
+        raise TypeError(f"config: a {type(config).__name__}; give a ConfigDict, such as configs.anchor.get_config()")
+    problem = keys.first_problem(base.declare(), config)
+    if problem:
+        name, value, what = problem
+        raise ArgumentError(f"config.{name}", value, what)
+    if config.data.batch_size % config.data.grad_accum_steps:
+        problem = f"must divide config.data.batch_size={config.data.batch_size}"
+        raise ArgumentError("config.data.grad_accum_steps", config.data.grad_accum_steps, problem)
+    for name in ("attention", "dispatch"):
+        kernel = config.compute[name]
+        platforms = _PLATFORMS.get(kernel, (platform,))
+        if platform not in (*platforms, ANY_PLATFORM):
+            problem = f"has kernels for {' and '.join(platforms)}, and the devices are {platform}; leave it at auto"
+            raise ArgumentError(f"config.compute.{name}", kernel, problem)
+
+
+def _read_start(start_from: str) -> Start | None:
+    """The model directory to start from, if any; the workdir of a run is none, but may hold one."""
+    if not start_from:
+        return None
+    path = epath.Path(start_from)
+    if kind_of(path) is None and kind_of(path / "model") == "model":
+        raise ArgumentError("config.start_from", path, f"is the workdir of a run; give its model, {path / 'model'}")
+    return Start(path, read_model(path))
+
+
+def _check_expert(config: ConfigDict, start: Start | None) -> None:
+    """An expert has a name, and starts from an anchor."""
+    name = config.expert
+    if not name:
+        if start and _names_expert(config.partition):
+            raise UserError(f"config.expert: empty; name the expert that is trained ({NAME_RULE})")
+        return
+    if not is_expert_name(name):
+        raise ArgumentError("config.expert", name, f"becomes the expert's name; {NAME_RULE}")
+    if start is None:
+        raise UserError(NEEDS_ANCHOR)
+    if len(start.manifest.experts) > 1:
+        problem = f"a merged model ({', '.join(start.manifest.roster)}); an expert starts from the anchor alone"
+        raise ArgumentError("config.start_from", start.path, problem)
+
+
+def _names_expert(partition: Sequence[tuple[str, str]]) -> bool:
+    """Whether the partition is one of the pair, with an expert in training."""
+    return any(EXPERT in pattern for pattern, _ in partition)
+
+
+def _layout(config: ConfigDict, start: Start | None) -> Layout:
+    """That of the start or, of fresh weights: a mixture, the pair whose expert the partition names, or an anchor."""
+    if start:
+        return PAIR if config.expert else Layout.of_roster(len(start.manifest.experts), start.manifest.top_k)
+    if config.moe.num_experts == 1 and _names_expert(config.partition):
+        return PAIR
+    return Layout.of_roster(config.moe.num_experts, config.moe.top_k)
+
+
+def _check_fresh(layout: Layout, start: Start | None) -> None:
+    """Fresh weights are those of an anchor."""
+    if start is None and layout is PAIR:
+        raise UserError(NEEDS_ANCHOR)
+    if start is None and layout is not ANCHOR:
+        raise UserError(
+            f"config.start_from: empty; a mixture of {layout.num_experts} experts starts from a merge, "
+            "give its model directory"
+        )
+
+
+def _open_data(config: ConfigDict) -> Data:
+    data = config.data
+    paths = _split_paths(data.train)
+    if not paths:
+        raise UserError("config.data.train: empty; give a corpus directory (`flexolmo tokenize` makes one)")
+    groups = [([Corpus.open(path) for path in paths], 1 - data.public_share)]
+    if data.public_share:
+        # The corpus that is named, or the sample that came with the start.
+        public = data.public or os.path.join(config.start_from, PUBLIC)
+        if not epath.Path(public).exists():
+            problem = (
+                f"{config.start_from or 'the start'} came without public data; give config.data.public=DIR, or a share "
+                "of 0"
+            )
+            raise ArgumentError("config.data.public_share", data.public_share, problem)
+        groups.append(([Corpus.open(public)], data.public_share))
+    held_out = open_corpora(_split_paths(config.evaluation.data))
+    return Data(groups, held_out, data.sequence_length, data.batch_size, config.seed)
+
+
+def _split_paths(value: str) -> list[str]:
+    """Splits a value that lists paths with commas between."""
+    return [path.strip() for path in value.split(",") if path.strip()]
+
+
+def _check_tokenizers(data: Data, start: Start | None, vocab_size: int) -> None:
+    """All corpora have the tokenizer of the start, and the model has all of its ids."""
+    corpora = [*data.training, *data.held_out.values()]
+    digest, source = corpora[0].tokenizer_digest, corpora[0].path
+    if start:
+        digest, source = start.manifest.tokenizer_digest, f"config.start_from={start.path}"
+    for corpus in corpora:
+        if corpus.tokenizer_digest != digest:
+            raise UserError(f"{corpus.path}: its tokenizer is not that of {source}; tokenize the text with that one")
+    vocabulary = corpora[0].tokenizer().vocab_size
+    if vocabulary > vocab_size:
+        problem = f"below the {vocabulary} of the tokenizer of {corpora[0].path}; give at least that"
+        raise ArgumentError("config.model.vocab_size", vocab_size, problem)
+
+
+def _data_card(config: ConfigDict, data: Data) -> dict[str, Any]:
+    """What the weights say of their data: the owner's words, counts, and how long they were trained on it."""
+    corpora, _ = data.groups[0]
+    return {
+        **config.card.to_dict(),
+        "documents": sum(corpus.documents for corpus in corpora),
+        "tokens": sum(corpus.tokens for corpus in corpora),
+        "sequence_length": config.data.sequence_length,
+        # Of all sequences, public ones included.
+        "trained_tokens": config.steps * config.data.batch_size * config.data.sequence_length,
+        "public_share": config.data.public_share,
+    }
+
+
+def _record(config: ConfigDict, data: Data, start: Start | None) -> dict[str, Any]:
+    """What `config.json` holds: the configuration, and the content of what its paths name."""
+    record = json.loads(config.to_json())
+    record["optimizer"]["warmup_steps"] = warmup_steps(config.optimizer, config.steps)
+    train, *public = ([corpus.digest for corpus in group] for group, _ in data.groups)
+    content = {
+        "start_from": start.manifest.content_digest if start else "",
+        "data.train": train,
+        "data.public": list(itertools.chain(*public)),
+        "evaluation.data": [corpus.digest for corpus in data.held_out.values()],
+        "init.router_weight_file": _file_digest(config.init.router_weight_file),
+    }
+    return record | {content_key(name): digest for name, digest in content.items()}
+
+
+def _file_digest(path: str) -> str:
+    """The digest of a file's bytes; "" where none is named."""
+    if path and not epath.Path(path).exists():
+        raise NotFoundError(f"config.init.router_weight_file={path}: no such file; check the path")
+    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest() if path else ""
+
+
+def _warnings(config: ConfigDict) -> tuple[str, ...]:
+    configured, taken = config.optimizer.warmup_steps, warmup_steps(config.optimizer, config.steps)
+    if configured == taken:
+        return ()
+    return (
+        f"config.optimizer.warmup_steps={configured}: no shorter than the run; the learning rate rises for {taken} of "
+        f"{config.steps} steps",
+    )
