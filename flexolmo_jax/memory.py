@@ -13,8 +13,8 @@ import psutil
 
 from flexolmo_jax.errors import UserError
 
-# Of a container, in either version of control groups: the limit, what is used, and where it says what of that is files
-# that were read or written, which make room for what is needed.
+# Of a container, in both versions of control groups: the files with the limit, the usage and its statistics, and a
+# pattern for the page cache in the statistics, which the kernel can reclaim.
 _CONTAINER = (
     ("memory.max", "memory.current", "memory.stat", r"^(?:in)?active_file (\d+)$"),
     (
@@ -28,11 +28,11 @@ _LARGE_SECONDS = 0.5  # compiling a small program leaves little behind
 
 
 def check_fits(needed: int, what: str, remedy: str, device: jax.Device | None = None) -> None:
-    """Raises UserError, "WHAT takes ... GiB of memory, and ... are free; REMEDY", where that much is not left.
+    """Raises UserError, "WHAT takes ... GiB of memory, and ... are free; REMEDY", if it does not fit.
 
     Args:
       needed: bytes.
-      what: the flag and what is asked for.
+      what: the subject of the message; it begins with the file or argument.
       remedy: what to do.
       device: whose memory; by default the first device's.
     """
@@ -42,7 +42,7 @@ def check_fits(needed: int, what: str, remedy: str, device: jax.Device | None = 
 
 
 def available_bytes(device: jax.Device) -> int:
-    """Bytes of memory that are left on a device; of the host, those that this process may still take."""
+    """Bytes of memory that are free on a device; on the host, those that this process may still allocate."""
     statistics = None if device.platform == "cpu" else device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]

@@ -90,7 +90,7 @@ def read_leaf(leaf: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: np.d
     """Reads a leaf onto devices; each reads its own shard, cast to `dtype`."""
 
     def shard(index):
-        return read_block(leaf, index, name).astype(dtype)
+        return read_block(leaf, index, name).astype(dtype, copy=False)
 
     return jax.make_array_from_callback(tuple(leaf.shape), sharding, shard)
 

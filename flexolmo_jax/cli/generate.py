@@ -1,52 +1,48 @@
 """Continues prompts, and prints each expert's share of the routing weight.
 
-The continuation of a single prompt is shown as it is written.
+The continuation of a single prompt is streamed.
 
 flexolmo generate --model=runs/merged --prompt="def main():" --without=news
 """
 
 from absl import flags
 
-_MODEL = flags.DEFINE_string("model", None, "Model directory.")
+from flexolmo_jax.cli import model_flags
+
+_MODEL = model_flags.define()
 _PROMPTS = flags.DEFINE_multi_string(
     "prompt",
     [],
-    "Text to continue; give the flag once for each. The text of a single prompt is shown as it is written.",
+    "Text to continue; give the flag once for each. The continuation of a single prompt is streamed.",
 )
 _WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
 _TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
-    "Tokens written at most; by default 64, or what the context leaves room for.",
+    "Maximum number of new tokens; by default 64, or what fits in the context.",
     lower_bound=1,
 )
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length",
-    None,
-    "Tokens of a prompt and its continuation together, at most; by default the model's context: a sequence of the "
-    "anchor's training, or 4096 where its data card does not say.",
-    lower_bound=2,
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0: greedy.", lower_bound=0.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: from all.", lower_bound=0)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the fewest most likely tokens with this total probability.")
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Sample from tokens with at least this fraction of the largest probability; 0: from all."
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0: always the likeliest token.", lower_bound=0.0)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0: from all.", lower_bound=0)
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest likeliest tokens that are as probable as this.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw from tokens as probable as this share of the likeliest one; 0: all.")
 _REPETITION = flags.DEFINE_float(
     "repetition_penalty",
     1.0,
-    "Logits of tokens that the prompt or the continuation holds are divided by it where positive, else multiplied.",
+    "Divides positive logits of tokens of the prompt and the continuation, and multiplies negative ones; 1: none.",
 )
-_PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "Taken from the logits of tokens that were written.")
-_FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "The same, once for each time that a token was written.")
+_PRESENCE = flags.DEFINE_float("presence_penalty", 0.0, "Is subtracted from the logits of tokens of the continuation.")
+_FREQUENCY = flags.DEFINE_float("frequency_penalty", 0.0, "The same, once for each occurrence of the token.")
 _STOP_IDS = flags.DEFINE_multi_integer(
     "stop_token_ids", [], "Token id that ends the continuation as EOS does; give the flag once for each."
 )
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Write on after EOS, which ends a document.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Continue after EOS, which ends a document.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the continuation; give the flag once for each.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1)
 _LAYERS = flags.DEFINE_bool("layers", False, "Print each expert's share in every layer.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
-flags.mark_flags_as_required(["model"])
+FLAG_OF = {"prompts": "prompt"}
 MEMORY_REMEDY = "give fewer prompts, a lower --max_new_tokens, or --dtype=bfloat16"
 
 
@@ -55,34 +51,38 @@ def run() -> None:
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.evaluation.results import routing_table
     from flexolmo_jax.inference.model import load
+    from flexolmo_jax.inference.request import ContextError
     from flexolmo_jax.tables import show
 
     if not _PROMPTS.value:
         raise UserError("--prompt: none given; give the flag once for each text to continue")
-    model = load(_MODEL.value, _DTYPE.value)
+    model = load(_MODEL.model.value, _MODEL.dtype.value)
     streaming = len(_PROMPTS.value) == 1
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
-    continuations = model.generate(
-        _PROMPTS.value,
-        _TOKENS.value,
-        _WITHOUT.value,
-        _TEMPERATURE.value,
-        _SEED.value,
-        _TOP_K.value,
-        _TOP_P.value,
-        _STOP.value,
-        on_text=_after(_PROMPTS.value[0], write) if streaming else None,
-        min_p=_MIN_P.value,
-        repetition_penalty=_REPETITION.value,
-        presence_penalty=_PRESENCE.value,
-        frequency_penalty=_FREQUENCY.value,
-        stop_token_ids=_STOP_IDS.value,
-        ignore_eos=_IGNORE_EOS.value,
-        max_length=_MAX_LENGTH.value,
-    )
+    try:
+        continuations = model.generate(
+            _PROMPTS.value,
+            _TOKENS.value,
+            _WITHOUT.value,
+            _TEMPERATURE.value,
+            _SEED.value,
+            _TOP_K.value,
+            _TOP_P.value,
+            _STOP.value,
+            on_text=_after(_PROMPTS.value[0], write) if streaming else None,
+            min_p=_MIN_P.value,
+            repetition_penalty=_REPETITION.value,
+            presence_penalty=_PRESENCE.value,
+            frequency_penalty=_FREQUENCY.value,
+            stop_token_ids=_STOP_IDS.value,
+            ignore_eos=_IGNORE_EOS.value,
+            max_length=_MODEL.max_length.value,
+        )
+    except ContextError as error:
+        raise UserError(str(error).replace("max_", "--max_")) from error
     for prompt, continuation in zip(_PROMPTS.value, continuations, strict=True):
         if not streaming:
             write(f"{prompt}{continuation.text}")
@@ -95,7 +95,7 @@ def run() -> None:
 
 
 def _after(prompt: str, write):
-    """Writes the prompt before the first text, once nothing can be refused any more."""
+    """A callback for new text, which writes the prompt first: then the request has been accepted."""
     waiting = [prompt]
 
     def on_text(_: int, text: str) -> None:

@@ -11,39 +11,34 @@ import os
 
 from absl import flags
 
-_MODEL = flags.DEFINE_string("model", None, "Model directory.")
-_NAME = flags.DEFINE_string("name", None, "What requests may call the model, besides the name of its directory.")
+from flexolmo_jax.cli import model_flags
+
+_MODEL = model_flags.define()
+_NAME = flags.DEFINE_string("name", None, "Name of the model in requests, besides the name of its directory.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0: any that is free.", lower_bound=0, upper_bound=65535)
-_SLOTS = flags.DEFINE_integer("slots", 8, "Sequences decoded at once.", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("slots", 8, "Number of sequences decoded at once.", lower_bound=1)
 _QUEUE = flags.DEFINE_integer(
     "queue",
     32,
-    "Sequences that may wait for a slot; requests beyond are told to try again (429).",
+    "Number of sequences that may wait for a slot; further requests get status 429.",
     lower_bound=1,
 )
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length",
-    None,
-    "Tokens of a prompt and its continuation together, at most; by default the model's context: a sequence of the "
-    "anchor's training, or 4096 where its data card does not say.",
-    lower_bound=2,
-)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 _KEYS = flags.DEFINE_string(
     "api_key_file",
     None,
-    "Text file of API keys, one a line; a request must send one of them, or the one in the environment variable "
+    "Text file of API keys, one per line; a request must send one of them, or the one in the environment variable "
     "FLEXOLMO_API_KEY.",
 )
 _ORIGINS = flags.DEFINE_multi_string(
     "cors_origin",
     [],
-    "Origin whose pages may ask from a browser, such as http://localhost:3000, or *; give the flag once for each.",
+    "Origin whose pages may send requests from a browser, such as http://localhost:3000, or *; give the flag once for "
+    "each.",
 )
 _VERBOSE = flags.DEFINE_boolean("verbose", False, "Log a line for each request, and tracebacks of errors.")
 _VARIABLE = "FLEXOLMO_API_KEY"
-flags.mark_flags_as_required(["model"])
+FLAG_OF = {"origins": "cors_origin"}
 MEMORY_REMEDY = "give a lower --slots or --max_length, or --dtype=bfloat16"
 
 
@@ -54,14 +49,14 @@ def run() -> None:
 
     keys = read_keys(_KEYS.value, os.environ.get(_VARIABLE), _VARIABLE)
     serve(
-        _MODEL.value,
+        _MODEL.model.value,
         name=_NAME.value,
         host=_HOST.value,
         port=_PORT.value,
         slots=_SLOTS.value,
         queue=_QUEUE.value,
-        max_length=_MAX_LENGTH.value,
-        dtype=_DTYPE.value,
+        max_length=_MODEL.max_length.value,
+        dtype=_MODEL.dtype.value,
         verbose=_VERBOSE.value,
         keys=keys,
         origins=_ORIGINS.value,

@@ -1,4 +1,4 @@
-"""Batched decoding with a cache: requests join and leave at any time, and none depends on the others."""
+"""Continuous batching: requests join and leave at any time, and no result depends on the other requests."""
 
 import dataclasses
 import itertools
@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from flexolmo_jax.errors import UserError
-from flexolmo_jax.inference.decoding import NO_TOKEN, State, admit, decode, extend
+from flexolmo_jax.errors import ArgumentError
 from flexolmo_jax.inference.request import (
     MAX_STOP_TOKENS,
     TOP_LOGPROBS,
@@ -19,11 +18,12 @@ from flexolmo_jax.inference.request import (
     new_tokens,
 )
 from flexolmo_jax.inference.sampling import Sampling, Scored
+from flexolmo_jax.inference.steps import NO_TOKEN, State, decode, extend, prefill
 from flexolmo_jax.inference.text import TextStream
 
-SHORTEST = 16
-AHEAD = 256
-# How a free slot draws: values and dtypes.
+MIN_BUCKET = 16
+AHEAD = 256  # new tokens for which the cache has room at first
+# Sampling options of a free slot: values and dtypes.
 GREEDY = Sampling(
     temperature_B=(0.0, np.float32),
     top_k_B=(0, np.int32),
@@ -38,32 +38,33 @@ GREEDY = Sampling(
 
 @dataclasses.dataclass
 class _Slot:
-    """A request in flight, in one row of the batch."""
+    """A request in flight."""
 
     id: int
     request: Request
     stream: TextStream
     token_ids: list[int] = dataclasses.field(default_factory=list)
-    told: int = 0  # tokens, from the start of the prompt, whose log probabilities were handed out
+    reported: int = 0  # tokens, from the start of the prompt, whose log probabilities were returned
 
 
 class Engine:
-    """Decodes requests side by side, each in a slot of its own. One thread may use it."""
+    """Decodes requests in one batch, each in its own slot. Not thread-safe."""
 
     def __init__(self, model, slots: int = 8, max_length: int | None = None):
         """Starts with all slots free.
 
         Args:
           model: an `inference.model.Model`; without a tokenizer its continuations have no text.
-          slots: how many requests are decoded at once.
-          max_length: refuse requests whose prompt and continuation might be longer; None: no limit.
+          slots: number of requests that are decoded at once.
+          max_length: maximum number of tokens of a prompt and its continuation; longer requests are refused. None: no
+            limit.
         """
         self._model, self._max_length = model, max_length
         self._slots: list[_Slot | None] = [None] * slots
         self._ids = itertools.count()
         self._state: State | None = None
-        # By slot: the position of the last token, where the continuation starts and must end, which tokens end it
-        # before, and how the next token is drawn.
+        # By slot: the position of the last token, where the continuation starts and must end, the tokens that end it
+        # earlier, and the sampling options.
         self._position_B, self._start_B, self._end_B = np.zeros((3, slots), np.int32)
         self._stop_BxN = np.full((slots, 1 + MAX_STOP_TOKENS), NO_TOKEN, np.int32)
         self._mask_BxE = np.zeros((slots, len(model.roster)), bool)
@@ -71,15 +72,16 @@ class Engine:
 
     @property
     def free(self) -> int:
-        """How many requests may be added now."""
+        """Number of free slots."""
         return self._slots.count(None)
 
     def add(self, requests: Sequence[Request]) -> list[int]:
-        """Takes requests, at most as many as slots are free, and reads their prompts; returns an id for each.
+        """Adds requests, at most one per free slot, and reads their prompts; returns an id for each.
 
         Raises:
-          UserError: a request is longer than `max_length`, names an expert that is not on the roster, holds a token
-            that is not in the vocabulary, or stop strings for a model without a tokenizer.
+          ArgumentError: a request names an expert that is not on the roster, has a token that is not in the vocabulary,
+            or has stop strings for a model without a tokenizer.
+          ContextError: a request is longer than `max_length`.
         """
         if len(requests) > self.free:
             raise ValueError(f"{len(requests)} requests for {self.free} free slots")
@@ -88,16 +90,16 @@ class Engine:
             return []
         slots = [slot for slot, taken in enumerate(self._slots) if taken is None][: len(requests)]
         lengths = [len(request.token_ids) for request in requests]
-        # Rows beyond the requests are written to a slot that does not exist.
-        rows, length = bucket(len(requests), 1), bucket(max(lengths))
-        slots_b, lengths_b = np.full(rows, len(self._slots), np.int32), np.ones(rows, np.int32)
-        tokens_bxS, mask_bxE = np.zeros((rows, length), np.int32), np.zeros((rows, len(self._model.roster)), bool)
-        for row, (slot, request, mask_E) in enumerate(zip(slots, requests, masks, strict=True)):
-            slots_b[row], lengths_b[row], mask_bxE[row] = slot, lengths[row], mask_E
-            tokens_bxS[row, : lengths[row]] = request.token_ids
+        # Padding is written to a slot that does not exist.
+        batch, length = bucket(len(requests), 1), bucket(max(lengths))
+        slots_b, lengths_b = np.full(batch, len(self._slots), np.int32), np.ones(batch, np.int32)
+        tokens_bxS, mask_bxE = np.zeros((batch, length), np.int32), np.zeros((batch, len(self._model.roster)), bool)
+        for i, (slot, request, mask_E) in enumerate(zip(slots, requests, masks, strict=True)):
+            slots_b[i], lengths_b[i], mask_bxE[i] = slot, lengths[i], mask_E
+            tokens_bxS[i, : lengths[i]] = request.token_ids
             self._take(slot, request, mask_E)
         self._reserve(max(n + min(r.max_new_tokens, AHEAD) for n, r in zip(lengths, requests, strict=True)))
-        self._state = admit(
+        self._state = prefill(
             self._model.decoder,
             self._model.params,
             self._state,
@@ -110,22 +112,22 @@ class Engine:
         return [self._slots[slot].id for slot in slots]
 
     def step(self, max_steps: int = 8) -> list[Update]:
-        """Writes up to `max_steps` tokens for every request in flight, fewer when one of them ends.
+        """Decodes up to `max_steps` tokens for every request in flight, fewer when one of them ends.
 
-        Where nothing is left to write for some requests, which asked for no token, it only tells of these.
+        If some requests asked for no token, it decodes nothing and returns only their results.
 
         Args:
-          max_steps: how often to look for stop strings, and for text to hand out.
+          max_steps: number of tokens after which stop strings are looked for and text is returned.
 
         Returns:
-          What is new, for each request in flight.
+          An update for each request in flight.
         """
         if self.free == len(self._slots):
             return []
         running = [slot for slot, taken in enumerate(self._slots) if taken]
-        nothing_to_write = [slot for slot in running if self._position_B[slot] + 1 == self._end_B[slot]]
-        if nothing_to_write:
-            return self._collect_all(nothing_to_write, np.full(len(self._slots), NO_TOKEN))
+        finished = [slot for slot in running if self._position_B[slot] + 1 == self._end_B[slot]]
+        if finished:
+            return self._collect_all(finished, np.full(len(self._slots), NO_TOKEN))
         last = int(self._position_B[running].max())
         self._reserve(last + 2)
         max_steps = min(max_steps, self._length - 1 - last)
@@ -145,10 +147,10 @@ class Engine:
         return self._collect_all(running, stopped_B)
 
     def run(self, requests: Sequence[Request], max_steps: int = 8) -> Iterator[tuple[int, Update]]:
-        """Takes any number of requests through, in their order as slots free up; yields (index of a request, update).
+        """Runs any number of requests, in their order as slots become free; yields (index of the request, update).
 
         Raises:
-          UserError: as `add`.
+          ArgumentError, ContextError: as `add`.
         """
         waiting, in_flight = list(enumerate(requests)), {}
         while waiting or in_flight:
@@ -161,7 +163,7 @@ class Engine:
                     del in_flight[update.id]
 
     def cancel(self, id: int) -> None:
-        """Drops a request; nothing happens where it has ended."""
+        """Drops a request; does nothing if it has ended."""
         for slot, taken in enumerate(self._slots):
             if taken and taken.id == id:
                 self._release(slot)
@@ -171,30 +173,31 @@ class Engine:
         return self._state.tokens_BxT.shape[1] if self._state else 0
 
     def _check(self, request: Request) -> np.ndarray:
-        """The experts that a request leaves on, bool [experts]."""
+        """Checks a request; returns the experts that it may use, bool [experts]."""
         if self._max_length:
             new_tokens(len(request.token_ids), request.max_new_tokens, request.max_new_tokens, self._max_length)
         size = self._model.decoder.architecture.vocab_size
         for field in ("token_ids", "stop_token_ids"):
             out_of_range = [id for id in getattr(request, field) if not 0 <= id < size]
             if out_of_range:
-                raise UserError(f"{field} holds {out_of_range[0]}; the vocabulary has no such token")
+                raise ArgumentError(field, out_of_range[0], f"not in the vocabulary; ids are 0 to {size - 1}")
         if request.stop and not self._model.tokenizer:
-            raise UserError(f"stop is {request.stop!r}; the model has no tokenizer.json, which text needs")
+            problem = "the model has no tokenizer.json, which stop strings need; use stop_token_ids"
+            raise ArgumentError("stop", repr(request.stop), problem)
         return self._model.expert_mask(request.without)
 
     def _take(self, slot: int, request: Request, mask_E: np.ndarray) -> None:
         """Puts a request into a free slot."""
         start = len(request.token_ids)
         stream = TextStream(self._model.tokenizer, request.stop, request.token_ids)
-        told = 0 if request.prompt_logprobs else start
-        self._slots[slot] = _Slot(next(self._ids), request, stream, told=told)
+        reported = 0 if request.prompt_logprobs else start
+        self._slots[slot] = _Slot(next(self._ids), request, stream, reported=reported)
         self._position_B[slot], self._start_B[slot] = start - 1, start
         self._end_B[slot] = start + request.max_new_tokens
         self._mask_BxE[slot] = mask_E
         stops = [*request.stop_token_ids, *(() if request.ignore_eos else (self._model.manifest.eos_id,))]
         self._stop_BxN[slot, : len(stops)] = stops
-        self._draw(
+        self._set_sampling(
             slot,
             Sampling(
                 request.temperature,
@@ -209,20 +212,20 @@ class Engine:
         )
 
     def _reserve(self, length: int) -> None:
-        """Makes room for that many positions, and for the log probabilities that are asked for."""
+        """Makes room for that many positions, and for the log probabilities that requests ask for."""
         asked = [taken.request.logprobs for taken in self._slots if taken and taken.request.logprobs is not None]
         top = next(count for count in (1, 5, TOP_LOGPROBS) if count >= max(asked)) if asked else 0
         kept = self._state.scored.top_ids.shape[-1] if self._state and self._state.scored else 0
-        if kept and not top:  # nothing then slows down those who do not ask
+        if kept and not top:  # the program without scores is faster
             self._state = self._state._replace(scored=None)
         if length > self._length or top > kept:
-            decoder, rows = self._model.decoder, len(self._slots)
+            decoder, batch = self._model.decoder, len(self._slots)
             if length > self._length:
                 length = bucket(max(length, min(2 * self._length, self._max_length or 2 * self._length)))
-            self._state = extend(decoder, self._state, rows, max(length, self._length), max(top, kept) if top else 0)
+            self._state = extend(decoder, self._state, batch, max(length, self._length), max(top, kept) if top else 0)
 
     def _collect_all(self, slots: Sequence[int], stopped_B: np.ndarray) -> list[Update]:
-        """What the last step added to these slots; `stopped_B` says which token ended a text, or `NO_TOKEN`."""
+        """What the last step added to these slots; `stopped_B` holds the stop token of each slot, or `NO_TOKEN`."""
         tokens_BxT = jax.device_get(self._state.tokens_BxT)
         asked = any(self._slots[slot].request.logprobs is not None for slot in slots)
         scored = jax.device_get(self._state.scored) if asked else None
@@ -245,10 +248,11 @@ class Engine:
                 written, ended_by = written[:count], []
                 break
         taken.token_ids = written
-        told = continuation = None
+        logprobs = continuation = None
         if taken.request.logprobs is not None:
             ids = [*taken.request.token_ids, *written, *ended_by]
-            told, taken.told = _told(scored, slot, ids, taken.told, taken.request.logprobs), len(ids)
+            logprobs = _token_logprobs(scored, slot, ids, taken.reported, taken.request.logprobs)
+            taken.reported = len(ids)
         if ended or stopped:
             read = max(0, start + len(written) - 1 + len(ended_by))
             routing_TxLxE = jax.device_get(self._state.routing_BxTxLxE[slot])
@@ -256,39 +260,40 @@ class Engine:
             experts = dict(zip(self._model.roster, layers_LxE.mean(axis=0).tolist(), strict=True))
             reason = "stop" if ended_by or stopped else "length"
             whole = None
-            if told is not None:
+            if logprobs is not None:
                 first = 0 if taken.request.prompt_logprobs else start
-                whole = _told(scored, slot, ids, first, taken.request.logprobs)
+                whole = _token_logprobs(scored, slot, ids, first, taken.request.logprobs)
             continuation = Continuation(taken.stream.text, written, experts, layers_LxE, reason, whole)
             self._release(slot)
-        return Update(taken.id, text, written[seen:], continuation, told)
+        return Update(taken.id, text, written[seen:], continuation, logprobs)
 
     def _release(self, slot: int) -> None:
         self._slots[slot] = None
         self._position_B[slot] = self._start_B[slot] = self._end_B[slot] = 0
         self._stop_BxN[slot] = NO_TOKEN
-        self._draw(slot, Sampling(*(value for value, _ in GREEDY)))
+        self._set_sampling(slot, Sampling(*(value for value, _ in GREEDY)))
 
-    def _draw(self, slot: int, how: Sampling) -> None:
-        for values_B, value in zip(self._sampling, how, strict=True):
+    def _set_sampling(self, slot: int, sampling: Sampling) -> None:
+        for values_B, value in zip(self._sampling, sampling, strict=True):
             values_B[slot] = value
 
 
-def _told(scored: Scored, slot: int, ids: Sequence[int], first: int, count: int) -> TokenLogprobs:
-    """The log probabilities of `ids[first:]`, of which `ids` are all tokens of a slot."""
+def _token_logprobs(scored: Scored, slot: int, ids: Sequence[int], first: int, count: int) -> TokenLogprobs:
+    """The log probabilities of `ids[first:]`; `ids` are all tokens of a slot."""
     before = slice(max(first - 1, 0), max(len(ids) - 1, 0))
     chosen_N, top_ids_NxK, top_NxK = (x[slot, before] for x in scored)
     top_ids_NxK, top_NxK = top_ids_NxK[:, :count], top_NxK[:, :count]
-    if first == 0:  # nothing says how likely the first token is
+    if first == 0:  # the first token has no log probability
         chosen_N, top_NxK = (
             np.pad(x, [(1, 0)] + [(0, 0)] * (x.ndim - 1), constant_values=np.nan) for x in (chosen_N, top_NxK)
         )
         top_ids_NxK = np.pad(top_ids_NxK, ((1, 0), (0, 0)), constant_values=NO_TOKEN)
-    # Copies: the device may write over what was fetched.
+    # Copies, since the device may overwrite the fetched arrays.
     return TokenLogprobs(list(ids[first:]), np.array(chosen_N), np.array(top_ids_NxK), np.array(top_NxK))
 
 
-def bucket(length: int, shortest: int = SHORTEST) -> int:
-    """`length` rounded up to a power of two or three quarters of one, so that few shapes are compiled."""
-    power = max(shortest, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if power > shortest and length <= power * 3 // 4 else power
+def bucket(length: int, minimum: int | None = None) -> int:
+    """`length` rounded up to a power of two or three quarters of one, to limit the number of compiled shapes."""
+    minimum = MIN_BUCKET if minimum is None else minimum
+    power = max(minimum, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > minimum and length <= power * 3 // 4 else power

@@ -17,7 +17,7 @@ from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FILE, open_params,
 from flexolmo_jax.checkpoint.params import read_leaf
 from flexolmo_jax.data.pipeline import ARRAYS
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.request import DEFAULT_NEW_TOKENS, Continuation, Request, new_tokens
 from flexolmo_jax.memory import check_fits, trim_after_compiling
@@ -27,15 +27,15 @@ from flexolmo_jax.model.loss import make_loss_step
 
 DTYPES = ("float32", "bfloat16")
 MAX_SLOTS = 32
-STOP_STEPS = 8  # tokens after which stop strings are looked for
+STOP_STEPS = 8  # tokens between two searches for stop strings
 
 
 class Scores(NamedTuple):
-    """What `Model.score` returns, arrays [batch, length]; entry s concerns token s, given those before it.
+    """The result of `Model.score`, arrays [batch, length]; entry s is about token s, given the tokens before it.
 
     Attributes:
-      log_likelihood_BxS: float32, in nats; 0 for the first token, which nothing precedes.
-      greedy_BxS: bool, whether the token is the likeliest; True for the first.
+      log_likelihood_BxS: float32, in nats; 0 for the first token.
+      greedy_BxS: bool, whether the token is the most likely one; True for the first token.
     """
 
     log_likelihood_BxS: np.ndarray
@@ -43,7 +43,7 @@ class Scores(NamedTuple):
 
 
 class Model:
-    """An anchor or a merged model, ready to compute."""
+    """An anchor or a merged model in memory."""
 
     def __init__(
         self,
@@ -65,35 +65,38 @@ class Model:
 
     @property
     def roster(self) -> list[str]:
-        """Expert names, the anchor first, in the order of the router's logits."""
+        """Names of the experts, the anchor first, in the order of the router logits."""
         return self.manifest.roster
 
     def expert_mask(self, without: Sequence[str]) -> np.ndarray:
         """Bool [experts]: False for the experts to leave out.
 
         Raises:
-          UserError: a name is not on the roster, or nothing would be left.
+          ArgumentError: a name is not on the roster, or no expert would be left.
         """
         if isinstance(without, str):
-            raise UserError(f"without is the text {without!r}; give a list of names")
+            raise ArgumentError("without", repr(without), "is one text; it must be a list of names")
         unknown = [name for name in without if name not in self.roster]
         if unknown:
-            raise UserError(f"--without={unknown[0]}: not on the roster, which is {', '.join(self.roster)}")
+            raise ArgumentError("without", unknown[0], f"not on the roster, which is {', '.join(self.roster)}")
         mask_E = np.array([name not in without for name in self.roster])
         if not mask_E.any():
-            raise UserError(f"--without={without[-1]}: no expert would be left; keep at least one")
+            raise ArgumentError("without", without[-1], "no expert would be left; keep at least one")
         return mask_E
 
     def logits(self, token_ids: Any, without: Sequence[str] = (), top_k: int | None = None) -> jax.Array:
         """float32 [batch, length, vocab] for integer token ids [batch, length].
 
         Args:
-          token_ids: rows of one document each.
+          token_ids: sequences of one document each.
           without: names of experts to leave out, as if they had opted out.
-          top_k: experts per token; by default what the model says.
+          top_k: experts per token; None: the number of the model.
+
+        Raises:
+          ArgumentError: an invalid value.
         """
         if top_k is not None and top_k < 1:
-            raise UserError(f"logits: top_k is {top_k}; it must be at least 1")
+            raise ArgumentError("top_k", top_k, "it must be at least 1")
         decoder = self.decoder
         if top_k is not None and decoder.layout.kind == "stacked":
             decoder = decoder.clone(layout=Layout.of_roster(len(self.roster), top_k))
@@ -104,28 +107,28 @@ class Model:
         return _loss(self.decoder, self.params, dict(batch), mask_E)
 
     def loss_bytes(self, batch_size: int, length: int) -> int:
-        """Bytes that `loss_step` takes beside the parameters, for batches of that shape; compiles it to know."""
+        """Bytes that `loss_step` needs besides the parameters, for batches of that shape; compiles it."""
         batch = dict.fromkeys(ARRAYS, jax.ShapeDtypeStruct((batch_size, length), np.int32))
         analysis = _loss.lower(self.decoder, self.params, batch, self.expert_mask(())).compile().memory_analysis()
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
     def score(self, token_ids: Any, without: Sequence[str] = ()) -> Scores:
-        """How likely each token is after those before it, for integer token ids [batch, length].
+        """The log likelihood of each token given the tokens before it, for integer token ids [batch, length].
 
-        Rows may be filled up with any tokens at the end: what comes later changes nothing.
+        Padding at the end may be any tokens, since later tokens change nothing.
         """
         tokens_BxS = self._tokens(token_ids)
         return Scores(*jax.device_get(_score(self.decoder, self.params, tokens_BxS, self.expert_mask(without))))
 
     def _tokens(self, token_ids: Any) -> np.ndarray:
-        """Token ids as int32 [batch, length]; raises UserError where they are none of the vocabulary."""
+        """Token ids as int32 [batch, length]; raises ArgumentError for other shapes and ids out of range."""
         tokens_BxS, size = np.asarray(token_ids), self.decoder.architecture.vocab_size
         if tokens_BxS.ndim != 2 or not np.issubdtype(tokens_BxS.dtype, np.integer):
-            raise UserError(
-                f"token_ids: {tokens_BxS.dtype.name}{list(tokens_BxS.shape)}; give integers [batch, length]"
-            )
+            shown = f"{tokens_BxS.dtype.name}{list(tokens_BxS.shape)}"
+            raise ArgumentError("token_ids", shown, "it must be integers [batch, length]")
         if tokens_BxS.size and not 0 <= tokens_BxS.min() <= tokens_BxS.max() < size:
-            raise UserError(f"token_ids: from {tokens_BxS.min()} to {tokens_BxS.max()}; the vocabulary has {size}")
+            shown = f"{tokens_BxS.min()}..{tokens_BxS.max()}"
+            raise ArgumentError("token_ids", shown, f"ids must be 0 to {size - 1}")
         return tokens_BxS.astype(np.int32)
 
     def generate(
@@ -150,34 +153,35 @@ class Model:
         prompt_logprobs: bool = False,
         max_length: int | None = None,
     ) -> list[Continuation]:
-        """Continues each prompt until its document ends, a stop string comes, or `max_new_tokens` are written.
+        """Continues each prompt until EOS, a stop string, or `max_new_tokens` new tokens.
 
         Args:
-          prompts: texts, each read as the beginning of a document, or token ids, taken as they are.
-          max_new_tokens: at most so many tokens; None: `DEFAULT_NEW_TOKENS`, as far as `max_length` allows.
+          prompts: texts, each the beginning of a document, or token ids, which are used unchanged.
+          max_new_tokens: maximum number of new tokens; None: `DEFAULT_NEW_TOKENS`, or fewer if `max_length` requires.
           without: names of experts to leave out.
-          temperature: of sampling; 0 takes the likeliest token.
-          seed: of sampling; each prompt draws on its own.
-          top_k: only the so many likeliest tokens are drawn from; 0: all.
-          top_p: only the fewest likeliest tokens whose probability reaches it are drawn from; 1: all.
-          stop: strings that end the text, before themselves.
-          on_text: called with (index of the prompt, new text) as text becomes final.
-          min_p: only tokens at least so probable as this share of the likeliest one are drawn from; 0: all.
-          repetition_penalty: on tokens of the prompt and the continuation; 1: none.
-          presence_penalty: on tokens of the continuation; 0: none.
-          frequency_penalty: the same for each time that they were written; 0: none.
+          temperature: of sampling; 0: greedy.
+          seed: of sampling; each prompt has its own random numbers.
+          top_k: sample from the k most likely tokens; 0: from all.
+          top_p: sample from the fewest most likely tokens whose total probability reaches it; 1: from all.
+          stop: strings that end the text; the text excludes them.
+          on_text: called with (index of the prompt, new text) when text is final.
+          min_p: sample from tokens with at least this fraction of the largest probability; 0: from all.
+          repetition_penalty: of tokens of the prompt and the continuation; 1: none.
+          presence_penalty: of tokens of the continuation; 0: none.
+          frequency_penalty: the same, once for each occurrence; 0: none.
           stop_token_ids: tokens that end the text as EOS does.
           ignore_eos: whether EOS does not end the text.
-          logprobs: None, or how many of the likeliest tokens `Continuation.logprobs` tells with each token.
-          prompt_logprobs: whether it tells of the prompt's tokens too.
-          max_length: tokens of a prompt and its continuation together, at most; None: the model's context,
+          logprobs: None, or the number of most likely tokens in `Continuation.logprobs` for each token.
+          prompt_logprobs: whether it includes the tokens of the prompt.
+          max_length: maximum number of tokens of a prompt and its continuation together; None: the model's context,
             `manifest.context_length`.
 
         Raises:
-          UserError: a value makes no sense, it is a text and the model has no tokenizer, or it is longer than allowed.
+          ArgumentError: an invalid value, or a text although the model has no tokenizer.
+          ContextError: a prompt and its continuation are longer than `max_length`.
         """
         if isinstance(prompts, str):
-            raise UserError(f"prompts is the text {prompts!r}; give a list of prompts")
+            raise ArgumentError("prompts", repr(prompts), "is one text; it must be a list of prompts")
         context = self.manifest.context_length if max_length is None else max_length
         requests = []
         for ids, prompt_seed in zip(map(self.encode, prompts), seeds(seed, len(prompts)), strict=True):
@@ -202,22 +206,24 @@ class Model:
         """The token ids of a prompt: a text is the beginning of a document, after the EOS of the one before.
 
         Raises:
-          UserError: a text, and the model has no tokenizer; or half a character is in it.
+          ArgumentError: a text although the model has no tokenizer, or one that is not UTF-8.
         """
         if not isinstance(prompt, str):
             return np.atleast_1d(prompt).tolist()
         if self.tokenizer is None:
-            raise UserError("the model has no tokenizer.json, which text needs; give token ids, or another model")
+            problem = "the model has no tokenizer.json, which text needs; give token ids, or another model"
+            raise ArgumentError("prompts", repr(prompt), problem)
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"prompt {prompt!r}: is not UTF-8 ({error.reason}); give it in that encoding") from None
+            problem = f"is not UTF-8 ({error.reason}); give it in that encoding"
+            raise ArgumentError("prompts", repr(prompt), problem) from None
         return [self.manifest.eos_id, *self.tokenizer.encode(prompt).tolist()]
 
 
 def seeds(seed: int, count: int) -> list[int]:
-    """Seeds for `count` requests that draw independently, from one."""
-    Request([0], seed=seed)  # refuses what is no seed
+    """Seeds of `count` independent requests, from one seed."""
+    Request([0], seed=seed)  # checks the seed
     return np.random.SeedSequence(seed).generate_state(count).tolist()
 
 
@@ -229,10 +235,12 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
       dtype: of the parameters and of the computation, "float32" or "bfloat16".
 
     Raises:
-      UserError: not a model directory, or a damaged one, or a dtype that is not computed in.
+      NotFoundError: there is no such directory.
+      ArgumentError: the dtype is not supported.
+      UserError: not a model directory, a damaged one, or one that does not fit in memory.
     """
     if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        raise ArgumentError("dtype", dtype, f"it must be one of {', '.join(DTYPES)}")
     manifest = read_model(path)
     stored = open_params(path)
     file = epath.Path(path) / TOKENIZER_FILE
@@ -241,15 +249,15 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
     expected = model.decoder.clone(compute=Compute()).abstract()
     for name, leaf in expected.items():
         if name not in stored or tuple(stored[name].shape) != leaf.shape:
-            raise UserError(
-                f"--model={path}: leaf {name} is missing or misshapen; copy the directory again from its source"
-            )
+            raise UserError(f"{path}: leaf {name} is missing or misshapen; copy the directory again from its source")
     leaves = {name: stored[name] for name in expected}
     size = sum(math.prod(leaf.shape) for leaf in expected.values()) * jnp.dtype(dtype).itemsize
-    remedy = "load a smaller model" if dtype == "bfloat16" else "load it as bfloat16 (--dtype), or a smaller model"
-    check_fits(size, f"--model={path}: as {dtype} it", remedy)
-    for name, leaf in separate_layers(leaves, model.decoder.architecture.num_layers).items():
-        model.params[name] = read_leaf(leaf, device, jnp.dtype(dtype), f"--model={path}: leaf {name}")
+    remedy = "load a smaller model" if dtype == "bfloat16" else "use dtype bfloat16, or a smaller model"
+    check_fits(size, f"{path}: as {dtype} it", remedy)
+    separate = separate_layers(leaves, model.decoder.architecture.num_layers)
+    # The largest first: reading a leaf takes two or three times its memory.
+    for name, leaf in sorted(separate.items(), key=lambda item: math.prod(item[1].shape), reverse=True):
+        model.params[name] = read_leaf(leaf, device, jnp.dtype(dtype), f"{path}: leaf {name}")
     return model
 
 

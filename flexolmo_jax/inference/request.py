@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""Requests to the engine, and its results."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import ArgumentError, UserError
 
 DEFAULT_NEW_TOKENS = 64
 MAX_STOP_TOKENS = 32
@@ -17,27 +17,27 @@ TOP_LOGPROBS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to be continued.
+    """A prompt and how to continue it.
 
     Attributes:
       token_ids: the prompt, at least one token.
-      max_new_tokens: at most so many tokens are written; 0: the prompt is read, nothing more.
+      max_new_tokens: maximum number of new tokens; 0: only read the prompt.
       without: names of experts to leave out.
-      temperature: of sampling; 0 takes the likeliest token.
-      top_k: only the so many likeliest tokens are drawn from; 0: all.
-      top_p: only the fewest likeliest tokens whose probability reaches it are drawn from; 1: all.
+      temperature: of sampling; 0: greedy.
+      top_k: sample from the k most likely tokens; 0: from all.
+      top_p: sample from the fewest most likely tokens whose total probability reaches it; 1: from all.
       seed: of sampling.
-      stop: strings that end the text, before themselves.
-      min_p: only tokens at least so probable as this share of the likeliest one's probability are drawn; 0: all.
-      repetition_penalty: logits of tokens of the prompt and of the continuation are divided by it where they are
-        positive, and multiplied where they are negative; 1: none.
-      presence_penalty: taken from the logits of tokens of the continuation; 0: none.
-      frequency_penalty: the same, once for each time that the token was written.
-      stop_token_ids: tokens that end the text as EOS does; none of them is kept.
-      ignore_eos: EOS does not end the text; it is kept as a token.
-      logprobs: None, or how many of the likeliest tokens are told with the log probability of each token, at most
-        `TOP_LOGPROBS`. Log probabilities are those of the model itself: before temperature, limits and penalties.
-      prompt_logprobs: whether the tokens of the prompt are told too; only where `logprobs` is given.
+      stop: strings that end the text; the text excludes them.
+      min_p: sample from tokens with at least this fraction of the largest probability; 0: from all.
+      repetition_penalty: divides positive logits of tokens of the prompt and the continuation, and multiplies negative
+        ones; 1: no penalty.
+      presence_penalty: is subtracted from the logits of tokens of the continuation; 0: no penalty.
+      frequency_penalty: the same, once for each occurrence.
+      stop_token_ids: tokens that end the text as EOS does; the text excludes them.
+      ignore_eos: whether to continue after EOS, which is then kept as a token.
+      logprobs: None, or the number of most likely tokens to return with each token, at most `TOP_LOGPROBS`. Log
+        probabilities are those of the model: before temperature, top k, top p and penalties.
+      prompt_logprobs: whether to return those of the prompt too; requires `logprobs`.
     """
 
     token_ids: Sequence[int]
@@ -58,7 +58,7 @@ class Request:
     prompt_logprobs: bool = False
 
     def __post_init__(self):
-        """Raises UserError where a value makes no sense."""
+        """Raises ArgumentError for an invalid value."""
         rules = {
             "token_ids": (lambda ids: len(ids) > 0 and all(_is_whole(id, 0) for id in ids), "at least one token id"),
             "max_new_tokens": (lambda count: _is_whole(count, 0), "a whole number, at least 0 and below 2**31"),
@@ -86,7 +86,7 @@ class Request:
         for field, (holds, rule) in rules.items():
             value = getattr(self, field)
             if not holds(value):
-                raise UserError(f"{field} is {value!r}; it must be {rule}")
+                raise ArgumentError(field, repr(value), f"it must be {rule}")
 
 
 def _is_whole(value: object, least: int, below: int = 2**31) -> bool:
@@ -106,21 +106,21 @@ def _are_texts(values: object) -> bool:
 
 
 def new_tokens(prompt: int, asked: int | None, default: int, context: int, name: str = "max_new_tokens") -> int:
-    """How many tokens a prompt of `prompt` tokens may be continued by, in a context of `context` tokens.
+    """The maximum number of new tokens after a prompt of `prompt` tokens, in a context of `context` tokens.
 
     Args:
       prompt: tokens of the prompt.
-      asked: what the user asked for, or None.
-      default: what is written where the user did not ask, as far as the context allows.
-      context: tokens of a prompt and its continuation together, at most.
-      name: what the user calls the tokens asked for.
+      asked: the number that the user asked for, or None.
+      default: the number if the user did not ask; the context may reduce it.
+      context: maximum number of tokens of a prompt and its continuation together.
+      name: the user's name of `asked`.
 
     Raises:
-      UserError: `context` is no such number.
+      ArgumentError: `context` is not a positive integer.
       ContextError: the prompt leaves no room, or none for what was asked.
     """
     if not _is_whole(context, 1):
-        raise UserError(f"max_length is {context!r}; it must be a whole number, at least 1")
+        raise ArgumentError("max_length", repr(context), "it must be a whole number, at least 1")
     needed = prompt + (1 if asked is None else asked)
     if needed > context:
         what = (
@@ -129,23 +129,21 @@ def new_tokens(prompt: int, asked: int | None, default: int, context: int, name:
             else (f"prompt of {prompt} tokens: leaves no room in")
         )
         shorter = f"shorten the prompt{f' or {name}' if asked else ''}"
-        raise ContextError(
-            f"{what} the model's context of {context}; {shorter}, or allow more with --max_length (Python: max_length)"
-        )
+        raise ContextError(f"{what} the model's context of {context}; {shorter}, or raise max_length")
     return min(default, context - prompt) if asked is None else asked
 
 
-class ContextError(UserError):
+class ContextError(UserError, ValueError):
     """A prompt and its continuation do not fit into the context."""
 
 
 class TokenLogprobs(NamedTuple):
-    """Log probabilities, in nats, of tokens that follow one another; N tokens, K likeliest ones.
+    """Log probabilities, in nats, of consecutive tokens N and of the top K tokens at each.
 
     Attributes:
-      token_ids: the tokens, one that ended the text (EOS or another) included.
-      chosen_N: float32, of each token; NaN for the first of a prompt, which nothing precedes.
-      top_ids_NxK: int32, the likeliest tokens at each place, the likeliest first.
+      token_ids: the tokens, including the stop token (EOS or another) that ended the text.
+      chosen_N: float32, of each token; NaN for the first token of a prompt.
+      top_ids_NxK: int32, the most likely tokens, in descending order.
       top_NxK: float32, their log probabilities.
     """
 
@@ -156,17 +154,16 @@ class TokenLogprobs(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
-      text: the continuation, without the stop string that ended it.
+      text: the continuation, without the stop string.
       token_ids: its tokens, up to the one that completed the stop string; without EOS.
-      experts: {expert: share} of the routing weight of the experts that computed each token, mean over layers and
-        over the tokens that were read to write the text: the prompt and the continuation but for its last token;
-        all 0 where none was.
+      experts: {expert: share of the routing weight}, mean over layers and over the tokens that the model read: the
+        prompt and the continuation without its last token; all 0 if it read none.
       layers: the same for each layer, float64 [layers, experts].
       finish_reason: "stop" (EOS, another stop token or a stop string) or "length".
-      logprobs: of the tokens that were asked for, or None; those of the prompt come first.
+      logprobs: as requested, those of the prompt first; or None.
     """
 
     text: str
@@ -178,14 +175,14 @@ class Continuation(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What a step added to a request.
+    """What a step added to a sequence.
 
     Attributes:
-      id: of the request.
-      text: new text that will not change.
+      id: of the request, from `Engine.add`.
+      text: new text, which is final.
       token_ids: new tokens.
-      continuation: None, or the whole once the request has ended.
-      logprobs: None, or of the new tokens; the first update also has those of the prompt, where asked for.
+      continuation: the whole result once the request has ended; else None.
+      logprobs: of the new tokens, if requested; the first update includes those of the prompt, if requested.
     """
 
     id: int

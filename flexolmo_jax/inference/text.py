@@ -1,8 +1,7 @@
-"""Text as it is being written: what is final, and where a stop string ends it.
+"""Text of a continuation while its tokens arrive: what is final, and where a stop string ends it.
 
-The text of a continuation is decode(prompt + new tokens) without decode(prompt). Where new tokens change the end of
-the prompt's text (they complete a character of which the prompt has half), it is what follows the beginning that both
-share.
+The text of a continuation is decode(prompt + new tokens) without decode(prompt). If new tokens change the end of the
+prompt's text (they complete a character), it is what follows their common prefix.
 """
 
 from collections.abc import Sequence
@@ -14,11 +13,11 @@ _BLOCK = 64  # tokens of a prompt decoded at once
 
 
 class TextStream:
-    """The text that tokens add to a prompt's, as they come one after another, up to the first stop string.
+    """The text that new tokens add to a prompt, up to the first stop string.
 
     Attributes:
-      prompt: the text of the prompt, without what new tokens may change of it.
-      text: what they have added to it for good.
+      prompt: the text of the prompt that new tokens cannot change.
+      text: the final part of the new text.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], prompt_ids: Sequence[int] = ()):
@@ -33,11 +32,11 @@ class TextStream:
         self._settled = ""  # text after `prompt`
 
     def read(self, token_ids: Sequence[int], ended: bool) -> tuple[str, bool]:
-        """Takes all tokens so far; `ended` says that no more will come.
+        """Takes all tokens so far; `ended` says that no other will follow.
 
         Returns:
-          (what is new in `text`, whether a stop string was found). `text` holds back what may still change, such as
-          half a character, and the beginning of a stop string.
+          (the new part of `text`, whether a stop string was found). `text` excludes what may still change, such as half
+          a character, and a possible beginning of a stop string.
         """
         if self._decoder is None:
             return "", False
@@ -46,7 +45,7 @@ class TextStream:
         whole = self._settled + self._decoder.tail if ended else self._settled
         text = whole[len(common_prefix(whole, self._prompt_tail)) :]
         found = min((at for stop in self._stop if (at := text.find(stop, len(self.text))) >= 0), default=len(text))
-        # Where a stop string may have begun; one that begins later does not end the text before that is known.
+        # Where a stop string may have begun. Until that is known, one that begins later does not end the text.
         begun = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
         stopped = found < len(text) and (ended or found <= begun)
         text = text[:found] if stopped or ended else text[:begun]
@@ -55,6 +54,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
+    """Length of the longest proper prefix of `stop` that is a suffix of `text`."""
     lengths = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)

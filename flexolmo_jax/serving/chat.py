@@ -68,26 +68,26 @@ class ChatTemplate:
 
         messages = [{key: marked(value) for key, value in message.items()} for message in messages]
         text, marks = "", set()
-        for piece in re.split(f"({mark})", self._render(messages, add_generation_prompt)):
-            if piece == mark:
+        for part in re.split(f"({mark})", self._render(messages, add_generation_prompt)):
+            if part == mark:
                 marks.add(len(text))
             else:
-                text += piece
+                text += part
         return self._encode(text, marks)
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         known = {"messages": messages, "tools": None, "documents": None, "range": _counting_range()} | self._special
-        pieces, size = [], 0
+        chunks, size = [], 0
         try:
-            for piece in self._template.generate(known, add_generation_prompt=add_generation_prompt):
-                pieces.append(piece)
-                size += len(piece)
+            for chunk in self._template.generate(known, add_generation_prompt=add_generation_prompt):
+                chunks.append(chunk)
+                size += len(chunk)
                 if size > _LARGEST:
                     raise UserError(f"the chat template writes more than {_LARGEST} characters")
         except _FAILURES as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the chat template does not take them: {reason or type(error).__name__}") from error
-        return "".join(pieces)
+        return "".join(chunks)
 
     def _encode(self, text: str, marks: set[int]) -> list[int]:
         """The ids of a text, in which names of special tokens are plain text where a mark is one character behind."""
@@ -134,8 +134,8 @@ def load_chat_template(directory: epath.Path, tokenizer: Tokenizer) -> ChatTempl
         name: tokenizer.backend.id_to_token(tokenizer.eos_id) for name in ("bos_token", "eos_token", "pad_token")
     }
     if config:
-        said = _read_json(kept / "special_tokens_map.json") | config
-        named = {name: said.get(name) for name in _NAMED}
+        special_tokens = _read_json(kept / "special_tokens_map.json") | config
+        named = {name: special_tokens.get(name) for name in _NAMED}
         named = {name: each.get("content") if isinstance(each, dict) else each for name, each in named.items()}
         special = {name: each for name, each in named.items() if isinstance(each, str)}
     ends = _read_json(kept / "generation_config.json").get("eos_token_id")

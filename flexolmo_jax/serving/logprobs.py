@@ -1,4 +1,4 @@
-"""How likely tokens are, as the OpenAI API writes it: for completions, and for chat completions."""
+"""Log probabilities as the OpenAI API writes them, for completions and for chat completions."""
 
 import functools
 import json
@@ -73,44 +73,47 @@ class TextOffsets:
         return offset
 
 
-def completion_logprobs(told: TokenLogprobs, strings: TokenStrings, offsets: Iterable[int]) -> dict[str, Any]:
-    """The `logprobs` of a choice of `/v1/completions`; the likeliest tokens include the one that came."""
+def completion_logprobs(logprobs: TokenLogprobs, strings: TokenStrings, offsets: Iterable[int]) -> dict[str, Any]:
+    """The `logprobs` of a choice of `/v1/completions`; the top tokens include the chosen one."""
 
-    def named(id: int, logprob: float, likeliest: list[tuple[int, float]]) -> dict[str, float] | None:
+    def named(id: int, logprob: float, top_tokens: list[tuple[int, float]]) -> dict[str, float] | None:
         if math.isnan(logprob):
             return None
         by_name: dict[str, tuple[int, float]] = {}
-        for other, other_logprob in [*likeliest, (id, logprob)]:
+        for other, other_logprob in [*top_tokens, (id, logprob)]:
             name = strings.text(other)
             # Two tokens may be the same text.
             name = name if by_name.get(name, (other,))[0] == other else f"token_id:{other}"
             by_name.setdefault(name, (other, other_logprob))
         return {name: value for name, (_, value) in by_name.items()}
 
-    top = list(map(named, told.token_ids, told.chosen_N.tolist(), _likeliest(told)))
+    top = list(map(named, logprobs.token_ids, logprobs.chosen_N.tolist(), _top_tokens(logprobs)))
     return {
-        "tokens": [strings.text(id) for id in told.token_ids],
-        "token_logprobs": [None if math.isnan(x) else x for x in told.chosen_N.tolist()],
+        "tokens": [strings.text(id) for id in logprobs.token_ids],
+        "token_logprobs": [None if math.isnan(x) else x for x in logprobs.chosen_N.tolist()],
         "top_logprobs": top,
         "text_offset": list(offsets),
     }
 
 
-def chat_logprobs(told: TokenLogprobs, strings: TokenStrings) -> dict[str, Any]:
+def chat_logprobs(logprobs: TokenLogprobs, strings: TokenStrings) -> dict[str, Any]:
     """The `logprobs` of a choice of `/v1/chat/completions`."""
 
     def entry(id: int, logprob: float) -> dict[str, Any]:
         return {"token": strings.text(id), "logprob": logprob, "bytes": list(strings.bytes(id))}
 
     content = [
-        entry(id, logprob) | {"top_logprobs": [entry(*other) for other in likeliest]}
-        for id, logprob, likeliest in zip(told.token_ids, told.chosen_N.tolist(), _likeliest(told), strict=True)
+        entry(id, logprob) | {"top_logprobs": [entry(*other) for other in top_tokens]}
+        for id, logprob, top_tokens in zip(
+            logprobs.token_ids, logprobs.chosen_N.tolist(), _top_tokens(logprobs), strict=True
+        )
     ]
     return {"content": content, "refusal": None}
 
 
-def _likeliest(told: TokenLogprobs) -> list[list[tuple[int, float]]]:
-    """(id, log probability) of the likeliest tokens at each place, the likeliest first."""
+def _top_tokens(logprobs: TokenLogprobs) -> list[list[tuple[int, float]]]:
+    """(id, log probability) of the top tokens at each position, in descending order."""
     return [
-        list(zip(*pair, strict=True)) for pair in zip(told.top_ids_NxK.tolist(), told.top_NxK.tolist(), strict=True)
+        list(zip(*pair, strict=True))
+        for pair in zip(logprobs.top_ids_NxK.tolist(), logprobs.top_NxK.tolist(), strict=True)
     ]

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.inference.request import Update
 from flexolmo_jax.serving.scheduler import Job
 from flexolmo_jax.serving.schema import ApiError
@@ -25,14 +25,14 @@ _CLIENT_GONE = 499  # as nginx has it
 
 
 class KeyRequired:
-    """An application that answers only those who send one of the keys; `/health` answers all."""
+    """Middleware that requires one of the keys, except for `/health`."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
-        """Wraps an application; keeps no key, only digests."""
+        """Wraps an application; stores digests of the keys."""
         self._app, self._digests = app, [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers 401 where the key is missing or wrong."""
+        """Responds 401 if the key is missing or wrong."""
         if scope["type"] != "http" or scope["path"] in _OPEN or self._is_known(Request(scope)):
             await self._app(scope, receive, send)
             return
@@ -46,37 +46,36 @@ class KeyRequired:
 
     def _is_known(self, request: Request) -> bool:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip())
+        digest = _digest(key.strip())
         # All are compared, each in constant time.
-        matches = [hmac.compare_digest(given, known) for known in self._digests]
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 
 
 def read_keys(file: epath.PathLike | None, variable: str | None, name: str) -> list[str]:
-    """API keys of a file, one a line, and that of an environment variable; none where neither is given.
+    """API keys from a file, one per line, and from an environment variable.
 
     Args:
-      file: text; empty lines and those that begin with "#" are passed over.
-      variable: what the environment variable holds, or None.
-      name: of the variable, for errors.
+      file: a text file, or None; empty lines and lines that begin with "#" are skipped.
+      variable: the value of the environment variable, or None.
+      name: the name of the variable, for errors.
 
     Raises:
-      UserError: the file cannot be read or has no key, or what stands there cannot be sent as one.
+      UserError: the file cannot be read, has no key, or has one that cannot be sent in a header.
     """
     keys = []
     if file is not None:
-        label = f"--api_key_file={file}"
         try:
             lines = [line.strip() for line in epath.Path(file).read_text().splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text"
-            raise UserError(f"{label}: cannot be read ({reason}); give a text file with one key a line") from error
+            raise UserError(f"{file}: cannot be read ({reason}); give a text file with one key a line") from error
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
-            raise UserError(f"{label}: has no key; write one a line")
+            raise UserError(f"{file}: has no key; write one a line")
         for number, line in enumerate(lines, start=1):
             if line in keys and not _can_be_sent(line):
-                raise UserError(f"{label}: line {number} is no key; use visible ASCII characters without spaces")
+                raise UserError(f"{file}: line {number} is no key; use visible ASCII characters without spaces")
     if variable is not None:
         if not _can_be_sent(variable):
             raise UserError(f"{name}: is no key; use visible ASCII characters without spaces, or unset it")
@@ -85,19 +84,18 @@ def read_keys(file: epath.PathLike | None, variable: str | None, name: str) -> l
 
 
 def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """An application that pages of these origins may ask, "*" being all."""
+    """An application that pages of these origins may use; "*": of any origin."""
     return CORSMiddleware(
         app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=["Retry-After"]
     )
 
 
 def check_origins(origins: Sequence[str]) -> None:
-    """Raises UserError where one is no origin, which no page could ever have."""
+    """Raises ArgumentError for an origin that no page can have."""
     for origin in origins:
         if origin != "*" and not _is_origin(origin):
-            raise UserError(
-                f"--cors_origin={origin}: is no origin; give scheme, host and port, such as http://localhost:3000, or *"
-            )
+            problem = "is no origin; give scheme, host and port, such as http://localhost:3000, or *"
+            raise ArgumentError("origins", origin, problem)
 
 
 def _is_origin(origin: str) -> bool:
@@ -120,31 +118,31 @@ class Metrics:
     """Counters, gauges and histograms of one server, in a registry of its own."""
 
     def __init__(self, load: Callable[[], Mapping[str, int]]):
-        """`load` tells how many requests are "running" and "waiting"."""
-        self._registry = own = CollectorRegistry()
+        """`load` returns the numbers of "running" and "waiting" requests."""
+        self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "flexolmo_requests", "HTTP requests by path and status.", ["path", "status"], registry=own
+            "flexolmo_requests", "HTTP requests by path and status.", ["path", "status"], registry=registry
         )
-        self._prompt_tokens = Counter("flexolmo_prompt_tokens", "Tokens of prompts that were read.", registry=own)
-        self._generated_tokens = Counter("flexolmo_generated_tokens", "Tokens that were written.", registry=own)
+        self._prompt_tokens = Counter("flexolmo_prompt_tokens", "Tokens of prompts that were read.", registry=registry)
+        self._generated_tokens = Counter("flexolmo_generated_tokens", "Tokens that were written.", registry=registry)
         for name in ("running", "waiting"):
-            gauge = Gauge(f"flexolmo_sequences_{name}", f"Sequences {name} now.", registry=own)
+            gauge = Gauge(f"flexolmo_sequences_{name}", f"Sequences {name} now.", registry=registry)
             gauge.set_function(lambda name=name: load()[name])
         self._first_token = Histogram(
             "flexolmo_time_to_first_token_seconds",
             "From the arrival of a request to the first token of each of its sequences.",
-            registry=own,
+            registry=registry,
             buckets=_SECONDS,
         )
         self._duration = Histogram(
             "flexolmo_sequence_duration_seconds",
             "From the arrival of a request to the end of each of its sequences.",
-            registry=own,
+            registry=registry,
             buckets=_SECONDS,
         )
 
     def text(self) -> bytes:
-        """All of them, in the text format of Prometheus."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
     def answered(self, path: str, status: int) -> None:
@@ -153,7 +151,7 @@ class Metrics:
         self._requests.labels(known, str(status)).inc()
 
     async def watched(self, job: Job) -> AsyncIterator[tuple[int, Update]]:
-        """What a job tells, counted on its way."""
+        """The updates of a job, which it counts."""
         start, read, begun = time.perf_counter(), set(), set()
         async for index, update in job:
             now = time.perf_counter() - start
@@ -170,14 +168,14 @@ class Metrics:
 
 
 class Metered:
-    """An application whose answers are counted."""
+    """Middleware that counts responses."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         """Wraps an application."""
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers, and counts."""
+        """Counts the response by its status."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -77,7 +77,7 @@ class Reply(abc.ABC):
         """Why a choice ended, and its experts."""
         choice = {"finish_reason": continuation.finish_reason, "experts": dict(continuation.experts)}
         if self._completion.experts_per_layer:
-            shares = [dict(zip(continuation.experts, row, strict=True)) for row in continuation.layers.tolist()]
+            shares = [dict(zip(continuation.experts, layer, strict=True)) for layer in continuation.layers.tolist()]
             choice["experts_per_layer"] = shares
         return choice
 

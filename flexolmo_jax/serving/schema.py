@@ -162,7 +162,7 @@ class Message(_Model):
     name: Annotated[Text, Field(description="a text")] = ""
 
     def for_template(self) -> dict[str, str]:
-        """The message with its parts joined, as chat templates take it."""
+        """The message as chat templates take it: the content is one text."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
 

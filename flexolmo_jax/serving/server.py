@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 from etils import epath
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
 from flexolmo_jax.serving import scheduler as scheduling
@@ -67,7 +67,7 @@ def serve(
     with _status_0_on_signals(), listen(host, port, bool(keys)) as listener:
         model = load(path, dtype)
         if model.tokenizer is None:
-            raise UserError(f"--model={path}: has no tokenizer.json; put the tokenizer's there, for requests are text")
+            raise UserError(f"{path}: has no tokenizer.json; add the tokenizer's, which requests with text need")
         directory = epath.Path(path).resolve().name
         max_length = max_length or model.manifest.context_length
         served = Served(
@@ -153,8 +153,9 @@ def listen(host: str, port: int, has_keys: bool = False) -> socket.socket:
     except (OSError, UnicodeError) as error:
         listener.close()
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise UserError(f"--port={port}: is in use; choose another, or 0 for any that is free") from error
-        raise UserError(f"--host={host} --port={port}: cannot be listened on ({error}); try 127.0.0.1, 8000") from error
+            raise ArgumentError("port", port, "is in use; choose another, or 0 for any that is free") from error
+        problem = f"port {port} cannot be listened on ({error}); try 127.0.0.1, port 8000"
+        raise ArgumentError("host", host, problem) from error
     if not has_keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         sys.stderr.write(
             f"flexolmo serve: --host={host}: other machines may connect, and there is no authentication; "

@@ -1,4 +1,4 @@
-"""Decoding with a cache: against the whole rows computed anew, and requests that join, leave and end at any time."""
+"""Decoding with a cache: against recomputed whole sequences, and requests that join, leave and end at any time."""
 
 import dataclasses
 import functools
@@ -11,8 +11,8 @@ import flexolmo_jax
 from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, ExpertRecord, ModelManifest
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.inference import decoding
 from flexolmo_jax.inference import engine as engine_module
+from flexolmo_jax.inference import steps
 from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.inference.request import Request
@@ -80,8 +80,8 @@ def test_greedy_tokens_are_those_of_transformers(name):
         eos_id=2,
     )
     model = Model(manifest, separate_layers(params, architecture.num_layers))
-    for rows in (slice(1), slice(None)):  # one row and several are computed in different ways
-        prompts, generated = (np.tile(expected[key], (6, 1))[rows].tolist() for key in ("prompt", "generated"))
+    for batch in (slice(1), slice(None)):  # one sequence and several have different implementations
+        prompts, generated = (np.tile(expected[key], (6, 1))[batch].tolist() for key in ("prompt", "generated"))
         for found, tokens in zip(model.generate(prompts, 16), generated, strict=True):
             assert found.token_ids == [*tokens, 2][: [*tokens, 2].index(2)]
             assert found.text == ""
@@ -138,8 +138,8 @@ def test_shares_are_the_weights_of_the_experts_that_computed_the_text(model):
     """Top-2 of 3, normalised, mean over all tokens but the last, which nothing was written after."""
     prompt = [256, *b"shares"]
     (found,) = model.generate([prompt], 10)
-    rows = np.array([prompt + found.token_ids[: 10 - 1]])
-    weights_LxSxE = np.float64(jax.jit(model.decoder.apply_flat)(model.params, rows).router_weights_LxBxSxE[:, 0])
+    tokens = np.array([prompt + found.token_ids[: 10 - 1]])
+    weights_LxSxE = np.float64(jax.jit(model.decoder.apply_flat)(model.params, tokens).router_weights_LxBxSxE[:, 0])
     lowest = weights_LxSxE.argmin(-1)[..., None]
     np.put_along_axis(weights_LxSxE, lowest, 0, axis=-1)
     expected_LxE = (weights_LxSxE / weights_LxSxE.sum(-1, keepdims=True)).mean(axis=1)
@@ -206,14 +206,14 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(model, alone):
 
 def test_lengths_of_one_bucket_share_a_compilation(model):
     model.generate([[1] * 33], 20)
-    programs = (decoding.admit._cache_size(), decoding.decode._cache_size())
+    programs = (steps.prefill._cache_size(), steps.decode._cache_size())
     for length, count in ((34, 19), (40, 9), (48, 10)):
         model.generate([[1] * length], count)
-    assert (decoding.admit._cache_size(), decoding.decode._cache_size()) == programs
+    assert (steps.prefill._cache_size(), steps.decode._cache_size()) == programs
 
 
 def test_buckets_are_powers_of_two_and_three_quarters_of_them():
-    assert [bucket(n) for n in (1, 16, 17, 24, 25, 32, 33, 100, 4096)] == [16, 16, 24, 24, 32, 32, 48, 128, 4096]
+    assert [bucket(n, 16) for n in (1, 16, 17, 24, 25, 32, 33, 100, 4096)] == [16, 16, 24, 24, 32, 32, 48, 128, 4096]
     assert [bucket(n, 1) for n in range(1, 9)] == [1, 2, 3, 4, 6, 6, 8, 8]
 
 
@@ -221,7 +221,7 @@ def test_an_engine_refuses_what_it_cannot_hold(model):
     engine = Engine(model, slots=1, max_length=10)
     for request, message in (
         (Request([1] * 8, 3), "prompt of 8 tokens and max_new_tokens=3: 11 in all, .* context of 10;"),
-        (Request([1], 1, stop_token_ids=(1, 260)), "stop_token_ids holds 260"),
+        (Request([1], 1, stop_token_ids=(1, 260)), "stop_token_ids=260: not in the vocabulary"),
         (Request([1], 1, without=("nosuch",)), "nosuch: not on the roster"),
     ):
         with pytest.raises(UserError, match=message):
@@ -230,7 +230,7 @@ def test_an_engine_refuses_what_it_cannot_hold(model):
     engine.add([Request([1] * 8, 2)])
     with pytest.raises(ValueError, match="1 requests for 0 free slots"):
         engine.add([Request([1], 1)])
-    with pytest.raises(UserError, match=r"stop is .*; the model has no tokenizer"):
+    with pytest.raises(UserError, match=r"stop=.*: the model has no tokenizer"):
         Engine(Model(model.manifest, model.params)).add([Request([1], 1, stop=("x",))])
 
 
@@ -239,41 +239,41 @@ def test_prompts_read_in_chunks_give_the_same(model, monkeypatch, chunk):
     """Of 2 prompts, the longer takes several chunks, and the shorter ends within one of them."""
     prompts = [[256, *b"a long prompt, which is read in several parts " * 2], [256, *b"a shorter one " * 2]]
     expected = model.generate(prompts, 5)
-    monkeypatch.setattr(decoding, "CHUNK", chunk)
-    decoding.admit.clear_cache()
+    monkeypatch.setattr(steps, "CHUNK", chunk)
+    steps.prefill.clear_cache()
     for found, other in zip(model.generate(prompts, 5), expected, strict=True):
         assert_same(found, other)
-    decoding.admit.clear_cache()
+    steps.prefill.clear_cache()
 
 
 def test_streams_are_handed_to_their_prompts(model):
     streams = {}
 
-    def on_text(row, text):
-        streams[row] = streams.get(row, "") + text
+    def on_text(index, text):
+        streams[index] = streams.get(index, "") + text
 
     prompts = ["one", "two", "three"]
     found = model.generate(prompts, 20, temperature=1.0, seed=1, on_text=on_text)
-    assert [streams.get(row, "") for row in range(3)] == [continuation.text for continuation in found]
+    assert [streams.get(i, "") for i in range(3)] == [continuation.text for continuation in found]
     assert [c[:2] for c in found] == [c[:2] for c in model.generate(prompts, 20, temperature=1.0, seed=1)]
     assert model.generate(["one", "one"], 20, temperature=1.0)[0] != model.generate(["one"], 20)[0]
 
 
 @functools.cache
 def _score(model, without=()):
-    rows = np.array([[256, *b"scores"], [256, *b"of two"]])
-    logits = np.float64(model.logits(rows, without))
-    return rows, logits, model.score(rows, without)
+    tokens = np.array([[256, *b"scores"], [256, *b"of two"]])
+    logits = np.float64(model.logits(tokens, without))
+    return tokens, logits, model.score(tokens, without)
 
 
 @pytest.mark.parametrize("without", [(), ("news",)])
 def test_scores_are_those_of_the_logits(model, without):
-    rows, logits, scores = _score(model, without)
+    tokens, logits, scores = _score(model, without)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    picked = np.take_along_axis(expected[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
+    picked = np.take_along_axis(expected[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(scores.log_likelihood_BxS[:, 1:], picked, atol=1e-4)
     np.testing.assert_array_equal(scores.log_likelihood_BxS[:, 0], 0)
-    np.testing.assert_array_equal(scores.greedy_BxS[:, 1:], logits[:, :-1].argmax(-1) == rows[:, 1:])
+    np.testing.assert_array_equal(scores.greedy_BxS[:, 1:], logits[:, :-1].argmax(-1) == tokens[:, 1:])
     assert scores.greedy_BxS[:, 0].all()
 
 
@@ -288,26 +288,26 @@ def log_probabilities(model, ids, without=()):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def assert_told(told, ids, first, model, count, without=()):
+def assert_logprobs(logprobs, ids, first, model, count, without=()):
     """The log probabilities of `ids[first:]` are those of the whole sequence computed anew."""
-    assert told.token_ids == list(ids[first:])
+    assert logprobs.token_ids == list(ids[first:])
     expected = log_probabilities(model, ids, without)
-    assert told.top_ids_NxK.shape == told.top_NxK.shape == (len(ids) - first, count)
+    assert logprobs.top_ids_NxK.shape == logprobs.top_NxK.shape == (len(ids) - first, count)
     for i, token in enumerate(ids[first:]):
         if first + i == 0:
-            assert np.isnan(told.chosen_N[i])
+            assert np.isnan(logprobs.chosen_N[i])
             continue
-        row = expected[first + i - 1]
-        np.testing.assert_allclose(told.chosen_N[i], row[token], atol=1e-4)
-        np.testing.assert_allclose(told.top_NxK[i], np.sort(row)[::-1][:count], atol=1e-4)
-        np.testing.assert_allclose(row[told.top_ids_NxK[i]], told.top_NxK[i], atol=1e-4)
+        logits = expected[first + i - 1]
+        np.testing.assert_allclose(logprobs.chosen_N[i], logits[token], atol=1e-4)
+        np.testing.assert_allclose(logprobs.top_NxK[i], np.sort(logits)[::-1][:count], atol=1e-4)
+        np.testing.assert_allclose(logits[logprobs.top_ids_NxK[i]], logprobs.top_NxK[i], atol=1e-4)
 
 
 def test_log_probabilities_are_those_of_the_model_whatever_is_drawn(model, alone, monkeypatch):
     """Prompts are read in chunks, and scored a few places at a time; those who do not ask are told nothing."""
-    monkeypatch.setattr(decoding, "CHUNK", 16)
-    monkeypatch.setattr(decoding, "SCORED_AT_ONCE", 5)
-    decoding.admit.clear_cache()
+    monkeypatch.setattr(steps, "CHUNK", 16)
+    monkeypatch.setattr(steps, "SCORE_BATCH", 5)
+    steps.prefill.clear_cache()
     asking = [
         dataclasses.replace(REQUESTS[2], logprobs=3, prompt_logprobs=True),
         dataclasses.replace(REQUESTS[4], logprobs=0, repetition_penalty=1.3),
@@ -325,7 +325,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_is_drawn(model, alone
     for id, request in zip(ids, asking, strict=False):
         found, first = done[id], 0 if request.prompt_logprobs else len(request.token_ids)
         sequence = [*request.token_ids, *found.token_ids]
-        assert_told(found.logprobs, sequence, first, model, request.logprobs, request.without)
+        assert_logprobs(found.logprobs, sequence, first, model, request.logprobs, request.without)
         for whole, *parts in zip(found.logprobs, *streamed[id], strict=True):
             np.testing.assert_array_equal(np.concatenate(parts), whole)
     assert_same(done[ids[0]], alone[2])
@@ -337,7 +337,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_is_drawn(model, alone
     (id,) = engine.add([REQUESTS[0]])
     assert engine._state.scored is None
     assert_same(finish(engine)[id][0], alone[0])
-    decoding.admit.clear_cache()
+    steps.prefill.clear_cache()
 
 
 def test_a_token_that_ends_the_text_is_told_too_but_not_kept(model, alone):
@@ -350,7 +350,7 @@ def test_a_token_that_ends_the_text_is_told_too_but_not_kept(model, alone):
     for found in (by_token, by_eos):
         assert (found.token_ids, found.finish_reason) == (tokens[:later], "stop")
         ids = [*REQUESTS[2].token_ids, *tokens[: later + 1]]
-        assert_told(found.logprobs, ids, len(REQUESTS[2].token_ids), model, 1, REQUESTS[2].without)
+        assert_logprobs(found.logprobs, ids, len(REQUESTS[2].token_ids), model, 1, REQUESTS[2].without)
     going_on = finish_one(ending, dataclasses.replace(REQUESTS[2], ignore_eos=True))
     assert (going_on.token_ids, going_on.finish_reason) == (tokens, "length")
 
@@ -369,11 +369,11 @@ def test_penalties_follow_what_each_request_wrote(model):
     for _ in range(new):
         tokens = np.zeros((1, LENGTH), int)
         tokens[0, : len(prompt) + len(written)] = [*prompt, *written]
-        row = np.float64(model.logits(tokens))[0, len(prompt) + len(written) - 1]
+        logits = np.float64(model.logits(tokens))[0, len(prompt) + len(written) - 1]
         for token in {*prompt, *written}:
-            row[token] = row[token] / 1.4 if row[token] > 0 else row[token] * 1.4
+            logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
         for token in set(written):
-            row[token] -= 0.5 + written.count(token)
-        written.append(int(row.argmax()))
+            logits[token] -= 0.5 + written.count(token)
+        written.append(int(logits.argmax()))
     assert found[ids[1]][0].token_ids == written
     assert found[ids[0]][0].token_ids == finish_one(model, plain).token_ids != written

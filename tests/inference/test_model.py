@@ -36,20 +36,20 @@ def model(home):
 
 
 def plain_greedy(model, prompts, count, without=()):
-    """Token by token, row by row; rows are padded so that one compilation serves all."""
-    rows = [[EOS, *prompt.encode()] for prompt in prompts]
-    starts, ended = [len(row) for row in rows], [False] * len(rows)
+    """Token by token; sequences are padded so that one compilation serves all."""
+    sequences = [[EOS, *prompt.encode()] for prompt in prompts]
+    starts, ended = [len(sequence) for sequence in sequences], [False] * len(sequences)
     for _ in range(count):
-        tokens = np.zeros((len(rows), PADDED), int)
-        for padded, row in zip(tokens, rows, strict=True):
-            padded[: len(row)] = row
+        tokens = np.zeros((len(sequences), PADDED), int)
+        for padded, sequence in zip(tokens, sequences, strict=True):
+            padded[: len(sequence)] = sequence
         logits = np.asarray(model.logits(tokens, without=without))
-        for i, row in enumerate(rows):
-            best = int(logits[i, len(row) - 1].argmax())
+        for i, sequence in enumerate(sequences):
+            best = int(logits[i, len(sequence) - 1].argmax())
             ended[i] = ended[i] or best == EOS
             if not ended[i]:
-                row.append(best)
-    return [row[start:] for row, start in zip(rows, starts, strict=True)]
+                sequence.append(best)
+    return [sequence[start:] for sequence, start in zip(sequences, starts, strict=True)]
 
 
 def test_roster_and_parameters(home):
@@ -79,7 +79,7 @@ def test_experts_change_what_is_generated(model):
     assert plain_greedy(model, PROMPTS, NEW) != plain_greedy(model, PROMPTS, NEW, ["code"])
 
 
-def test_the_end_of_a_document_stops_its_row_alone(model):
+def test_the_end_of_a_document_stops_its_sequence_alone(model):
     """The column of a token that comes after a few steps is handed to EOS, a little larger."""
     before = plain_greedy(model, PROMPTS, NEW)
     token = before[1][3]
@@ -92,8 +92,8 @@ def test_the_end_of_a_document_stops_its_row_alone(model):
     assert [continuation.token_ids for continuation in ending.generate(PROMPTS, NEW)] == expected
 
 
-def test_rows_may_fill_the_whole_length(model):
-    """A prompt and its continuation of just the 64 tokens that a row is rounded up to."""
+def test_sequences_may_fill_the_whole_length(model):
+    """A prompt and its continuation of just the 64 tokens to which lengths are rounded up."""
     prompt = "x" * (PADDED - 1 - NEW)
     (full,) = model.generate([prompt], NEW)
     assert [full.token_ids] == plain_greedy(model, [prompt], NEW)
@@ -112,12 +112,12 @@ def test_sampling_is_reproducible_by_its_seed(model):
 
 
 def test_sampling_follows_the_model_at_its_temperature(model):
-    """The first tokens of many rows are distributed as the softmax of logits / temperature."""
-    rows, temperature = 512, 2.0
-    first = [continuation.token_ids[:1] for continuation in model.generate(["hello"] * rows, 1, (), temperature, 1)]
+    """The first tokens of many sequences are distributed as the softmax of logits / temperature."""
+    count, temperature = 512, 2.0
+    first = [continuation.token_ids[:1] for continuation in model.generate(["hello"] * count, 1, (), temperature, 1)]
     counts = np.bincount([ids[0] if ids else EOS for ids in first], minlength=small.ARCHITECTURE.vocab_size)
     logits = np.asarray(model.logits([[EOS, *b"hello"]]), np.float64)[0, -1] / temperature
-    expected = rows * np.exp(logits) / np.exp(logits).sum()
+    expected = count * np.exp(logits) / np.exp(logits).sum()
     # Pearson's statistic has as many degrees of freedom as there are other tokens.
     freedom = len(expected) - 1
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 6 * np.sqrt(2 * freedom)
@@ -128,7 +128,7 @@ def test_top_k_of_a_request(home, model):
     every = np.asarray(model.logits(tokens, top_k=3))
     assert np.abs(every - np.asarray(model.logits(tokens))).max() > 1e-3
     np.testing.assert_array_equal(every, np.asarray(model.logits(tokens, top_k=99)))
-    with pytest.raises(UserError, match="top_k is 0"):
+    with pytest.raises(UserError, match="top_k=0: it must be at least 1"):
         model.logits(tokens, top_k=0)
 
 
@@ -157,11 +157,11 @@ def test_bad_requests_are_refused(home, model):
     }
     for name, values in bad.items():
         for value in values:
-            with pytest.raises(UserError, match=f"{name} is .*; it must be"):
+            with pytest.raises(UserError, match=f"{name}=.*: it must be"):
                 model.generate(["x"], **{name: value})
     prompts = (
         ([], "at least one token"),
-        ([260], "holds 260"),
+        ([260], "token_ids=260: not in the vocabulary"),
         ([-1], "must be"),
         ([1.5], "must be"),
         ("\ud83d", "UTF-8"),
@@ -169,12 +169,12 @@ def test_bad_requests_are_refused(home, model):
     for prompt, message in prompts:
         with pytest.raises(UserError, match=message):
             model.generate([prompt])
-    with pytest.raises(UserError, match="prompts is the text 'ab'"):
+    with pytest.raises(UserError, match="prompts='ab': is one text"):
         model.generate("ab")
     for tokens in ([1, 2], [[1.5]], [[260]], [[-1]]):
-        with pytest.raises(UserError, match="token_ids: "):
+        with pytest.raises(UserError, match="token_ids="):
             model.logits(tokens)
-    with pytest.raises(UserError, match="dtype is 'float16'; it must be one of float32, bfloat16"):
+    with pytest.raises(UserError, match="dtype=float16: it must be one of float32, bfloat16"):
         flexolmo_jax.load(home / "merged", dtype="float16")
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         Model(model.manifest, model.params).generate(["x"])
@@ -186,7 +186,7 @@ def test_a_model_whose_leaves_are_not_its_architectures_is_refused(home, tmp_pat
     index = tmp_path / "bad" / "params" / "_METADATA"
     index.write_text(index.read_text().replace('"head"', '"tail"').replace("'head'", "'tail'"))
     (tmp_path / "bad/params/head").rename(tmp_path / "bad/params/tail")
-    with pytest.raises(UserError, match=r"--model=.*bad: leaf head is missing"):
+    with pytest.raises(UserError, match=r"bad: leaf head is missing"):
         flexolmo_jax.load(tmp_path / "bad")
     small.anchor(tmp_path / "odd", architecture=small.ARCHITECTURE)
     file = tmp_path / "odd" / "model.json"
@@ -197,7 +197,7 @@ def test_a_model_whose_leaves_are_not_its_architectures_is_refused(home, tmp_pat
         flexolmo_jax.load(tmp_path / "odd")
 
 
-def test_the_verb_prints_each_continuation_and_its_shares(home, model):
+def test_the_command_prints_each_continuation_and_its_shares(home, model):
     arguments = [f"--model={home}/merged", "--prompt=hello", "--prompt=naïve", "--without=code", "--max_new_tokens=3"]
     result = flexolmo("generate", *arguments)
     assert (result.status, result.err) == (0, "")
@@ -208,7 +208,7 @@ def test_the_verb_prints_each_continuation_and_its_shares(home, model):
     assert result.out == expected
 
 
-def test_the_verb_takes_every_way_to_choose_tokens(home, model):
+def test_the_command_takes_every_way_to_choose_tokens(home, model):
     options = {"min_p": 0.05, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25}
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags += ["--stop_token_ids=1", "--stop_token_ids=2", "--ignore_eos", "--temperature=1", "--max_new_tokens=9"]
@@ -241,7 +241,7 @@ def test_the_verb_takes_every_way_to_choose_tokens(home, model):
         (["--prompt=x", "--without=nosuch"], ["--without=nosuch", "anchor, code, news"]),
     ],
 )
-def test_the_verb_refuses_bad_values(home, arguments, words):
+def test_the_command_refuses_bad_values(home, arguments, words):
     assert_refused(flexolmo("generate", f"--model={home}/merged", *arguments), "generate", *words)
 
 
@@ -304,10 +304,10 @@ def test_text_is_what_all_tokens_decode_to_without_the_prompts(kind, wide, tmp_p
     prompts = ["", "the quick", kinds.ids(tokenizer, kinds.TEXTS[3])[:-1] or [5]]
     if kind != "wordpiece_without_unknown":
         prompts.append("A naïve café, 日本")
-    pieces = {index: "" for index in range(len(prompts))}
+    chunks = {index: "" for index in range(len(prompts))}
 
     def on_text(index, text):
-        pieces[index] += text
+        chunks[index] += text
 
     sampling = {"temperature": 1.0, "seed": 1}
     found = model.generate(prompts, NEW, on_text=on_text, **sampling)
@@ -317,7 +317,7 @@ def test_text_is_what_all_tokens_decode_to_without_the_prompts(kind, wide, tmp_p
         # New bytes may break the characters at the end of a prompt, and new text change all of it.
         assert whole.startswith(before) or kind in kinds.WHOLE or "\ufffd" in whole
         assert continuation.text == whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071
-        assert continuation.text == pieces[index]
+        assert continuation.text == chunks[index]
     stop = [continuation.text[5:8] for continuation in found if continuation.text[5:8]][:2]
     stopped = model.generate(prompts, NEW, stop=stop, **sampling)
     for whole, continuation in zip(found, stopped, strict=True):

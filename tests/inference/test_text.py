@@ -58,24 +58,24 @@ def examples(tokenizer, decode, seed, count):
 
 def stream(tokenizer, prompt, new, stop=(), rng=None):
     """Reads new tokens a few at a time; returns (stream, what came at each step, whether a stop string was found)."""
-    text, pieces, stopped, count = TextStream(tokenizer, stop, prompt), [], False, 0
-    while not stopped and (count < len(new) or not pieces):
+    text, chunks, stopped, count = TextStream(tokenizer, stop, prompt), [], False, 0
+    while not stopped and (count < len(new) or not chunks):
         count = min(count + (rng.randrange(1, 4) if rng else 1), len(new))
-        piece, stopped = text.read(new[:count], count == len(new))
-        pieces.append(piece)
-    assert "".join(pieces) == text.text
-    return text, pieces, stopped
+        chunk, stopped = text.read(new[:count], count == len(new))
+        chunks.append(chunk)
+    assert "".join(chunks) == text.text
+    return text, chunks, stopped
 
 
 def test_streamed_text_is_what_all_tokens_decode_to_without_the_prompts(kind, tokenizer):
     decode, rng = reference(kind, tokenizer), random.Random(1)
     early = 0
     for prompt, new, expected in examples(tokenizer, decode, kind, 60):
-        text, pieces, _ = stream(tokenizer, prompt, new, rng=rng)
+        text, chunks, _ = stream(tokenizer, prompt, new, rng=rng)
         assert text.text == expected
         assert decode([*prompt, *new]).startswith(text.prompt)
         assert decode(prompt).startswith(text.prompt)
-        early += len("".join(pieces[:-1]))
+        early += len("".join(chunks[:-1]))
     assert (early == 0) == (kind in kinds.WHOLE)
 
 
@@ -124,21 +124,21 @@ def test_a_stop_string_begins_and_ends_in_the_continuation(prompt, new, stop, ex
     assert (text.text, stopped) == (expected, True)
 
 
-def pieces(data, stop=()):
+def chunks(data, stop=()):
     """Reads bytes one by one; returns (what came at each, whether a stop string was found)."""
     _, out, stopped = stream(byte_tokenizer(), [], list(data), stop)
     return out, stopped
 
 
 def test_no_character_is_cut():
-    out, _ = pieces(TEXT.encode())
+    out, _ = chunks(TEXT.encode())
     assert "".join(out) == TEXT
-    assert [len(piece) for piece in out if piece] == [1] * len(TEXT)
+    assert [len(chunk) for chunk in out if chunk] == [1] * len(TEXT)
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfeab\xe2\x82", b"\xf0\x9f\x99", b"a\xe2\x82z\xff"])
 def test_bytes_that_are_no_text_are_shown_as_replacements(data):
-    out, _ = pieces(data)
+    out, _ = chunks(data)
     assert "".join(out) == data.decode(errors="replace")
 
 
@@ -156,13 +156,13 @@ def test_bytes_that_are_no_text_are_shown_as_replacements(data):
     ],
 )
 def test_the_first_stop_string_ends_the_text_and_is_never_shown(text, stop, expected):
-    out, stopped = pieces(text.encode(), stop)
+    out, stopped = chunks(text.encode(), stop)
     assert "".join(out) == expected
     assert stopped == any(s in text for s in stop)
 
 
 def test_what_cannot_begin_a_stop_string_is_shown_at_once():
-    out, _ = pieces(b"ab.ab!", ["ab!"])
+    out, _ = chunks(b"ab.ab!", ["ab!"])
     assert out == ["", "", "ab.", "", "", ""]
 
 

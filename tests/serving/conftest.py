@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.inference import engine as engine_module
 from flexolmo_jax.inference.request import Continuation, Update
 from flexolmo_jax.serving.logprobs import TokenStrings
 from flexolmo_jax.serving.scheduler import Scheduler
@@ -106,6 +108,13 @@ def _setter(event):
         event.set()
 
     return notify
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _share_programs():
+    """One bucket for all short sequences: lengths share compiled programs."""
+    with mock.patch.object(engine_module, "MIN_BUCKET", 64):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 from urllib.parse import urlsplit
 
 import pytest
@@ -100,13 +101,13 @@ def test_keys_are_read_from_a_file_and_a_variable(tmp_path):
 )
 def test_what_is_no_key_is_refused(tmp_path, content, words):
     (tmp_path / "keys").write_bytes(content)
-    with pytest.raises(UserError, match=f"--api_key_file=.*keys: .*{words}"):
+    with pytest.raises(UserError, match=f"keys: .*{words}"):
         read_keys(tmp_path / "keys", None, "KEY")
 
 
 def test_files_and_variables_that_hold_nothing_are_refused(tmp_path):
     for file in (tmp_path / "nosuch", tmp_path):
-        with pytest.raises(UserError, match=r"--api_key_file=.*cannot be read"):
+        with pytest.raises(UserError, match="cannot be read"):
             read_keys(file, None, "KEY")
     for value in ("", "a b", "é"):
         with pytest.raises(UserError, match="KEY: is no key"):
@@ -116,11 +117,11 @@ def test_files_and_variables_that_hold_nothing_are_refused(tmp_path):
 def test_origins_that_no_page_has_are_refused():
     check_origins(["*", "http://localhost:3000", "https://example.org", "http://[::1]:80"])
     for origin in ("localhost:3000", "http://a/", "example.org", "", "http://a/path", "HTTP://A", "http://"):
-        with pytest.raises(UserError, match=f"--cors_origin={origin}: is no origin"):
+        with pytest.raises(UserError, match=re.escape(f"origins={origin}: is no origin")):
             check_origins([origin])
 
 
-def test_the_verb_reads_keys_before_anything_else(tmp_path, monkeypatch):
+def test_the_command_reads_keys_before_anything_else(tmp_path, monkeypatch):
     arguments = ["serve", f"--model={tmp_path}/nosuch", "--port=0"]
     small.assert_refused(
         small.flexolmo(*arguments, f"--api_key_file={tmp_path}/none"), "serve", "--api_key_file", "none"

@@ -127,17 +127,17 @@ def test_token_ids_are_taken_as_they_are(model, complete):
 
 def test_a_stream_adds_up_to_the_whole(complete):
     whole = complete(PROMPTS, max_tokens=30)
-    pieces, shares = [[] for _ in PROMPTS], {}
+    chunks, shares = [[] for _ in PROMPTS], {}
     *chunks, last = complete(PROMPTS, max_tokens=30, stream=True, stream_options={"include_usage": True})
     for chunk in chunks:
         (choice,) = chunk.choices
         assert choice.index not in shares
-        pieces[choice.index].append(choice.text)
+        chunks[choice.index].append(choice.text)
         if choice.finish_reason:
             assert choice.finish_reason == whole.choices[choice.index].finish_reason
             shares[choice.index] = choice.experts
-    assert ["".join(texts) for texts in pieces] == texts(whole)
-    assert max(map(len, pieces)) > 2
+    assert ["".join(texts) for texts in chunks] == texts(whole)
+    assert max(map(len, chunks)) > 2
     for choice in whole.choices:
         assert shares[choice.index] == pytest.approx(choice.experts, abs=1e-6)
     assert last.choices == []
@@ -245,12 +245,12 @@ def test_log_probabilities_of_prompt_and_text(model, complete):
     assert told.tokens[:5] == ["<|endoftext|>", "n", "a", "bytes:\\xc3", "bytes:\\xaf"]
     assert told.text_offset[:7] == [0, 0, 1, 2, 2, 3, 4]
     assert choice.text.startswith("naïve")
-    pieces = [c.choices[0] for c in complete("naïve", echo=True, logprobs=2, max_tokens=6, stream=True)]
-    assert "".join(piece.text for piece in pieces) == choice.text
+    chunks = [c.choices[0] for c in complete("naïve", echo=True, logprobs=2, max_tokens=6, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == choice.text
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-        parts = [getattr(piece.logprobs, name) for piece in pieces if piece.logprobs]
+        parts = [getattr(chunk.logprobs, name) for chunk in chunks if chunk.logprobs]
         assert [*itertools.chain(*parts)] == getattr(told, name)
-    assert [len(piece.logprobs.tokens) for piece in pieces] == [7 + 1, 1, 1, 1, 1, 1]
+    assert [len(chunk.logprobs.tokens) for chunk in chunks] == [7 + 1, 1, 1, 1, 1, 1]
 
 
 def test_a_prompt_may_be_scored_alone(complete):

@@ -1,4 +1,4 @@
-"""The verb in a process of its own, and the addresses it listens on."""
+"""The command in a process of its own, and the addresses it listens on."""
 
 import http.client
 import json
@@ -41,7 +41,7 @@ def request(url, method, path, body=None):
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_the_verb_serves_until_it_is_told_to_end(anchor, end):
+def test_the_command_serves_until_it_is_told_to_end(anchor, end):
     command = [sys.executable, "-m", "flexolmo_jax", "serve", f"--model={anchor}", "--port=0", "--name=mine"]
     command += ["--verbose"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -94,10 +94,10 @@ def test_addresses(taken, capsys):
     with listen("localhost", 0) as listener:
         assert address(listener).startswith("http://127.0.0.1:")
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match=f"--port={taken}: is in use"):
+    with pytest.raises(UserError, match=f"port={taken}: is in use"):
         listen("127.0.0.1", taken)
     for host in ("no.such.invalid", "x" * 70):
-        with pytest.raises(UserError, match=f"--host={host}.*cannot be listened on"):
+        with pytest.raises(UserError, match=f"host={host}.*cannot be listened on"):
             listen(host, 0)
 
 
