@@ -3,10 +3,10 @@ r"""Exports a model, an anchor, or an anchor with a contribution, in Hugging Fac
     flexolmo export-hf --model=runs/merged --out=Flex-merged
     flexolmo export-hf --contribution=runs/news/contribution --anchor=runs/anchor/model --out=Flex-news-2x
 
-transformers and vLLM load the result; its README.md says what is in it. It is read back and compared with the model's
+transformers and vLLM load the result; its README.md describes it. It is read back and compared with the model's
 digests, and its logits with ours where torch and transformers are installed and the model fits in memory twice in
-float32. import-hf makes the model of it again. Weights have the dtype that they have in the model, unless --dtype says
-another; then they are rounded to it, once, and the folder flexolmo/ keeps the digests from before.
+float32. import-hf makes the same model of it again. Weights keep their dtype, unless --dtype names another; then they
+are rounded to it, once, and the folder flexolmo/ keeps the digests from before.
 """
 
 import math
@@ -21,17 +21,20 @@ _ANCHOR = flags.DEFINE_string("anchor", None, "Model directory of the contributi
 _OUT = flags.DEFINE_string("out", None, "Local directory to make.")
 _SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Size of a file of weights at most, GB (1e9 bytes).", 1e-9)
 _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Of all weights; by default as they are.")
+_MODEL_TYPE = flags.DEFINE_string(
+    "model_type", None, "Architecture, as in config.json; by default olmo2 for an anchor, flex_olmo for a merged model."
+)
 _DROP_BIAS = flags.DEFINE_bool("drop_bias", False, "Leave out expert biases, and measure what that changes.")
 flags.mark_flags_as_required(["out"])
 
 
 def run() -> None:
-    """Exports, and says what was found."""
+    """Exports, and prints what was found."""
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.interop.export_hf import export, open_pair, open_source
 
-    given = tuple(bool(flag.value) for flag in (_MODEL, _CONTRIBUTION, _ANCHOR))
-    if given not in ((True, False, False), (False, True, True)):
+    sources = tuple(bool(flag.value) for flag in (_MODEL, _CONTRIBUTION, _ANCHOR))
+    if sources not in ((True, False, False), (False, True, True)):
         raise UserError("--model: give either a model directory, or both --contribution and --anchor")
     if math.isnan(_SHARD_SIZE.value):
         raise UserError("--shard_size=nan: is no number; give the size of a file at most, in GB")
@@ -40,4 +43,4 @@ def run() -> None:
     else:
         source = open_pair(_CONTRIBUTION.value, _ANCHOR.value, _DTYPE.value)
     shard_bytes = int(min(_SHARD_SIZE.value, 1e9) * 1e9)
-    print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value)))
+    print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value, _MODEL_TYPE.value)))

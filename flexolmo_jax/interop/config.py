@@ -1,41 +1,166 @@
-"""`config.json` of Hugging Face: read into what fixes our model, and written from it."""
+"""`config.json` in Hugging Face's form, as pydantic models whose fields have our names and whose aliases are the keys.
 
+A subclass of `CausalLMConfig` describes one architecture. It declares the keys that differ; reading, checking and
+writing follow from the fields.
+"""
+
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-import numpy as np
+import pydantic
+from pydantic import Field
 
-from flexolmo_jax.checkpoint.manifests import DEFAULT_LENGTH, ModelManifest
+from flexolmo_jax.checkpoint.manifests import DEFAULT_LENGTH
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import Architecture
 
 CONFIG_FILE = "config.json"
-DENSE, MIXTURE = "olmo2", "flex_olmo"
-CLASSES = {DENSE: "Olmo2ForCausalLM", MIXTURE: "FlexOlmoForCausalLM"}
-_KNOWN = [(model_type, [name]) for model_type, name in CLASSES.items()]
 SEQUENCE_LENGTH = "sequence_length"  # in a data card, as training writes it
-# Keys that would change what is computed: {key: the one value that is computed here}.
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "quantization_config": None}
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_hidden_layers",
-    "d_model": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "d_ff": "intermediate_size",
-}
+
+# The description of a field completes the error "FILE: KEY is VALUE; ...".
+_A_SIZE, _A_NUMBER = "it must be a positive integer, at most 2**31 - 1", "it must be a positive number"
+_DEFAULT_ROPE = "only the default rope is computed here"
+Size = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1, description=_A_SIZE)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description=_A_NUMBER)]
+Flag = Annotated[bool, Field(strict=True, description="it must be true or false")]
+
+
+class Rope(pydantic.BaseModel):
+    """The rotary embedding: the default one, of which only the base is free."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    rope_type: Literal["default"] = "default"
+    type: Literal["default"] | None = None
+    rope_theta: Positive | None = Field(None, description=_A_NUMBER)
+
+
+class CausalLMConfig(pydantic.BaseModel):
+    """What a `config.json` holds of what is computed here; null counts as absent, and unknown keys are ignored.
+
+    The fields that `Architecture` has too fix the model.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    vocab_size: Size
+    num_layers: Size = Field(alias="num_hidden_layers")
+    d_model: Size = Field(alias="hidden_size")
+    num_heads: Size = Field(alias="num_attention_heads")
+    num_kv_heads: Size | None = Field(None, alias="num_key_value_heads", description=_A_SIZE)  # default: num_heads
+    d_ff: Size = Field(alias="intermediate_size")
+    norm_eps: Positive = Field(alias="rms_norm_eps")
+    tied_embeddings: Flag = Field(False, alias="tie_word_embeddings")
+    norm_topk_prob: Flag = False
+    max_length: Size = Field(DEFAULT_LENGTH, alias="max_position_embeddings")
+    eos_ids: tuple[int, ...] = Field((), alias="eos_token_id", description="it must be a token id, or a list of them")
+    head_dim: Size | None = Field(None, description=_A_SIZE)
+    # Versions before `rope_parameters` have `rope_scaling`, and `rope_theta` at the top.
+    rope_parameters: Rope | None = Field(None, description=_DEFAULT_ROPE)
+    rope_scaling: Rope | None = Field(None, description=_DEFAULT_ROPE)
+    rope_theta: Positive | None = Field(None, description=_A_NUMBER)
+    # Keys that would change what is computed, and their only value here.
+    hidden_act: Literal["silu"] = Field("silu", description='only "silu" is computed here')
+    attention_bias: Literal[False] = Field(False, description="only false is computed here")
+    quantization_config: None = Field(None, description="only null is computed here")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, document: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in document.items() if value is not None}
+
+    @pydantic.field_validator("eos_ids", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError("no token id")
+        return ids
+
+    def experts(self) -> tuple[int | None, int]:
+        """(number of experts, or None in a dense model; how many compute each token)."""
+        return None, 1
+
+    def architecture(self) -> Architecture:
+        """The model's architecture; raises UserError where sizes do not fit together."""
+        ropes = [rope for rope in (self.rope_parameters, self.rope_scaling, self) if rope and rope.rope_theta]
+        if not ropes:
+            raise UserError("lacks rope_theta; copy it again from its source")
+        derived = {"rope_theta": ropes[0].rope_theta, "num_kv_heads": self.num_kv_heads or self.num_heads}
+        names = {field.name for field in dataclasses.fields(Architecture)} & type(self).model_fields.keys()
+        return Architecture(**{name: getattr(self, name) for name in names} | derived)
+
+    def problem(self) -> str | None:
+        """What is wrong between keys that are each valid, or None."""
+        key = _key(type(self), "eos_ids")
+        if any(token >= self.vocab_size for token in self.eos_ids):
+            ids = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids)
+            return f"{key} is {short(ids)}; it must be an id below {self.vocab_size}"
+        if self.head_dim not in (None, self.d_model // self.num_heads):
+            size, heads = (_key(type(self), name) for name in ("d_model", "num_heads"))
+            return f"head_dim is {self.head_dim}; only {size} / {heads} is read"
+        return None
+
+    @classmethod
+    def of(cls, architecture: Architecture, **values: Any) -> Self:
+        """The config of a model: its architecture, and other fields by name."""
+        fields = {name: value for name, value in dataclasses.asdict(architecture).items() if name in cls.model_fields}
+        # Readers older than `rope_parameters` look for `rope_theta` at the top.
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": architecture.rope_theta}}
+        known = {name: value for name, value in values.items() if name in cls.model_fields}
+        return cls.model_validate(fields | rope | known, by_name=True, by_alias=False)
+
+    def document(self) -> dict[str, Any]:
+        """The keys of `config.json`, as transformers reads them."""
+        document = self.model_dump(by_alias=True, exclude_none=True, exclude={"eos_ids"})
+        if not self.norm_topk_prob and self.experts()[0] is None:
+            document.pop(_key(type(self), "norm_topk_prob"), None)
+        (eos_id,) = self.eos_ids
+        return document | {
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            # Null rather than absent: an id here would exclude that token's embedding from training.
+            "pad_token_id": None,
+            "bos_token_id": eos_id,
+            _key(type(self), "eos_ids"): eos_id,
+        }
+
+
+class MixtureConfig(CausalLMConfig):
+    """A `config.json` of a mixture of experts."""
+
+    num_experts: Size
+    top_k: Size = Field(alias="num_experts_per_tok")
+
+    def experts(self) -> tuple[int | None, int]:
+        """(number of experts, how many compute each token)."""
+        return self.num_experts, self.top_k
+
+    def problem(self) -> str | None:
+        """What is wrong between keys that are each valid, or None."""
+        if self.top_k > self.num_experts:
+            key = _key(type(self), "top_k")
+            return f"{key} is {self.top_k}, of {self.num_experts} experts; give at most that"
+        return super().problem()
+
+    def document(self) -> dict[str, Any]:
+        """The keys of `config.json`, as transformers reads them."""
+        return super().document() | {"output_router_logits": False, "router_aux_loss_coef": 0.0}
 
 
 class Config(NamedTuple):
-    """What a `config.json` says.
+    """What a `config.json` says, in the terms of this package.
 
     Attributes:
       architecture: sizes and numerics.
       num_experts: the anchor included, or None for a dense model.
-      top_k: experts that compute each token.
-      eos_ids: the tokens that close a document, the first of which is used; none where it is not said.
-      max_length: tokens in a row, at most.
+      top_k: how many experts compute each token.
+      eos_ids: the tokens that end a document, the first of which is used; none where the file names none.
+      max_length: length of a sequence at most, tokens.
     """
 
     architecture: Architecture
@@ -46,131 +171,12 @@ class Config(NamedTuple):
 
     @property
     def eos_id(self) -> int | None:
-        """The token that closes a document, or None where it is not said."""
+        """The token that ends a document, or None where the file names none."""
         return self.eos_ids[0] if self.eos_ids else None
 
 
-def read_config(directory: pathlib.Path) -> Config:
-    """Reads and checks `config.json`.
-
-    Raises:
-      UserError: it is missing or damaged, or describes a model that is not computed here.
-    """
-    file = directory / CONFIG_FILE
-    document = _read(file)
-    model_type, named = document.get("model_type"), document.get("architectures")
-    if (model_type, document.get("architectures", [CLASSES.get(str(model_type))])) not in _KNOWN:
-        known = " or ".join(f"{_short(names)} ({kind})" for kind, names in _KNOWN)
-        said = f"architectures is {_short(named)}, model_type {_short(model_type)}"
-        raise UserError(f"{file}: {said}; only {known} is read")
-    for key, value in _FIXED.items():
-        if document.get(key) not in (None, value):
-            raise UserError(f"{file}: {key} is {_short(document[key])}; only {_short(value)} is computed here")
-    number = _Numbers(file, document)
-    sizes = {ours: number.size(theirs) for ours, theirs in _SIZES.items()}
-    kv_heads = number.size("num_key_value_heads", default=sizes["num_heads"])
-    try:
-        architecture = Architecture(
-            **sizes,
-            num_kv_heads=kv_heads,
-            rope_theta=_rope_theta(number),
-            norm_eps=number.positive("rms_norm_eps"),
-            tied_embeddings=number.flag("tie_word_embeddings"),
-            norm_topk_prob=model_type == MIXTURE and number.flag("norm_topk_prob"),
-        )
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from None
-    if number.size("head_dim", default=architecture.head_dim) != architecture.head_dim:
-        raise UserError(f"{file}: head_dim is {document['head_dim']}; only hidden_size / num_attention_heads is read")
-    num_experts, top_k = None, 1
-    if model_type == MIXTURE:
-        num_experts, top_k = number.size("num_experts"), number.size("num_experts_per_tok")
-        if top_k > num_experts:
-            raise UserError(f"{file}: num_experts_per_tok is {top_k}, of {num_experts} experts; give at most that")
-    return Config(
-        architecture,
-        num_experts,
-        top_k,
-        _eos_ids(number, architecture.vocab_size),
-        number.size("max_position_embeddings", default=DEFAULT_LENGTH),
-    )
-
-
-def config_document(manifest: ModelManifest, dtype: np.dtype) -> dict[str, Any]:
-    """The `config.json` of a model, as transformers reads it; `dtype` is that of the weights."""
-    arch = Architecture.from_dict(manifest.architecture, "the model")
-    experts = len(manifest.experts)
-    model_type = MIXTURE if experts > 1 else DENSE
-    document = {
-        "architectures": [CLASSES[model_type]],
-        "model_type": model_type,
-        **{theirs: getattr(arch, ours) for ours, theirs in _SIZES.items()},
-        "num_key_value_heads": arch.num_kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": manifest.context_length,
-        "rms_norm_eps": arch.norm_eps,
-        # Readers older than `rope_parameters` look for the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": arch.rope_theta},
-        "rope_theta": arch.rope_theta,
-        "tie_word_embeddings": arch.tied_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        # Null rather than absent: an id here would take that row of the embedding out of training.
-        "pad_token_id": None,
-        "bos_token_id": manifest.eos_id,
-        "eos_token_id": manifest.eos_id,
-        "dtype": dtype.name,
-    }
-    if model_type == MIXTURE:
-        document |= {
-            "num_experts": experts,
-            "num_experts_per_tok": min(manifest.top_k, experts),
-            "norm_topk_prob": arch.norm_topk_prob,
-            "output_router_logits": False,
-            "router_aux_loss_coef": 0.0,
-        }
-    return document
-
-
-def generation_document(manifest: ModelManifest) -> dict[str, Any]:
-    """The `generation_config.json`: a document begins and ends with EOS, which pads as well."""
-    return {f"{kind}_token_id": manifest.eos_id for kind in ("bos", "eos", "pad")}
-
-
-class _Numbers(NamedTuple):
-    """Typed access to the keys of a document."""
-
-    file: pathlib.Path
-    document: Mapping[str, Any]
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.file}: {key} is {_short(value)}; it must be a positive integer")
-        return value
-
-    def positive(self, key: str) -> float:
-        value = self._value(key, None)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise UserError(f"{self.file}: {key} is {_short(value)}; it must be a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self._value(key, False)
-        if not isinstance(value, bool):
-            raise UserError(f"{self.file}: {key} is {_short(value)}; it must be true or false")
-        return value
-
-    def _value(self, key, default):
-        value = self.document.get(key)
-        if value is None and default is None:
-            raise UserError(f"{self.file}: lacks {key}; copy it again from its source")
-        return default if value is None else value
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
+def read_document(file: pathlib.Path) -> dict[str, Any]:
+    """Reads the JSON object of a `config.json`; raises UserError where it is missing or damaged."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a directory in Hugging Face's form")
     try:
@@ -182,33 +188,46 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
     return document
 
 
-def _rope_theta(number: _Numbers) -> float:
-    """From `rope_parameters`, or, as older versions wrote it, from the top, beside `rope_scaling`."""
-    theta = number
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = number.document.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict) or not _is_default(rope):
-            raise UserError(f"{number.file}: {key} is {_short(rope)}; only the default rope is computed here")
-        if "rope_theta" in rope:
-            theta = _Numbers(number.file, rope)
-    return theta.positive("rope_theta")
+def parse_config(model: type[CausalLMConfig], document: Mapping[str, Any], file: pathlib.Path) -> Config:
+    """Checks a `config.json` as one of an architecture.
+
+    Raises:
+      UserError: a key is missing or has a value that is not computed here; names the file and the key.
+    """
+    try:
+        config = model.model_validate(document)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{file}: {_problem(model, document, error)}") from None
+    problem = config.problem()
+    if problem:
+        raise UserError(f"{file}: {problem}")
+    try:
+        architecture = config.architecture()
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return Config(architecture, *config.experts(), config.eos_ids, config.max_length)
 
 
-def _is_default(rope: Mapping[str, Any]) -> bool:
-    kinds = [rope[key] for key in ("rope_type", "type") if key in rope]
-    return all(kind == "default" for kind in kinds) and rope.keys() <= {"rope_type", "type", "rope_theta"}
+def _problem(model: type[pydantic.BaseModel], document: Mapping[str, Any], error: pydantic.ValidationError) -> str:
+    """The first error, in one line: the key, its value, and what would be right."""
+    first = error.errors(include_url=False)[0]
+    key, value, expected = "", document, ""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    for name in first["loc"]:
+        if name not in fields or not fields[name].description:
+            break
+        if value.get(name) is None:
+            return f"lacks {name}; copy it again from its source"
+        key, value, expected = str(name), value[name], fields[name].description
+        fields = Rope.model_fields if isinstance(value, dict) and fields[name].description == _DEFAULT_ROPE else {}
+    return f"{key} is {short(value)}; {expected}"
 
 
-def _eos_ids(number: _Numbers, vocab_size: int) -> tuple[int, ...]:
-    """`eos_token_id`: absent, an id, or several."""
-    value = number.document.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
-        raise UserError(f"{number.file}: eos_token_id is {_short(value)}; it must be an id below {vocab_size}")
-    return tuple(ids)
+def _key(model: type[pydantic.BaseModel], name: str) -> str:
+    """The key in `config.json` of a field."""
+    return model.model_fields[name].alias or name
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A JSON value for an error message."""
     return json.dumps(value)[:120]

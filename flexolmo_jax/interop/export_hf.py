@@ -1,13 +1,14 @@
-"""To Hugging Face: an anchor becomes a dense OLMo-2, a model a FlexOlmo, an anchor with a contribution a pair.
+"""To Hugging Face: an anchor becomes a dense model, a merged model a mixture, an anchor with a contribution a pair.
 
 What is written is what `AutoModelForCausalLM.from_pretrained` and vLLM load. Tensors are written one at a time, and the
 finished directory is read back: mapped to our leaves again, it must have the digests of the manifest.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,18 +24,26 @@ from flexolmo_jax.combine.merge import gather
 from flexolmo_jax.combine.stack import stack
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
-from flexolmo_jax.errors import UserError
-from flexolmo_jax.interop import card, names, parity
-from flexolmo_jax.interop.config import CONFIG_FILE, config_document
-from flexolmo_jax.interop.hugging_face import open_hugging_face
+from flexolmo_jax.errors import ArgumentError, UserError
+from flexolmo_jax.interop import architectures, card, parity
+from flexolmo_jax.interop.architectures import HuggingFaceArchitecture
+from flexolmo_jax.interop.config import CONFIG_FILE
+from flexolmo_jax.interop.hf_directory import (
+    FOLDER,
+    copy_certificate_and_sample,
+    export_tokenizer,
+    open_directory,
+    open_sidecar,
+    write_sidecar,
+)
 from flexolmo_jax.interop.safetensors_io import write_tensors
-from flexolmo_jax.interop.sidecar import FOLDER, copy_beside, open_sidecar, write_sidecar
-from flexolmo_jax.interop.tokenizer_files import export_tokenizer
+from flexolmo_jax.interop.tensors import Tensor, each_tensor, tensor_dtype, tensor_values
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.progress import byte_progress
 
+ROUTER_BIAS = "router/bias"
 SAMPLE_TEXT = (
-    "An anchor is trained on public text. Each owner of closed text trains one expert on it, at home, and ships the "
+    "An anchor is trained on public text. Each owner of closed text trains one expert on it, in private, and ships the "
     "expert alone. A coordinator merges the experts into one model, and any owner may leave it again, at any time."
 )
 
@@ -43,14 +52,14 @@ class Source(NamedTuple):
     """What is exported.
 
     Attributes:
-      path: the model directory, or the anchor's of a pair: where the tokenizer lies.
+      path: the model directory, or the anchor's of a pair: where the tokenizer is.
       label: names it in errors.
       manifest: of the model, or of the merge of the pair.
       shared: its shared leaves.
       experts: {expert: {leaf: slice}}.
       statistics: {expert: {leaf: slice}}.
       merged_router: of a model that was changed after its merge, what `model_directory.open_merged_router` gives.
-      pair: whether `path` is the anchor's alone, so that what else lies there is not of what is exported.
+      pair: whether `path` is only the anchor's, so that its certificate and public sample are not exported.
     """
 
     path: epath.Path
@@ -70,14 +79,13 @@ def open_source(model: epath.PathLike, dtype: str | None = None) -> Source:
       UserError: it is no such directory or damaged, or a value is too large for `dtype`.
     """
     manifest = model_directory.read_model(model, strict=True)
-    label = f"--model={model}"
     slices = cast_slices(manifest, *open_model(model, manifest), dtype)
     router = None
     if manifest.tuned:
         router = open_merged_router(model, manifest)
         manifest, router = cast_router(manifest, router, dtype)
     statistics = open_statistics(model, manifest)
-    return _resolved(Source(epath.Path(model), label, manifest, *slices, statistics, router))
+    return _resolved(Source(epath.Path(model), str(model), manifest, *slices, statistics, router))
 
 
 def open_pair(contribution: epath.PathLike, anchor: epath.PathLike, dtype: str | None = None) -> Source:
@@ -86,10 +94,9 @@ def open_pair(contribution: epath.PathLike, anchor: epath.PathLike, dtype: str |
     Raises:
       UserError: either is damaged, the contribution was made on another anchor, or a value is too large for its dtype.
     """
-    label = f"--contribution={contribution} with --anchor={anchor}"
     inputs = gather(anchor, [contribution], 2, dtype)
     statistics = {member.expert.name: member.statistics for member in inputs.members}
-    return _resolved(Source(epath.Path(anchor), label, *stack(inputs), statistics, pair=True))
+    return _resolved(Source(epath.Path(anchor), str(contribution), *stack(inputs), statistics, pair=True))
 
 
 def _resolved(source: Source) -> Source:
@@ -105,7 +112,13 @@ def _resolved(source: Source) -> Source:
     return source._replace(manifest=with_casts(source.manifest, groups, found))
 
 
-def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, drop_bias: bool = False) -> list[str]:
+def export(
+    source: Source,
+    out: epath.PathLike,
+    shard_bytes: int = 5 * 10**9,
+    drop_bias: bool = False,
+    model_type: str | None = None,
+) -> list[str]:
     """Makes a Hugging Face directory.
 
     Args:
@@ -113,6 +126,7 @@ def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, dr
       out: local directory to make.
       shard_bytes: of tensors in a file at most.
       drop_bias: leave out expert biases, for which Hugging Face's form has no place, and measure what that changes.
+      model_type: a key of `architectures.ARCHITECTURES`; by default that of the first which fits the model.
 
     Returns:
       Lines that say what was found.
@@ -122,39 +136,49 @@ def export(source: Source, out: epath.PathLike, shard_bytes: int = 5 * 10**9, dr
         changes, the source is not what its manifest says, the parity gate fails, or `out` exists.
     """
     if "://" in str(out):
-        raise UserError(f"--out={out}: must be a local directory; copy it to its place afterwards")
+        raise UserError(f"{out}: must be a local directory; copy it to its place afterwards")
+    architecture = Architecture.from_dict(source.manifest.architecture, source.label)
+    kind = architectures.choose(architecture, len(source.experts), source.label, model_type)
     biased = _biased_experts(source)
     if biased and not drop_bias:
         raise UserError(
-            f"{source.label}: Hugging Face's form has no place for the bias of {', '.join(biased)}; give --drop_bias "
-            "to leave it out and have the change of the logits measured"
+            f"{source.label}: Hugging Face's form has no place for the bias of {', '.join(biased)}; drop_bias "
+            "leaves it out and measures how the logits change"
         )
     with atomic_directory(out) as directory:
         dropped = _measure_dropping(source) if biased else {}
         source = _without_bias(source) if biased else source
-        manifest, experts = source.manifest, source.experts
-        write_sidecar(directory, manifest, experts, source.merged_router, source.statistics)
+        manifest = source.manifest
+        table = _table(kind, manifest)
+        placed = {key.leaf for tensor in table.values() for key in tensor.leaves}
+        unplaced = {
+            name: {leaf: part for leaf, part in leaves.items() if leaf not in placed}
+            for name, leaves in source.experts.items()
+        }
+        write_sidecar(directory, manifest, unplaced, source.merged_router, source.statistics)
         if not source.pair:
-            copy_beside(source.path, directory / FOLDER)
-        files = _write_weights(directory, source, shard_bytes)
-        dtype = source.shared["embedding"].dtype
-        (directory / CONFIG_FILE).write_text(json.dumps(config_document(manifest, dtype), indent=2) + "\n")
+            copy_certificate_and_sample(source.path, directory / FOLDER)
+        files = _write_weights(directory, table, source, shard_bytes)
+        document = _config_document(kind, manifest, source.shared["embedding"].dtype)
+        (directory / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
         has_tokenizer = export_tokenizer(source.path, directory, manifest)
-        gate = _check(directory, source)
-        page = card.model_card(manifest, size_of=_sizes(source), gate=gate, dropped=dropped, tokenizer=has_tokenizer)
+        gate = _check(directory, source, kind)
+        page = card.model_card(
+            manifest, kind, parameters=_sizes(source), gate=gate, dropped=dropped, has_tokenizer=has_tokenizer
+        )
         (directory / card.CARD_FILE).write_text(page)
     lines = [f"without the biases of {', '.join(biased)}, on {text}: {change}" for text, change in dropped.items()]
     if not has_tokenizer:
         lines.append("no tokenizer.json: the directory takes and gives token ids only")
-    held = f"{len(source.experts)} experts" if len(source.experts) > 1 else "an anchor"
-    return [f"{out}: {held}, {len(files)} file{'s' * (len(files) > 1)} of weights", *lines, *gate.lines()]
+    content = f"{len(source.experts)} experts" if len(source.experts) > 1 else "an anchor"
+    return [f"{out}: {content}, {len(files)} file{'s' * (len(files) > 1)} of weights", *lines, *gate.lines()]
 
 
 def _biased_experts(source: Source) -> list[str]:
-    """Experts of a merged model whose bias is not zero; an anchor alone has no one to be weighed against."""
+    """Experts of a merged model whose bias is not zero; an anchor alone always has weight 1."""
     if len(source.experts) == 1:
         return []
-    biases = {name: leaves[names.ROUTER_BIAS].read((slice(None),)) for name, leaves in source.experts.items()}
+    biases = {name: leaves[ROUTER_BIAS].read((slice(None),)) for name, leaves in source.experts.items()}
     return [name for name, bias in biases.items() if np.any(bias != 0)]
 
 
@@ -162,14 +186,14 @@ def _without_bias(source: Source) -> Source:
     """The same with biases of zero: a change after the merge, so that the router as merged is kept beside."""
     experts, roster = {}, []
     for expert in source.manifest.experts:
-        old = source.experts[expert.name][names.ROUTER_BIAS]
+        old = source.experts[expert.name][ROUTER_BIAS]
         zeros = Slice(np.zeros(old.shape, old.dtype), None, old.name)
-        experts[expert.name] = {**source.experts[expert.name], names.ROUTER_BIAS: zeros}
-        digests = {**expert.leaves, names.ROUTER_BIAS: digest_slice(zeros, names.ROUTER_BIAS)}
-        casts = {leaf: cast for leaf, cast in expert.casts.items() if leaf != names.ROUTER_BIAS}
+        experts[expert.name] = {**source.experts[expert.name], ROUTER_BIAS: zeros}
+        digests = {**expert.leaves, ROUTER_BIAS: digest_slice(zeros, ROUTER_BIAS)}
+        casts = {leaf: cast for leaf, cast in expert.casts.items() if leaf != ROUTER_BIAS}
         roster.append(expert.but(leaves=digests, casts=casts))
     before = source.manifest.tuned
-    trained = {*(before.leaves if before else ()), MOE + "experts/" + names.ROUTER_BIAS}
+    trained = {*(before.leaves if before else ()), MOE + "experts/" + ROUTER_BIAS}
     tuned = source.manifest.tuned_in(trained, None if before else {"description": "expert biases were left out"})
     merged_router = source.merged_router or {
         name: {leaf: part for leaf, part in leaves.items() if is_router_leaf(leaf)}
@@ -183,18 +207,20 @@ def _measure_dropping(source: Source) -> dict[str, parity.Difference]:
     """{sample: how far the logits move when biases are left out}."""
     reason = parity.too_large(source.shared, source.experts)
     if reason:
-        raise UserError(f"--drop_bias: measuring what it changes {reason}; export on a machine with more memory")
+        raise ArgumentError(
+            "drop_bias", True, f"measuring what it changes {reason}; export on a machine with more memory"
+        )
     model = parity.in_memory(source.manifest, source.shared, source.experts)
     samples = _samples(source)
     before = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
-    biases = [path for path in model.params if path.endswith(f"experts/{names.ROUTER_BIAS}")]
+    biases = [path for path in model.params if path.endswith(f"experts/{ROUTER_BIAS}")]
     model.params |= {path: jnp.zeros_like(model.params[path]) for path in biases}
     after = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
     return {name: parity.compare(before[name], after[name]) for name in samples}
 
 
 def _samples(source: Source) -> dict[str, np.ndarray]:
-    """{name: token ids [ROWS, LENGTH]}: random ones, and text: the model's public sample, or some words of ours."""
+    """{name: token ids [BATCH, LENGTH]}: random ones, and text: the model's public sample, or `SAMPLE_TEXT`."""
     samples = {"random tokens": parity.random_tokens(source.manifest.architecture["vocab_size"])}
     tokenizer = source.path / model_directory.TOKENIZER_FILE
     if (source.path / model_directory.PUBLIC).exists():
@@ -206,54 +232,65 @@ def _samples(source: Source) -> dict[str, np.ndarray]:
     else:
         return samples
     if len(ids):
-        samples[text] = np.resize(ids, (parity.ROWS, parity.LENGTH)).astype(np.int32)
+        samples[text] = np.resize(ids, (parity.BATCH, parity.LENGTH)).astype(np.int32)
     return samples
 
 
 def _first_tokens(corpus: Corpus) -> np.ndarray:
     ids, at = np.zeros(0, np.int32), 0
-    while len(ids) < parity.ROWS * parity.LENGTH and at < len(corpus):
+    while len(ids) < parity.BATCH * parity.LENGTH and at < len(corpus):
         ids, at = np.concatenate([ids, corpus[at].astype(np.int32)]), at + 1
     return ids
 
 
-def _write_weights(directory: epath.Path, source: Source, shard_bytes: int) -> list[str]:
-    members = list(source.experts.values())
-    table = _table(source.manifest)
-    written = {name: (t.shape, names.tensor_dtype(t, source.shared, members)) for name, t in table.items()}
-    total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in written.values())
+def _write_weights(directory: epath.Path, table: Mapping[str, Tensor], source: Source, shard_bytes: int) -> list[str]:
+    experts = list(source.experts.values())
+    tensors = {name: (tensor.shape, tensor_dtype(tensor, source.shared, experts)) for name, tensor in table.items()}
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     with byte_progress("export", total) as advance:
         return write_tensors(
             pathlib.Path(directory),
-            written,
-            lambda name: names.tensor_values(table[name], source.shared, members),
+            tensors,
+            lambda name: tensor_values(table[name], source.shared, experts),
             shard_bytes,
             advance,
         )
 
 
-def _table(manifest: ModelManifest) -> dict[str, names.Tensor]:
+def _table(kind: HuggingFaceArchitecture, manifest: ModelManifest) -> dict[str, Tensor]:
     architecture = Architecture.from_dict(manifest.architecture, "the model")
-    experts = len(manifest.experts)
-    return names.tensors(architecture, experts if experts > 1 else None)
+    return dict(each_tensor(kind.names, architecture, len(manifest.experts) if kind.is_mixture else None))
 
 
-def _check(directory: epath.Path, source: Source) -> parity.Parity:
+def _config_document(kind: HuggingFaceArchitecture, manifest: ModelManifest, dtype: np.dtype) -> dict[str, Any]:
+    """The `config.json` of a model; `dtype` is that of the weights."""
+    config = kind.config.of(
+        Architecture.from_dict(manifest.architecture, "the model"),
+        num_experts=len(manifest.experts),
+        top_k=min(manifest.top_k, len(manifest.experts)),
+        max_length=manifest.context_length,
+        eos_ids=(manifest.eos_id,),
+    )
+    header = {"architectures": [kind.class_name], "model_type": kind.model_type}
+    return header | config.document() | {"dtype": dtype.name}
+
+
+def _check(directory: epath.Path, source: Source, kind: HuggingFaceArchitecture) -> parity.Parity:
     """The parity gate: maps the finished directory back, and compares it with the manifest."""
-    opened = open_hugging_face(pathlib.Path(directory), "--out", label=source.label)
-    sidecar = open_sidecar(opened, "--out")
-    manifest = source.manifest
+    path, manifest = pathlib.Path(directory), source.manifest
+    opened = open_directory(path, label=source.label)
+    sidecar = open_sidecar(opened)
     with byte_progress("compare", size(source.shared) + sum(map(size, source.experts.values()))) as advance:
         _check_leaves(opened.shared, manifest.stored[""], advance)
         for expert, leaves in zip(manifest.experts, opened.experts, strict=True):
             _check_leaves(leaves | sidecar.leaves[expert.name], expert.stored, advance)
-    difference = parity.compare_logits(pathlib.Path(directory), manifest, source.shared, source.experts)
+    difference = parity.compare_logits(path, manifest, source.shared, source.experts, kind.in_transformers)
     return parity.Parity(len(opened.table), difference)
 
 
 def _check_leaves(leaves: Mapping[str, Slice], digests: Mapping[str, str], advance) -> None:
     if leaves.keys() != digests.keys():
-        raise UserError(f"--out: leaf {min(leaves.keys() ^ digests.keys())} has no place in Hugging Face's form")
+        raise UserError(f"leaf {min(leaves.keys() ^ digests.keys())} has no place in Hugging Face's form")
     for leaf, part in leaves.items():
         check_digests({leaf: digest_slice(part, digest_name(leaf))}, digests, leaves)
         advance(size({leaf: part}))
@@ -263,6 +300,6 @@ def _sizes(source: Source) -> dict[str, int]:
     """{expert: its parameters}, and under "" those that all share."""
 
     def count(leaves):
-        return sum(int(np.prod(part.shape)) for part in leaves.values())
+        return sum(math.prod(part.shape) for part in leaves.values())
 
     return {"": count(source.shared), **{name: count(leaves) for name, leaves in source.experts.items()}}

@@ -18,15 +18,16 @@ from flexolmo_jax.checkpoint.model_directory import stack_experts
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
-from flexolmo_jax.interop import names
-from flexolmo_jax.interop.hugging_face import same_bytes
+from flexolmo_jax.interop.hf_directory import same_bytes
 from flexolmo_jax.interop.safetensors_io import Stored
+from flexolmo_jax.interop.tensors import Tensor, tensor_values
 from flexolmo_jax.model.decoder import separate_layers
 
 MAX_DIFFERENCE, MAX_KL = 1e-4, 1e-6
-ROWS, LENGTH = 2, 64
+BATCH, LENGTH = 2, 64
 NOT_INSTALLED = "torch and transformers are not installed (pip install 'flexolmo-jax[interop]' brings them)"
-HELD = 2  # times the size of a model, at most, that loading it in float32 takes, here and in transformers
+NOT_IN_TRANSFORMERS = "transformers does not compute this architecture"
+PEAK_COPIES = 2  # memory for loading a model, here and in transformers, in copies of its float32 parameters
 
 
 class Difference(NamedTuple):
@@ -80,7 +81,7 @@ class Parity(NamedTuple):
 
 
 def check_bytes(
-    table: Mapping[str, names.Tensor],
+    table: Mapping[str, Tensor],
     stored: Mapping[str, Stored],
     shared: Mapping[str, Slice],
     experts: Sequence[Mapping[str, Slice]],
@@ -90,9 +91,9 @@ def check_bytes(
 
     Args:
       table: which tensors.
-      stored: where theirs lie.
+      stored: where the directory's are stored.
       shared: our shared leaves.
-      experts: our experts' leaves, in their order.
+      experts: our experts' leaves, in the order of the directory's experts.
       advance: called with the number of bytes compared, as they are.
 
     Returns:
@@ -101,7 +102,7 @@ def check_bytes(
     different = []
     for name, tensor in table.items():
         values = stored[name].read()
-        if not same_bytes(names.tensor_values(tensor, shared, experts), values):
+        if not same_bytes(tensor_values(tensor, shared, experts), values):
             different.append(name)
         advance(values.nbytes)
     return different
@@ -110,7 +111,7 @@ def check_bytes(
 def too_large(shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]) -> str:
     """Says how much memory a float32 model of these leaves needs, and how much is free; "" where it fits."""
     parameters = sum(math.prod(part.shape) for leaves in (shared, *experts.values()) for part in leaves.values())
-    needed, free = HELD * 4 * parameters, psutil.virtual_memory().available
+    needed, free = PEAK_COPIES * 4 * parameters, psutil.virtual_memory().available
     return f"needs about {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} are free" if needed > free else ""
 
 
@@ -120,8 +121,8 @@ def in_memory(
     """A float32 model of these leaves."""
     params = {}
     for path, content in stack_experts(shared, experts).items():
-        one = isinstance(content, Slice)
-        values = _whole(content) if one else np.stack([_whole(part) for part in content], axis=1)
+        stacked = not isinstance(content, Slice)
+        values = np.stack([_whole(part) for part in content], axis=1) if stacked else _whole(content)
         for name, leaf in separate_layers({path: values}, manifest.architecture["num_layers"]).items():
             params[name] = jnp.asarray(leaf, jnp.float32)
     return Model(manifest, params)
@@ -132,24 +133,35 @@ def compare_logits(
     manifest: ModelManifest,
     shared: Mapping[str, Slice],
     experts: Mapping[str, Mapping[str, Slice]],
+    in_transformers: bool = True,
 ) -> Difference | str:
     """Compares the logits of a directory, as transformers computes them, with ours on random tokens, in float32.
 
-    One side after the other is in memory.
+    Only one of the two models is in memory at a time.
+
+    Args:
+      directory: in Hugging Face's form.
+      manifest: of our model.
+      shared: our shared leaves.
+      experts: our experts' leaves.
+      in_transformers: whether transformers computes the directory's architecture.
 
     Returns:
-      The difference, or why there is none: torch and transformers are not installed, or the memory is too small.
+      The difference, or why there is none: transformers does not compute the architecture, torch and transformers are
+      not installed, or the memory is too small.
 
     Raises:
       UserError: transformers cannot load the directory, or the logits are further apart than the gate allows.
     """
+    if not in_transformers:
+        return NOT_IN_TRANSFORMERS
     reason = too_large(shared, experts) if transformers_installed() else NOT_INSTALLED
     if reason:
         return reason
     tokens = random_tokens(manifest.architecture["vocab_size"], min(LENGTH, manifest.context_length))
-    theirs = _their_logits(directory, tokens)
+    expected = _transformers_logits(directory, tokens)
     gc.collect()
-    difference = compare(theirs, our_logits(in_memory(manifest, shared, experts), tokens))
+    difference = compare(expected, our_logits(in_memory(manifest, shared, experts), tokens))
     # Written so that NaN fails.
     if not (difference.max_abs <= MAX_DIFFERENCE and difference.kl <= MAX_KL):
         raise UserError(
@@ -160,13 +172,13 @@ def compare_logits(
 
 
 def transformers_installed() -> bool:
-    """Whether the other side can be computed."""
+    """Whether torch and transformers are installed."""
     return all(map(importlib.util.find_spec, ("torch", "transformers")))
 
 
 def random_tokens(vocab_size: int, length: int = LENGTH) -> np.ndarray:
-    """Token ids [ROWS, length], the same at every call."""
-    return np.random.default_rng(0).integers(0, vocab_size, (ROWS, length))
+    """Token ids [BATCH, length], the same at every call."""
+    return np.random.default_rng(0).integers(0, vocab_size, (BATCH, length))
 
 
 def our_logits(model: Model, tokens_BxS: np.ndarray) -> np.ndarray:
@@ -191,7 +203,7 @@ def _whole(part: Slice) -> np.ndarray:
     return part.read(tuple(slice(0, length) for length in part.shape))
 
 
-def _their_logits(directory: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -203,9 +215,11 @@ def _their_logits(directory: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
     except Exception as error:  # transformers raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{directory}: transformers cannot load it ({reason}); version 5 or newer is needed") from error
-    odd = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info.get(kind, ())]
-    if odd:
-        raise UserError(f"{directory}: transformers does not find its weights as they are ({odd[0]}); use version 5")
+    problems = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info.get(kind, ())]
+    if problems:
+        raise UserError(
+            f"{directory}: transformers does not find its weights as they are ({problems[0]}); use version 5"
+        )
     with torch.no_grad():
         return model.eval()(torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
 

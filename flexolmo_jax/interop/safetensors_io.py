@@ -21,14 +21,14 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-PIECE_BYTES = 16 * 2**20
+CHUNK_BYTES = 16 * 2**20
 
 
 class Stored(NamedTuple):
-    """A tensor, or leading rows of one, in a file.
+    """A tensor, or a range of one along its first axis, in a file.
 
     Attributes:
-      file: where it lies.
+      file: the file.
       dtype: float32, bfloat16 or float16.
       shape: of the tensor.
       offset: of its first byte in the file.
@@ -47,19 +47,18 @@ class Stored(NamedTuple):
             raise UserError(f"{self.file}: truncated; copy it again from its source")
         return values.reshape(self.shape)
 
-    def rows(self, start: int, stop: int) -> "Stored":
-        """Rows of its first axis."""
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return self._replace(shape=(stop - start, *self.shape[1:]), offset=self.offset + start * row)
+    def range(self, start: int, stop: int) -> "Stored":
+        """A range along the first axis."""
+        item_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self._replace(shape=(stop - start, *self.shape[1:]), offset=self.offset + start * item_bytes)
 
-    def row(self, at: int) -> "Stored":
-        """One row of its first axis, without that axis."""
-        part = self.rows(at, at + 1)
-        return part._replace(shape=part.shape[1:])
+    def item(self, i: int) -> "Stored":
+        """The tensor at index i of the first axis."""
+        return self.range(i, i + 1)._replace(shape=self.shape[1:])
 
 
 def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
-    """Finds every tensor of a Hugging Face directory, {name: where it is}; reads headers, and no tensor.
+    """Finds every tensor of a Hugging Face directory, {name: where it is stored}; reads the headers only.
 
     Raises:
       UserError: no weights, a damaged, missing or truncated file, an index that names files elsewhere than beside it
@@ -130,12 +129,12 @@ def write_tensors(
     return files
 
 
-def pieces(values: np.ndarray) -> Iterator[np.ndarray]:
-    """The values in C order, as contiguous pieces of a bounded size: a transposed matrix is not copied whole."""
-    rows = values.reshape(1) if values.ndim == 0 else values
-    step = max(1, PIECE_BYTES * len(rows) // max(1, rows.nbytes))
-    for start in range(0, len(rows), step):
-        yield np.ascontiguousarray(rows[start : start + step])
+def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """The values in C order, as contiguous chunks of a bounded size: a transposed matrix is not copied whole."""
+    values = values.reshape(1) if values.ndim == 0 else values
+    step = max(1, CHUNK_BYTES * len(values) // max(1, values.nbytes))
+    for start in range(0, len(values), step):
+        yield np.ascontiguousarray(values[start : start + step])
 
 
 def _write_file(file, tensors, values, advance) -> None:
@@ -152,9 +151,9 @@ def _write_file(file, tensors, values, advance) -> None:
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            for piece in pieces(values(name)):
-                out.write(piece.view(np.uint8).data)
-                advance(piece.nbytes)
+            for chunk in chunks(values(name)):
+                out.write(chunk.view(np.uint8).data)
+                advance(chunk.nbytes)
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:

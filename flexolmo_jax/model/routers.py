@@ -67,7 +67,12 @@ class LinearRouter(Router):
     def leaves(self, architecture: Architecture) -> dict[str, Leaf]:
         """`weight` [d_model] and the scalar `bias`."""
         return {
-            "weight": Leaf((architecture.d_model,), (None,), nn.initializers.truncated_normal(ROUTER_STDDEV)),
+            "weight": Leaf(
+                (architecture.d_model,),
+                (None,),
+                nn.initializers.truncated_normal(ROUTER_STDDEV),
+                hugging_face="gate",
+            ),
             "bias": Leaf((), (), nn.initializers.zeros),
         }
 

@@ -39,8 +39,8 @@ FLAGS = {
     "benchmark": ["config", "step", "runs", "versus", "json"],
     "plan": ["config", "topology", "slices", "json"],
     "inspect": ["check"],
-    "import-hf": ["source", "out", "expert_names", "public_rows_from", "as_contribution", "anchor", "expert"],
-    "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "drop_bias", "dtype"],
+    "import-hf": ["source", "out", "expert_names", "router_weights_from", "as_contribution", "anchor", "expert"],
+    "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "dtype", "model_type", "drop_bias"],
 }
 
 

@@ -9,21 +9,16 @@ import pytest
 
 from flexolmo_jax.checkpoint.model_directory import read_contribution, read_model
 from flexolmo_jax.combine.merge import merge
-from flexolmo_jax.interop import parity
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
+
+pytestmark = pytest.mark.usefixtures("no_transformers")
 
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_transformers(monkeypatch):
-    """Its side is compared in one test; everywhere else, bytes are."""
-    monkeypatch.setattr(parity, "transformers_installed", lambda: False)
 
 
 def unbiased(leaves):
@@ -39,18 +34,18 @@ def home(request, tmp_path_factory):
     leaves = unbiased(small.random_leaves(0, dtype=DTYPES[request.param]))
     small.anchor(home / "anchor", leaves=leaves)
     for seed, name in enumerate(["code", "news"], 1):
-        own = unbiased(small.expert_leaves(home / "anchor", seed))
-        own = {leaf: x.astype(np.float32) for leaf, x in own.items()} if name == "news" else own
+        trained = unbiased(small.expert_leaves(home / "anchor", seed))
+        trained = {leaf: x.astype(np.float32) for leaf, x in trained.items()} if name == "news" else trained
         if name == "news":
-            own["up"] += 1e-6  # not representable in the shorter dtypes
-        small.contribution(home / name, home / "anchor", leaves=own)
+            trained["up"] += 1e-6  # not representable in the shorter dtypes
+        small.contribution(home / name, home / "anchor", leaves=trained)
     merge(home / "anchor", [home / "code", home / "news"], home / "merged", top_k=3)
     small.tuned(home / "tuned", home / "merged", home / "corpus", leaves=small.ROUTER[:1])
     return home
 
 
-def run(verb, *flags):
-    result = flexolmo(verb, *flags)
+def run(command, *flags):
+    result = flexolmo(command, *flags)
     assert (result.status, result.err) == (0, ""), result
     return result.out
 
@@ -88,8 +83,8 @@ def test_a_tuned_export_in_another_dtype_opts_out_to_the_merge_in_that_dtype(hom
 
 
 def test_biases_are_dropped_in_another_dtype(home, tmp_path):
-    own = small.expert_leaves(home / "anchor", 3)
-    small.contribution(tmp_path / "math", home / "anchor", leaves=own)
+    trained = small.expert_leaves(home / "anchor", 3)
+    small.contribution(tmp_path / "math", home / "anchor", leaves=trained)
     merge(home / "anchor", [home / "news", tmp_path / "math"], tmp_path / "biased", top_k=2)
     run("export-hf", f"--model={tmp_path}/biased", f"--out={tmp_path}/out", "--dtype=float16", "--drop_bias")
     run("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/back")
@@ -102,20 +97,20 @@ def test_biases_are_dropped_in_another_dtype(home, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_pair_of_another_dtype_is_a_contribution(home, tmp_path, dtype):
     """Exported, with the folder of ours, it comes back with its owner's digests; without, it is what it is now."""
-    own = small.read_params(home / "news")
+    trained = small.read_params(home / "news")
     pair = [f"--contribution={home}/news", f"--anchor={home}/anchor"]
     run("export-hf", *pair, f"--out={tmp_path}/pair", f"--dtype={dtype}")
     imports = [f"--source={tmp_path}/pair", "--as-contribution", f"--anchor={home}/anchor", "--expert=news"]
     run("import-hf", *imports, f"--out={tmp_path}/news")
-    theirs, mine = (read_contribution(path) for path in (home / "news", tmp_path / "news"))
-    assert (mine.digest, mine.card) == (theirs.digest, theirs.card)
-    rounded = {leaf: x.astype(DTYPES[dtype]) for leaf, x in own.items()}
+    original, imported = (read_contribution(path) for path in (home / "news", tmp_path / "news"))
+    assert (imported.digest, imported.card) == (original.digest, original.card)
+    rounded = {leaf: x.astype(DTYPES[dtype]) for leaf, x in trained.items()}
     small.assert_same_leaves(small.read_params(tmp_path / "news"), rounded)
     assert flexolmo("inspect", tmp_path / "news").status == 0
     if dtype == home.name:  # the merge would round it to that dtype too
         merge(home / "anchor", [home / "code", tmp_path / "news"], tmp_path / "merged", top_k=3)
         assert small.files(tmp_path / "merged") == small.files(home / "merged")
-    # An owner's own weights that went by way of a wider dtype are the owner's again.
+    # An owner's trained weights that went by way of a wider dtype are the owner's again.
     run("export-hf", f"--contribution={home}/code", pair[1], f"--out={tmp_path}/code-pair", "--dtype=float32")
     imports[0], imports[3] = f"--source={tmp_path}/code-pair", "--expert=code"
     run("import-hf", *imports, f"--out={tmp_path}/code")
@@ -203,14 +198,14 @@ def test_an_alias_and_a_cast_are_on_the_card(home, tmp_path):
 
 
 def test_transformers_computes_the_same_logits(home, tmp_path, monkeypatch):
-    """Of the rounded weights; the gate is the program's own."""
+    """Of the rounded weights; the gate is the program's trained."""
     pytest.importorskip("transformers")
     monkeypatch.undo()
     flags = ["--dtype=bfloat16"] if home.name == "float32" else []
     for source in ([f"--model={home}/merged"], [f"--contribution={home}/news", f"--anchor={home}/anchor"]):
         out = tmp_path / str(len(source))
         assert "logits, float32, against transformers: max abs" in run("export-hf", *source, f"--out={out}", *flags)
-    # Back as a contribution to the anchor of its own dtype: what it shares with the pair, in the pair's.
+    # Back as a contribution to the anchor of its trained dtype: what it shares with the pair, in the pair's.
     shutil.rmtree(out / "flexolmo")
     flags = [f"--source={out}", "--as-contribution", f"--anchor={home}/anchor", "--expert=news"]
     assert "against transformers: max abs" in run("import-hf", *flags, f"--out={tmp_path}/news")

@@ -16,13 +16,9 @@ from tests.support import hf_directories as hf
 from tests.support import small
 from tests.support.small import assert_refused, flexolmo
 
+pytestmark = pytest.mark.usefixtures("no_transformers")
+
 BIAS = MOE + "anchor/router/bias"
-
-
-@pytest.fixture(autouse=True)
-def no_transformers(monkeypatch):
-    """Where torch is installed, its side is compared elsewhere."""
-    monkeypatch.setattr(parity, "transformers_installed", lambda: False)
 
 
 def unbiased(leaves):
@@ -44,8 +40,8 @@ def home(tmp_path_factory):
     return home
 
 
-def run(verb, *flags):
-    result = flexolmo(verb, *flags)
+def run(command, *flags):
+    result = flexolmo(command, *flags)
     assert (result.status, result.err) == (0, ""), result
     return result.out
 
@@ -71,15 +67,15 @@ def test_what_was_changed_outside_is_imported_as_it_is_now(home, tmp_path, chang
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     if change == "weights":
         hf.save_file(tensors | {name: tensors[name] + 1}, tmp_path / "out" / "model.safetensors")
-        said = "up of news"
+        message = "up of news"
     elif change == "config":
         (tmp_path / "out" / "config.json").write_text(json.dumps(document | {"num_experts_per_tok": 1}))
-        said = "experts per token"
+        message = "experts per token"
     else:
         (tmp_path / "out" / "tokenizer.json").unlink()
-        said = "tokenizer.json"
+        message = "tokenizer.json"
     printed = run("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/back")
-    assert f"changed since its export ({said})" in printed
+    assert f"changed since its export ({message})" in printed
     before, after = (read_model(path) for path in (home / "merged", tmp_path / "back"))
     assert after.roster == before.roster
     assert after.experts[2].card == before.experts[2].card
@@ -99,8 +95,8 @@ def test_a_sidecar_of_another_model_is_refused(home, tmp_path):
     shutil.copytree(tmp_path / "other" / "flexolmo", tmp_path / "out" / "flexolmo")
     result = flexolmo("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/back")
     assert_refused(result, "import-hf", f"{tmp_path}/out/flexolmo", "another model than config.json")
-    result = flexolmo("import-hf", f"--source={tmp_path}/other", f"--out={tmp_path}/back", "--public-rows-from=x")
-    assert_refused(result, "import-hf", "--public_rows_from", "flexolmo")
+    result = flexolmo("import-hf", f"--source={tmp_path}/other", f"--out={tmp_path}/back", "--router-weights-from=x")
+    assert_refused(result, "import-hf", "--router_weights_from", "flexolmo")
 
 
 def test_without_the_sidecar_names_and_cards_are_gone(home, tmp_path):
@@ -114,7 +110,7 @@ def test_without_the_sidecar_names_and_cards_are_gone(home, tmp_path):
 
 def test_biases_are_refused(home, tmp_path):
     result = flexolmo("export-hf", f"--model={home}/biased", f"--out={tmp_path}/out")
-    assert_refused(result, "export-hf", f"--model={home}/biased", "bias of math", "--drop_bias")
+    assert_refused(result, "export-hf", f"--model={home}/biased", "bias of math", "drop_bias")
     assert not list(tmp_path.iterdir())
 
 
@@ -134,7 +130,7 @@ def test_dropped_biases_are_measured(home, tmp_path):
     assert certificate["guarantee"].startswith("exact")
     (tmp_path / "without" / "certificate.json").unlink()
     assert small.files(tmp_path / "without") == small.files(tmp_path / "expected")
-    # The figures are those of the two models.
+    # The differences are those of the two models.
     tokens = parity.random_tokens(small.ARCHITECTURE.vocab_size)
     with_bias, without = (flexolmo_jax.load(path).logits(tokens) for path in (home / "biased", tmp_path / "back"))
     largest = float(np.abs(np.asarray(with_bias) - np.asarray(without)).max())
@@ -147,7 +143,7 @@ def test_dropped_biases_are_measured(home, tmp_path):
 
 
 def test_an_anchor_keeps_its_bias_beside(home, tmp_path):
-    """Alone it is weighed against no one, so that its row and bias change nothing, and none is refused."""
+    """Alone it is weighed against no one, so that its router weights and bias change nothing, and none is refused."""
     small.anchor(tmp_path / "anchor", seed=7)
     run("export-hf", f"--model={tmp_path}/anchor", f"--out={tmp_path}/out")
     run("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/back")
@@ -224,7 +220,9 @@ def test_a_contribution_gets_its_bias_back(home, tmp_path, monkeypatch):
     run("export-hf", f"--contribution={home}/math", f"--anchor={home}/anchor", f"--out={tmp_path}/out", "--drop_bias")
     flags = [f"--source={tmp_path}/out", "--as_contribution", f"--anchor={home}/anchor", "--expert=math"]
     compared = []
-    monkeypatch.setattr(parity, "compare_logits", lambda *given: compared.extend(given[3].values()) or "not here")
+    monkeypatch.setattr(
+        parity, "compare_logits", lambda *arguments: compared.extend(arguments[3].values()) or "not here"
+    )
     printed = run("import-hf", *flags, f"--out={tmp_path}/math")
     assert small.files(tmp_path / "math") == small.files(home / "math")
     assert "changed" not in printed
@@ -241,8 +239,8 @@ def test_a_contribution_that_was_changed_outside_has_another_card(home, tmp_path
     assert list(read_contribution(tmp_path / "news").card) == ["imported"]
 
 
-def test_an_anchor_takes_the_rows_of_published_pairs(home, tmp_path):
-    """A dense anchor has no row; pairs that were trained against one say it."""
+def test_an_anchor_takes_the_router_weights_of_published_pairs(home, tmp_path):
+    """A dense anchor has no router weights; pairs that were trained against some hold them."""
     run("export-hf", f"--model={home}/anchor", f"--out={tmp_path}/dense")
     run("export-hf", f"--contribution={home}/news", f"--anchor={home}/anchor", f"--out={tmp_path}/pair")
     shutil.rmtree(tmp_path / "dense" / "flexolmo")
@@ -251,11 +249,11 @@ def test_an_anchor_takes_the_rows_of_published_pairs(home, tmp_path):
     assert not small.read_params(tmp_path / "zeros")["blocks/moe/anchor/router/weight"].any()
     flags = [f"--source={tmp_path}/pair", "--as_contribution", "--expert=news", f"--out={tmp_path}/news"]
     result = flexolmo("import-hf", *flags, f"--anchor={tmp_path}/zeros")
-    assert_refused(result, "import-hf", "router rows", "zeros", f"--public_rows_from={tmp_path}/pair")
-    run("import-hf", f"--source={tmp_path}/dense", f"--out={tmp_path}/anchor", f"--public-rows-from={tmp_path}/pair")
+    assert_refused(result, "import-hf", "router weights", "zeros", f"router_weights_from={tmp_path}/pair")
+    run("import-hf", f"--source={tmp_path}/dense", f"--out={tmp_path}/anchor", f"--router-weights-from={tmp_path}/pair")
     anchor = read_model(tmp_path / "anchor")
     assert anchor.anchor_digest == read_model(home / "anchor").anchor_digest
-    assert anchor.experts[0].card["imported"]["public_rows_from"] == "pair"
+    assert anchor.experts[0].card["imported"]["router_weights_from"] == "pair"
     run("import-hf", *flags, f"--anchor={tmp_path}/anchor")
     merge(tmp_path / "anchor", [tmp_path / "news"], tmp_path / "merged", top_k=2)
 
@@ -281,7 +279,7 @@ def changed(directory, name):
             ["model.layers.0.mlp.experts.0.down_proj.weight", "--anchor"],
         ),
         ("model.embed_tokens.weight", ["model.embed_tokens.weight is not the anchor's"]),
-        ("model.layers.1.mlp.gate.weight", ["router rows", "not those of --anchor="]),
+        ("model.layers.1.mlp.gate.weight", ["router weights", "not those of"]),
     ],
 )
 def test_a_pair_of_another_anchor_is_no_contribution(home, tmp_path, tensor, words):
@@ -310,10 +308,10 @@ def test_the_model_card(home, tmp_path):
     front, page = page.removeprefix("---\n").split("\n---\n", 1)
     assert front.splitlines()[:3] == ['license: "none"', "library_name: transformers", "pipeline_tag: text-generation"]
     news = manifest.experts[2]
-    own = sum(np.prod(shape) for path, shape in small.shapes().items() if "/mixture/" in path)
+    per_expert = sum(np.prod(shape) for path, shape in small.shapes().items() if "/mixture/" in path)
     shared = sum(np.prod(shape) for path, shape in small.shapes().items() if "/mixture/" not in path)
-    assert f"| news | `{news.digest[:12]}` | {own:,} | 10 | 20 | none | data of news |" in page
-    assert f"{shared + 3 * own:,} parameters" in page
+    assert f"| news | `{news.digest[:12]}` | {per_expert:,} | 10 | 20 | none | data of news |" in page
+    assert f"{shared + 3 * per_expert:,} parameters" in page
     assert f"- anchor: `{manifest.anchor_digest}`" in page
     assert f"- news: `{news.digest}`" in page
     assert "3 of 3 compute each token" in page

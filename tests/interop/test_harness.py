@@ -1,4 +1,4 @@
-"""The opt-out matrix of harness tasks, and the verb that prints it."""
+"""The opt-out matrix of harness tasks, and the command that prints it."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 import flexolmo_jax
 from flexolmo_jax.interop import harness
-from flexolmo_jax.interop.lm_eval import FlexOlmoLM
+from flexolmo_jax.interop.harness import FlexOlmoLM
 
 TASKS = ["local_choice", "local_rolling"]
 OPTIONS = {"include_path": str(harness_tasks.TASKS), "batch_size": 4, "max_length": 128}
@@ -36,25 +36,25 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(home):
-    """{row: {column: (value, standard error or None)}} by the harness alone, each row from a merge of its own."""
+    """{label: {column: (value, standard error or None)}} by the harness alone, each label from a merge of its own."""
     manager = TaskManager(include_path=OPTIONS["include_path"], include_defaults=False)
-    rows = {}
-    for row in ("merged", *(f"without-{name}" for name in harness_tasks.EXPERTS)):
-        lm = FlexOlmoLM(str(home / row), batch_size=4, max_length=128)
+    results = {}
+    for label in ("merged", *(f"without-{name}" for name in harness_tasks.EXPERTS)):
+        lm = FlexOlmoLM(str(home / label), batch_size=4, max_length=128)
         found = simple_evaluate(lm, tasks=TASKS, task_manager=manager)["results"]
-        rows[row.replace("merged", "full model").replace("-", " ")] = {
+        results[label.replace("merged", "full model").replace("-", " ")] = {
             f"{task}:{metric}": (found[task][f"{metric},none"], found[task][f"{metric}_stderr,none"])
             for task, metric in (column.split(":") for column in COLUMNS)
         }
-    return rows
+    return results
 
 
 def assert_equal(matrix, expected):
     assert list(matrix) == list(expected)
-    for row, columns in expected.items():
-        assert list(matrix[row]) == COLUMNS
+    for label, columns in expected.items():
+        assert list(matrix[label]) == COLUMNS
         for column, (value, error) in columns.items():
-            found = matrix[row][column]
+            found = matrix[label][column]
             assert found["value"] == pytest.approx(value, rel=1e-6)
             assert found["standard_error"] == (None if error == "N/A" else pytest.approx(error, rel=1e-6))
 
@@ -68,31 +68,31 @@ def cells(text):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines() if "|" in line]
 
 
-def test_the_verb_prints_a_row_for_each_expert_left_out(home, expected, tmp_path):
+def test_the_command_prints_a_line_for_each_expert_left_out(home, expected, tmp_path):
     """Each equals the merge that never had that expert; a table of corpora may stand before."""
-    result = run(home, f"--tasks={','.join(TASKS)}", f"--data={home}/corpus", f"--json={tmp_path}/figures.json")
+    result = run(home, f"--tasks={','.join(TASKS)}", f"--data={home}/corpus", f"--json={tmp_path}/written.json")
     assert result.status == 0, result.err
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert list(figures["data"]) == ["corpus"]
-    assert_equal(figures["tasks"], expected)
+    written = json.loads((tmp_path / "written.json").read_text())
+    assert list(written["data"]) == ["corpus"]
+    assert_equal(written["tasks"], expected)
     table = cells(result.out)[3:]
     assert table[0] == ["model", *COLUMNS]
     for line in table[2:]:
-        row = [estimate.values() for estimate in figures["tasks"][line[0]].values()]
-        assert line[1:] == [f"{v:.3f}" if error is None else f"{v:.3f} ({error:.3f})" for v, error in row]
+        estimates = [estimate.values() for estimate in written["tasks"][line[0]].values()]
+        assert line[1:] == [f"{v:.3f}" if error is None else f"{v:.3f} ({error:.3f})" for v, error in estimates]
     assert [line[0] for line in table[2:]] == list(expected)
     assert len({columns["local_rolling:bits_per_byte"] for columns in expected.values()}) == len(expected)
 
 
-def test_experts_that_are_named_give_a_single_row(home, expected, tmp_path):
-    result = run(home, f"--tasks={','.join(TASKS)}", "--without=news", f"--json={tmp_path}/figures.json")
+def test_experts_that_are_named_give_a_single_line(home, expected, tmp_path):
+    result = run(home, f"--tasks={','.join(TASKS)}", "--without=news", f"--json={tmp_path}/written.json")
     assert result.status == 0, result.err
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert list(figures) == ["tasks"]
-    assert_equal(figures["tasks"], {"without news": expected["without news"]})
+    written = json.loads((tmp_path / "written.json").read_text())
+    assert list(written) == ["tasks"]
+    assert_equal(written["tasks"], {"without news": expected["without news"]})
 
 
-def test_a_limit_takes_the_first_documents_and_an_anchor_has_one_row(home):
+def test_a_limit_takes_the_first_documents_and_an_anchor_has_one_line(home):
     model = flexolmo_jax.load(home / "anchor")
     found = harness.evaluate_tasks(model, ["local_ch*"], limit=2, **OPTIONS)
     assert list(found) == ["full model"]
@@ -100,7 +100,7 @@ def test_a_limit_takes_the_first_documents_and_an_anchor_has_one_row(home):
     assert {estimate["value"] for estimate in found["full model"].values()} <= {0.0, 0.5, 1.0}
 
 
-def test_a_group_with_figures_stands_for_its_tasks():
+def test_a_group_with_metrics_stands_for_its_tasks():
     """And a filter is named, unless it is the plain one."""
     results = {
         "results": {
@@ -120,7 +120,7 @@ def test_a_group_with_figures_stands_for_its_tasks():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tasks=nosuch"], ["--tasks=nosuch", "no such task", "--include_path"]),
+        (["--tasks=nosuch"], ["--tasks=nosuch", "no such task", "include_path"]),
         (["--tasks=local_choice,nosuch"], ["--tasks=nosuch", "no such task"]),
         (["--tasks=local_choice", "--include_path=nosuch"], ["--include_path=nosuch", "no such directory"]),
         (["--tasks=local_choice", "--limit=0"], ["--limit=0"]),
@@ -129,7 +129,7 @@ def test_a_group_with_figures_stands_for_its_tasks():
         ([], ["--data: none given", "--tasks"]),
     ],
 )
-def test_the_verb_refuses_bad_values(home, arguments, words):
+def test_the_command_refuses_bad_values(home, arguments, words):
     result = run(home, *arguments)
     assert_refused(result._replace(err=result.err.splitlines(keepends=True)[-1]), "evaluate", *words)
 

@@ -1,6 +1,5 @@
 """Import and export hold a few tensors, however large the model is; what needs all of it is done where it fits."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -14,8 +13,10 @@ import pytest
 from flexolmo_jax.checkpoint.manifests import DEFAULT_LENGTH
 from flexolmo_jax.checkpoint.model_directory import read_model
 from flexolmo_jax.checkpoint.params import Slice
-from flexolmo_jax.interop import config, names, parity
+from flexolmo_jax.interop import config, parity
+from flexolmo_jax.interop.architectures import FLEX_OLMO
 from flexolmo_jax.interop.safetensors_io import write_tensors
+from flexolmo_jax.interop.tensors import each_tensor
 from flexolmo_jax.model.architecture import Architecture
 from tests.support import golden, small
 from tests.support.small import assert_refused, flexolmo
@@ -27,7 +28,7 @@ from flexolmo_jax import cli
 from flexolmo_jax.checkpoint import digests
 from flexolmo_jax.interop import safetensors_io
 # A chunk is less than a matrix, so that both are filled whatever the size of the model.
-digests.CHUNK_BYTES = safetensors_io.PIECE_BYTES = 2**19
+digests.CHUNK_BYTES = safetensors_io.CHUNK_BYTES = 2**19
 cli.main(sys.argv[1:])
 # Not ru_maxrss, which a process inherits from the one that started it.
 print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
@@ -49,7 +50,7 @@ def source(path, layers, experts):
         norm_eps=1e-6,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    table = names.tensors(arch, experts)
+    table = dict(each_tensor(FLEX_OLMO.names, arch, experts))
     path.mkdir()
     tensors = {name: (tensor.shape, np.dtype(np.float32)) for name, tensor in table.items()}
     write_tensors(path, tensors, lambda name: rng.random(table[name].shape, np.float32), shard_bytes=10**8)
@@ -72,8 +73,8 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
         peaks["import-hf", layers] = peak("import-hf", f"--source={home}/source", f"--out={home}/model")
         peaks["export-hf", layers] = peak("export-hf", f"--model={home}/model", f"--out={home}/out")
     growth = sizes[6] - sizes[2]
-    for verb in ("import-hf", "export-hf"):
-        assert peaks[verb, 6] - peaks[verb, 2] < 0.1 * growth
+    for command in ("import-hf", "export-hf"):
+        assert peaks[command, 6] - peaks[command, 2] < 0.1 * growth
 
 
 def leave_free(monkeypatch, size):
@@ -97,15 +98,15 @@ def test_a_model_is_in_memory_only_where_it_fits_twice_in_float32(monkeypatch):
 
 def test_logits_of_what_does_not_fit_are_not_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "transformers_installed", lambda: True)
-    monkeypatch.setattr(parity, "_their_logits", refuse)
+    monkeypatch.setattr(parity, "_transformers_logits", refuse)
     monkeypatch.setattr(parity, "in_memory", refuse)
     leave_free(monkeypatch, 0)
     reason = "needs about 0.0 GB of memory, 0.0 are free"
-    for verb, flag in (
+    for command, flag in (
         ("import-hf", f"--source={golden.GOLDEN / golden.MIXTURE}"),
         ("export-hf", f"--model={tmp_path}/import-hf"),
     ):
-        result = flexolmo(verb, flag, f"--out={tmp_path}/{verb}")
+        result = flexolmo(command, flag, f"--out={tmp_path}/{command}")
         assert (result.status, result.err) == (0, "")
         assert f"logits were not compared: {reason}\n" in result.out
     note = read_model(tmp_path / "import-hf").experts[0].card["imported"]
@@ -115,17 +116,21 @@ def test_logits_of_what_does_not_fit_are_not_compared(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("said", "length"), [("long", 64), (-3, 64), (0, 64), (True, 64), (None, 64), (16, 16)])
-def test_logits_are_compared_over_no_more_tokens_than_the_model_was_trained_on(tmp_path, monkeypatch, said, length):
+@pytest.mark.parametrize(
+    ("sequence_length", "length"), [("long", 64), (-3, 64), (0, 64), (True, 64), (None, 64), (16, 16)]
+)
+def test_logits_are_compared_over_no_more_tokens_than_the_model_was_trained_on(
+    tmp_path, monkeypatch, sequence_length, length
+):
     small.anchor(tmp_path / "anchor")
     manifest = read_model(tmp_path / "anchor")
-    anchor = dataclasses.replace(manifest.experts[0], card={config.SEQUENCE_LENGTH: said})
-    manifest = dataclasses.replace(manifest, experts=(anchor,))
+    anchor = manifest.experts[0].but(card={config.SEQUENCE_LENGTH: sequence_length})
+    manifest = manifest.but(experts=[anchor])
     monkeypatch.setattr(parity, "transformers_installed", lambda: True)
     monkeypatch.setattr(parity, "in_memory", lambda *_: None)
-    for side in ("_their_logits", "our_logits"):
+    for side in ("_transformers_logits", "our_logits"):
         monkeypatch.setattr(parity, side, lambda _, tokens: np.zeros((*tokens.shape, 3), np.float32))
-    assert parity.compare_logits(tmp_path, manifest, {}, {}).tokens == parity.ROWS * length
+    assert parity.compare_logits(tmp_path, manifest, {}, {}).tokens == parity.BATCH * length
     assert manifest.context_length == (16 if length == 16 else DEFAULT_LENGTH)
 
 

@@ -64,11 +64,11 @@ def case(request, tmp_path_factory):
     """A random model as transformers saves it, imported, exported, and loaded by transformers again."""
     home = tmp_path_factory.mktemp("transformers")
     experts, top_k, _, norm_topk_prob, _ = CASES[request.param]
-    theirs = random_model(*CASES[request.param])
-    theirs.save_pretrained(home / "theirs")
-    byte_tokenizer().save(home / "theirs" / "tokenizer.json")
-    results = [flexolmo("import-hf", f"--source={home}/theirs", f"--out={home}/ours")]
-    results.append(flexolmo("export-hf", f"--model={home}/ours", f"--out={home}/back"))
+    original = random_model(*CASES[request.param])
+    original.save_pretrained(home / "original")
+    byte_tokenizer().save(home / "original" / "tokenizer.json")
+    results = [flexolmo("import-hf", f"--source={home}/original", f"--out={home}/imported")]
+    results.append(flexolmo("export-hf", f"--model={home}/imported", f"--out={home}/back"))
     assert [(result.status, result.err) for result in results] == [(0, "")] * 2
     with quiet():
         back = transformers.AutoModelForCausalLM.from_pretrained(home / "back", dtype="auto").eval()
@@ -79,9 +79,9 @@ def case(request, tmp_path_factory):
         top_k=top_k,
         norm_topk_prob=norm_topk_prob,
         home=home,
-        theirs=theirs,
+        original=original,
         back=back,
-        ours=flexolmo_jax.load(home / "ours"),
+        imported=flexolmo_jax.load(home / "imported"),
         tokens=tokens,
         printed=[result.out for result in results],
     )
@@ -100,13 +100,13 @@ def logits(model, tokens):
 
 def our_logits(model, tokens):
     """In the shape of the gate, for which everything is compiled already."""
-    padded = np.zeros((parity.ROWS, parity.LENGTH), int)
+    padded = np.zeros((parity.BATCH, parity.LENGTH), int)
     padded[:, : tokens.shape[1]] = tokens
     return parity.our_logits(model, padded)[:, : tokens.shape[1]]
 
 
 def greedy(model, prompts):
-    """The prompts and the likeliest NEW tokens after them, by transformers."""
+    """The prompts and the most likely NEW tokens after them, by transformers."""
     settings = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=None)
     with quiet():
         return model.generate(torch.from_numpy(prompts), generation_config=settings).numpy()
@@ -117,45 +117,45 @@ def test_the_gate_compared_logits(case):
         assert "logits, float32, against transformers: max abs difference" in printed
     page = (case.home / "back" / "README.md").read_text()
     assert "over 128 tokens (allowed: 0.0001 and 1e-06)" in page
-    manifest = read_model(case.home / "ours")
+    manifest = read_model(case.home / "imported")
     found = manifest.experts[0].card["imported"]["logits"]
     assert 0 < found["max_abs"] < 1e-4
     assert found["kl"] < 1e-6
 
 
 def test_logits_are_equal(case):
-    theirs = logits(case.theirs, case.tokens)
-    assert np.abs(theirs).max() > 1
-    np.testing.assert_allclose(our_logits(case.ours, case.tokens), theirs, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(logits(case.back, case.tokens), theirs, atol=1e-5, rtol=0)
+    original = logits(case.original, case.tokens)
+    assert np.abs(original).max() > 1
+    np.testing.assert_allclose(our_logits(case.imported, case.tokens), original, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits(case.back, case.tokens), original, atol=1e-5, rtol=0)
 
 
 def test_weights_are_equal_to_the_bit(case):
     if case.experts != 1:  # one expert goes out as the dense model it is
-        hf.assert_same_weights(case.home / "theirs", case.home / "back")
+        hf.assert_same_weights(case.home / "original", case.home / "back")
     assert type(case.back).__name__ == ("FlexOlmoForCausalLM" if case.experts > 1 else "Olmo2ForCausalLM")
 
 
 def test_router_gradients_are_equal(case):
     if not case.experts:
         pytest.skip("a dense model has no router")
-    case.theirs.zero_grad()
+    case.original.zero_grad()
     tokens = torch.from_numpy(case.tokens)
-    case.theirs(tokens, labels=tokens).loss.backward()
-    expected = np.stack([layer.mlp.gate.weight.grad.numpy() for layer in case.theirs.model.layers])
-    manifest = read_model(case.home / "ours")
+    case.original(tokens, labels=tokens).loss.backward()
+    expected = np.stack([layer.mlp.gate.weight.grad.numpy() for layer in case.original.model.layers])
+    manifest = read_model(case.home / "imported")
     layout = Layout.of_roster(case.experts, manifest.top_k)
     decoder = Decoder(Architecture.from_dict(manifest.architecture, ""), layout)
-    params = small.read_params(case.home / "ours")
+    params = small.read_params(case.home / "imported")
     (path,) = (path for path in params if path.endswith("/router/weight"))
 
     @jax.jit
-    def gradient(row):
-        def loss(row):
-            out = decoder.apply_flat(params | {path: row}, case.tokens).logits_BxSxV[:, :-1]
+    def gradient(weights):
+        def loss(weights):
+            out = decoder.apply_flat(params | {path: weights}, case.tokens).logits_BxSxV[:, :-1]
             return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(out), case.tokens[:, 1:, None], axis=-1))
 
-        return jax.grad(loss)(row)
+        return jax.grad(loss)(weights)
 
     found = np.asarray(gradient.lower(params[path]).compile(COMPILE_FAST)(params[path])).reshape(expected.shape)
     if case.experts > 1 and not (case.norm_topk_prob and case.top_k == 1):  # where the only weight is 1
@@ -164,25 +164,25 @@ def test_router_gradients_are_equal(case):
 
 
 def test_greedy_tokens_are_equal(case):
-    """Each of their tokens is the likeliest here after those before it."""
+    """Each of their tokens is the most likely here after those before it."""
     start = 9
     written = greedy(case.back, case.tokens[:, :start])
-    found = our_logits(case.ours, written).argmax(axis=-1)
+    found = our_logits(case.imported, written).argmax(axis=-1)
     np.testing.assert_array_equal(found[:, start - 1 : -1], written[:, start:])
     if case.name == GENERATED:
-        continuations = case.ours.generate(case.tokens[:, :start].tolist(), max_new_tokens=NEW)
+        continuations = case.imported.generate(case.tokens[:, :start].tolist(), max_new_tokens=NEW)
         for continuation, expected in zip(continuations, written[:, start:].tolist(), strict=True):
             end = expected.index(256) if 256 in expected else NEW
             assert continuation.token_ids == expected[:end]
 
 
 def test_the_fused_layout_of_memory_is_read(case, tmp_path):
-    tensors = {name: x.contiguous().numpy() for name, x in case.theirs.state_dict().items()}
+    tensors = {name: x.contiguous().numpy() for name, x in case.original.state_dict().items()}
     assert any("gate_up_proj" in name for name in tensors) == bool(case.experts)
-    source = hf.write(tmp_path / "fused", tensors, hf.config(case.home / "theirs"))
+    source = hf.write(tmp_path / "fused", tensors, hf.config(case.home / "original"))
     byte_tokenizer().save(source / "tokenizer.json")
-    assert flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/ours").status == 0
-    found, expected = (read_model(path) for path in (tmp_path / "ours", case.home / "ours"))
+    assert flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/imported").status == 0
+    found, expected = (read_model(path) for path in (tmp_path / "imported", case.home / "imported"))
     assert found.shared == expected.shared
     assert [expert.digest for expert in found.experts] == [expert.digest for expert in expected.experts]
 
@@ -202,19 +202,19 @@ def test_tokenizer_and_generation_config_load(case):
 
 def test_logits_too_far_apart_leave_nothing(tmp_path, monkeypatch):
     source = golden.GOLDEN / golden.DENSE
-    assert flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/ours").status == 0
+    assert flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/imported").status == 0
     monkeypatch.setattr(parity, "MAX_KL", -1.0)
-    for verb, flag in (("import-hf", f"--source={source}"), ("export-hf", f"--model={tmp_path}/ours")):
-        result = flexolmo(verb, flag, f"--out={tmp_path}/out")
-        assert_refused(result, verb, "its logits here and in transformers differ", "nothing was written")
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    for command, flag in (("import-hf", f"--source={source}"), ("export-hf", f"--model={tmp_path}/imported")):
+        result = flexolmo(command, flag, f"--out={tmp_path}/out")
+        assert_refused(result, command, "its logits here and in transformers differ", "nothing was written")
+    assert [path.name for path in tmp_path.iterdir()] == ["imported"]
 
 
 def test_what_transformers_does_not_load_fails_the_gate(tmp_path):
     tensors = hf.weights(golden.GOLDEN / golden.DENSE)
     source = hf.golden_with(tmp_path / "source", golden.DENSE, tensors | {"lm_head.bias": np.zeros(512, np.float32)})
     with pytest.raises(UserError, match=r"does not find its weights as they are \(lm_head.bias\)"):
-        parity._their_logits(source, np.zeros((1, 2), int))
+        parity._transformers_logits(source, np.zeros((1, 2), int))
     (source / "config.json").write_text("{}")
     with pytest.raises(UserError, match="transformers cannot load it"):
-        parity._their_logits(source, np.zeros((1, 2), int))
+        parity._transformers_logits(source, np.zeros((1, 2), int))

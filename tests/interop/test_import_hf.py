@@ -1,4 +1,4 @@
-"""`flexolmo import-hf`, without torch: golden models come in, compute what transformers computed, and go out again."""
+"""`flexolmo import-hf`, without torch: golden models and their logits, there and back."""
 
 import json
 
@@ -10,15 +10,12 @@ import flexolmo_jax
 from flexolmo_jax.checkpoint.model_directory import check_model, open_model, read_model
 from flexolmo_jax.combine.opt_out import AS_IMPORTED
 from flexolmo_jax.interop import parity
+from flexolmo_jax.interop.hf_directory import open_directory
 from tests.support import golden, small
 from tests.support import hf_directories as hf
 from tests.support.small import assert_refused, flexolmo
 
-
-@pytest.fixture(autouse=True)
-def no_transformers(monkeypatch):
-    """Where torch is installed, its side is compared elsewhere."""
-    monkeypatch.setattr(parity, "transformers_installed", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_transformers")
 
 
 def imported(source, out, *flags):
@@ -81,7 +78,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case):
     expected = golden.load(name)[3]
     model = flexolmo_jax.load(out)
     np.testing.assert_allclose(model.logits(expected["input_ids"]), expected["logits"], atol=1e-4, rtol=0)
-    # Each generated token is the likeliest after those before it.
+    # Each generated token is the most likely after those before it.
     written = np.concatenate([expected["prompt"], expected["generated"]], axis=1)
     start = expected["prompt"].shape[1]
     greedy = np.asarray(model.logits(written)).argmax(axis=-1)[:, start - 1 : -1]
@@ -202,7 +199,7 @@ def test_default_names_sort_as_the_experts_do(tmp_path):
     hf.assert_same_weights(tmp_path / "source", tmp_path / "out")
 
 
-def test_one_expert_is_an_anchor_with_a_row(tmp_path):
+def test_one_expert_is_an_anchor_with_router_weights(tmp_path):
     tensors = hf.first_experts(hf.weights(golden.GOLDEN / golden.MIXTURE), 1)
     source = hf.golden_with(tmp_path / "source", tensors=tensors, num_experts=1, num_experts_per_tok=1)
     imported(source, tmp_path / "model")
@@ -265,9 +262,7 @@ def test_a_failing_round_trip_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_round_trip_sees_a_single_bit(case):
     name, out, _ = case
-    from flexolmo_jax.interop.hugging_face import open_hugging_face
-
-    opened = open_hugging_face(golden.GOLDEN / name, "--source")
+    opened = open_directory(golden.GOLDEN / name)
     manifest = read_model(out)
     shared, experts = open_model(out, manifest)
     members = [dict(leaves) for leaves in experts.values()]

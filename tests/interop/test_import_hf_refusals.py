@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.data.tokenizer import byte_tokenizer
-from flexolmo_jax.interop import parity
 from tests.support import golden, small
 from tests.support import hf_directories as hf
 from tests.support.small import assert_refused, flexolmo
 
+pytestmark = pytest.mark.usefixtures("no_transformers")
+
 NORM = "model.layers.1.post_attention_layernorm.weight"
 UP = "model.layers.0.mlp.experts.1.up_proj.weight"
 SHARD = "model-00002-of-00003.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_transformers(monkeypatch):
-    monkeypatch.setattr(parity, "transformers_installed", lambda: False)
 
 
 def tensors_with(shards=1, **changes):
@@ -185,8 +181,8 @@ REFUSED = {
     # Of any number, the first that is missing ends the search.
     "layers without end": (config_with(num_hidden_layers=10**5), ["model.layers.2.self_attn.q_proj", "missing"]),
     "experts without end": (config_with(num_experts=10**5), ["model.layers.0.mlp.experts.4.gate_proj", "missing"]),
-    "fewer experts than said": (config_with(num_experts=5), ["mlp.experts.4.", "missing"]),
-    "more experts than said": (config_with(num_experts=3), ["tensor model.layers.0.mlp.experts.3.", "is not one of"]),
+    "fewer experts than named": (config_with(num_experts=5), ["mlp.experts.4.", "missing"]),
+    "more experts than named": (config_with(num_experts=3), ["tensor model.layers.0.mlp.experts.3.", "is not one of"]),
     "other vocabulary": (config_with(vocab_size=500), ["model.embed_tokens.weight", "[512, 64]", "[500, 64]"]),
     "missing tensor": (tensors_with(**{NORM: lambda _: None}), [f"tensor {NORM} is missing"]),
     "unknown tensor": (
@@ -258,12 +254,15 @@ CONTRIBUTION = ["--as-contribution", "--anchor={home}/anchor", "--expert=news"]
         ([MIXTURE, "--expert-names=code,news,anchor"], ["--expert_names", "'anchor'"]),
         ([MIXTURE, "--expert-names=code,news,code"], ["--expert_names", "code came twice"]),
         ([DENSE, "--expert-names=code"], ["--expert_names=code", "1 names for the 0 experts"]),
-        ([MIXTURE, PAIR.replace("source", "public-rows-from")], ["--public_rows_from", "rows of its own"]),
         (
-            [DENSE, DENSE.replace("source", "public-rows-from")],
-            ["--public_rows_from", "a dense model has no router rows"],
+            [MIXTURE, PAIR.replace("source", "router-weights-from")],
+            ["--router_weights_from", "router weights of its own"],
         ),
-        ([DENSE, "--public-rows-from={home}/none"], ["--public_rows_from={home}/none", "no such directory"]),
+        (
+            [DENSE, DENSE.replace("source", "router-weights-from")],
+            ["--router_weights_from", "a dense model has no router weights"],
+        ),
+        ([DENSE, "--router-weights-from={home}/none"], ["--router_weights_from={home}/none", "no such directory"]),
         ([MIXTURE, "--anchor={home}/anchor"], ["--anchor", "only with --as_contribution"]),
         ([PAIR, *CONTRIBUTION, "--expert-names=a"], ["--expert_names", "only without --as_contribution"]),
         ([PAIR, *CONTRIBUTION[:2]], ["--expert", "not given"]),
@@ -303,10 +302,10 @@ def test_a_directory_of_links_is_read(tmp_path):
 
 
 def test_all_but_the_first_of_several_eos_are_named_as_unused(tmp_path):
-    said = {}
+    printed = {}
     for name, ids in (("one", [7]), ("several", [7, 3, 5])):
         source = hf.golden_with(tmp_path / name, eos_token_id=ids)
-        said[name] = flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/out_{name}").out
+        printed[name] = flexolmo("import-hf", f"--source={source}", f"--out={tmp_path}/out_{name}").out
         assert json.loads((tmp_path / f"out_{name}" / "model.json").read_text())["eos_id"] == 7
-    assert "config.json: names 3 tokens as EOS; the first, 7, is used here\n" in said["several"]
-    assert "EOS" not in said["one"]
+    assert "config.json: names 3 tokens as EOS; the first, 7, is used here\n" in printed["several"]
+    assert "EOS" not in printed["one"]

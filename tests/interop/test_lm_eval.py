@@ -1,7 +1,6 @@
-"""The model of lm-evaluation-harness: its figures, texts and tokens are those of the harness's own `hf`."""
+"""The model of lm-evaluation-harness: its metrics, texts and tokens are those of the harness's own `hf`."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 import flexolmo_jax
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.interop.lm_eval import FlexOlmoLM
+from flexolmo_jax.interop.harness import FlexOlmoLM
 
 EOS, MAX_LENGTH, NEW = 256, 64, 12
 HELLO = "hello, this is a text"
@@ -61,8 +60,8 @@ def evaluate(lm):
     return simple_evaluate(lm, tasks=list(harness_tasks.NAMES), task_manager=manager, bootstrap_iters=100)
 
 
-def assert_equal_figures(found, expected):
-    """All metrics and their standard errors, to 1e-6."""
+def assert_equal_results(found, expected):
+    """All metrics and reference standard errors, to 1e-6."""
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
@@ -73,26 +72,26 @@ def requests(kind, *arguments):
 
 
 @pytest.mark.parametrize("without", [None, "news"])
-def test_figures_and_texts_equal_those_of_hf_on_the_exported_model(home, hf, without):
+def test_metrics_and_texts_equal_those_of_hf_on_the_exported_model(home, hf, without):
     """With an expert left out, the exported model is the merge that never had it."""
     lm = FlexOlmoLM(str(home / "merged"), without=without or "", batch_size=4, max_length=MAX_LENGTH)
-    ours, theirs = evaluate(lm), evaluate(hf(f"without-{without}" if without else "merged", max_length=MAX_LENGTH))
+    found, expected = evaluate(lm), evaluate(hf(f"without-{without}" if without else "merged", max_length=MAX_LENGTH))
     for task in harness_tasks.NAMES:
-        assert_equal_figures(ours["results"][task], theirs["results"][task])
-        for our, their in zip(ours["samples"][task], theirs["samples"][task], strict=True):
-            assert our["arguments"] == their["arguments"]
+        assert_equal_results(found["results"][task], expected["results"][task])
+        for sample, reference in zip(found["samples"][task], expected["samples"][task], strict=True):
+            assert sample["arguments"] == reference["arguments"]
             if task == "local_generate":
-                assert our["resps"] == their["resps"]
+                assert sample["resps"] == reference["resps"]
             elif task == "local_rolling":
-                assert our["resps"][0] == pytest.approx(their["resps"][0], rel=1e-6)
+                assert sample["resps"][0] == pytest.approx(reference["resps"][0], rel=1e-6)
             else:
-                for (ours_,), (theirs_,) in zip(our["resps"], their["resps"], strict=True):
-                    assert ours_ == (pytest.approx(theirs_[0], rel=1e-6), theirs_[1])
-    assert (ours["config"]["experts"], ours["config"]["without"]) == (lm.model.roster, [without] if without else [])
-    # The figures tell something: answers differ, and texts end at a stop string, EOS and the last token.
-    answers = [answer[0][0] for sample in ours["samples"]["local_choice"] for answer in sample["resps"]]
+                for (answer,), (expected_answer,) in zip(sample["resps"], reference["resps"], strict=True):
+                    assert answer == (pytest.approx(expected_answer[0], rel=1e-6), expected_answer[1])
+    assert (found["config"]["experts"], found["config"]["without"]) == (lm.model.roster, [without] if without else [])
+    # The results tell something: answers differ, and texts end at a stop string, EOS and the last token.
+    answers = [answer[0][0] for sample in found["samples"]["local_choice"] for answer in sample["resps"]]
     assert np.ptp(answers) > 10
-    lengths = {len(sample["resps"][0][0]) for sample in ours["samples"]["local_generate"]}
+    lengths = {len(sample["resps"][0][0]) for sample in found["samples"]["local_generate"]}
     assert len(lengths) > 2
 
 
@@ -101,21 +100,21 @@ TEXTS = ["", HELLO, " leading", "trailing  ", "naïve 🙂", "<|endoftext|>again
 
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
 def test_tokens_equal_those_of_hf(model, hf, add_bos_token):
-    ours, theirs = FlexOlmoLM(model, add_bos_token=add_bos_token), hf("merged", add_bos_token=add_bos_token)
+    found, expected = FlexOlmoLM(model, add_bos_token=add_bos_token), hf("merged", add_bos_token=add_bos_token)
     for name in ("prefix_token_id", "eot_token_id", "max_length", "max_gen_toks"):
-        assert getattr(ours, name) == getattr(theirs, name)
+        assert getattr(found, name) == getattr(expected, name)
     for text in TEXTS:
-        assert ours.tok_encode(text) == theirs.tok_encode(text)
-        assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
+        assert found.tok_encode(text) == expected.tok_encode(text)
+        assert found.tok_encode(text, add_special_tokens=False) == expected.tok_encode(text, add_special_tokens=False)
         if text:
-            assert ours._encode_pair(text, " more") == theirs._encode_pair(text, " more")
+            assert found._encode_pair(text, " more") == expected._encode_pair(text, " more")
 
 
 def plain_score(model, context, continuation, without=()):
-    """Row by row, from logits, in float64; the padding is for one compilation."""
-    row = np.zeros((1, 2 * MAX_LENGTH), int)
-    row[0, : len(context) + len(continuation)] = [*context, *continuation]
-    logits_SxV = np.asarray(model.logits(row, without=without), np.float64)[0]
+    """One sequence at a time, from logits, in float64; the padding is for one compilation."""
+    tokens = np.zeros((1, 2 * MAX_LENGTH), int)
+    tokens[0, : len(context) + len(continuation)] = [*context, *continuation]
+    logits_SxV = np.asarray(model.logits(tokens, without=without), np.float64)[0]
     log_probability_SxV = logits_SxV - np.log(np.exp(logits_SxV).sum(axis=-1, keepdims=True))
     before_S = range(len(context) - 1, len(context) + len(continuation) - 1)
     score = sum(log_probability_SxV[s, token] for s, token in zip(before_S, continuation, strict=True))
@@ -159,7 +158,7 @@ def test_rolling_windows_score_each_token_once(model, batch_size):
 
 
 def test_few_shapes_are_compiled(model, monkeypatch):
-    """Rows of every length from 2 to 300 tokens in batches of 8."""
+    """Sequences of every length from 2 to 300 tokens in batches of 8."""
     shapes = set()
 
     def score(token_ids, without):
@@ -175,7 +174,7 @@ def test_few_shapes_are_compiled(model, monkeypatch):
     assert max(shapes) == (8, 257)
     for few in range(1, 8):
         lm._loglikelihood_tokens([(None, [1], [2])] * few, disable_tqdm=True)
-    assert {rows for rows, _ in shapes} == {1, 2, 3, 4, 6, 8}
+    assert {batch for batch, _ in shapes} == {1, 2, 3, 4, 6, 8}
     assert len(shapes) <= 15
 
 
@@ -221,7 +220,7 @@ def test_sampling_depends_on_the_seed_alone(model):
 
 
 def test_answers_are_handed_to_the_cache_of_the_harness(model):
-    """As soon as they are known, with the arguments of their requests; windows of a text are no requests."""
+    """As soon as they are known, with the arguments of reference requests; windows of a text are no requests."""
 
     class Hook:
         def add_partial(self, *entry):
@@ -280,8 +279,7 @@ def test_several_experts_may_be_left_out(model):
 
 
 def run_program(*arguments):
-    script = pathlib.Path(sys.executable).with_name("lm_eval")  # the one that this package installs
-    command = [sys.executable, str(script), "--model", "flexolmo", *map(str, arguments)]
+    command = [sys.executable, "-m", "flexolmo_jax.interop.lm_eval", "--model", "flexolmo", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -294,7 +292,7 @@ def test_as_a_program(home, model, tmp_path):
     (file,) = (tmp_path / "out").rglob("results_*.json")
     written = json.loads(file.read_text())
     expected = evaluate(FlexOlmoLM(model, without="code+news", batch_size=4, max_length=MAX_LENGTH))
-    assert_equal_figures(written["results"]["local_choice"], expected["results"]["local_choice"])
+    assert_equal_results(written["results"]["local_choice"], expected["results"]["local_choice"])
     assert written["config"]["without"] == ["code", "news"]
 
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import safetensors_io
-from flexolmo_jax.interop.safetensors_io import INDEX_FILE, open_tensors, pieces, write_tensors
+from flexolmo_jax.interop.safetensors_io import INDEX_FILE, chunks, open_tensors, write_tensors
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def test_we_read_what_the_library_writes(tmp_path, tensors):
     found = open_tensors(tmp_path)
     assert_equal({name: stored.read() for name, stored in found.items()}, tensors)
     cube = tensors["cube"]
-    np.testing.assert_array_equal(found["cube"].rows(1, 3).read(), cube[1:3])
-    np.testing.assert_array_equal(found["cube"].row(2).read(), cube[2])
-    np.testing.assert_array_equal(found["cube"].row(1).rows(2, 4).read(), cube[1, 2:4])
+    np.testing.assert_array_equal(found["cube"].range(1, 3).read(), cube[1:3])
+    np.testing.assert_array_equal(found["cube"].item(2).read(), cube[2])
+    np.testing.assert_array_equal(found["cube"].item(1).range(2, 4).read(), cube[1, 2:4])
 
 
 def test_a_file_that_shrinks_is_named(tmp_path, tensors):
@@ -90,10 +90,10 @@ def test_a_file_that_shrinks_is_named(tmp_path, tensors):
         found["wide"].read()
 
 
-def test_pieces_are_contiguous_and_small(monkeypatch):
-    monkeypatch.setattr(safetensors_io, "PIECE_BYTES", 100)
+def test_chunks_are_contiguous_and_small(monkeypatch):
+    monkeypatch.setattr(safetensors_io, "CHUNK_BYTES", 100)
     values = np.arange(60, dtype=np.float32).reshape(5, 12).T
-    parts = list(pieces(values))
-    assert len(parts) == 3
-    assert all(part.flags.c_contiguous and part.nbytes <= 100 for part in parts)
-    np.testing.assert_array_equal(np.concatenate(parts), values)
+    found = list(chunks(values))
+    assert len(found) == 3
+    assert all(chunk.flags.c_contiguous and chunk.nbytes <= 100 for chunk in found)
+    np.testing.assert_array_equal(np.concatenate(found), values)

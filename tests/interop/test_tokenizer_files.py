@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, ExpertRecord, ModelManifest
-from flexolmo_jax.interop.tokenizer_files import export_tokenizer, import_tokenizer, read_tokenizer
+from flexolmo_jax.interop.hf_directory import export_tokenizer, import_tokenizer, read_tokenizer
 from tests.support import kinds, small
 
 ARCHITECTURE = dataclasses.replace(small.ARCHITECTURE, vocab_size=640)
@@ -20,10 +20,9 @@ def exported(kind, tmp_path):
     model.mkdir()
     directory.mkdir()
     tokenizer = kinds.load(kind, model)
-    anchor = ExpertRecord(name=ANCHOR_NAME, leaves={}, card={})
     manifest = ModelManifest(
         architecture=dataclasses.asdict(ARCHITECTURE),
-        experts=[anchor],
+        experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card={})],
         shared={},
         top_k=1,
         tokenizer_digest=tokenizer.digest,
@@ -37,14 +36,14 @@ def exported(kind, tmp_path):
 def test_transformers_gives_the_same_ids_and_texts(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer, _, directory = exported(kind, tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(directory)
-    assert theirs.eos_token_id == tokenizer.eos_id
+    reference = transformers.AutoTokenizer.from_pretrained(directory)
+    assert reference.eos_token_id == tokenizer.eos_id
     texts = kinds.TEXTS if kind == "wordpiece_without_unknown" else (*kinds.TEXTS, *kinds.HARD)
     for text in texts:
         ids = [tokenizer.eos_id, *tokenizer.encode(text).tolist()]
-        assert [theirs.eos_token_id, *theirs(text, add_special_tokens=False).input_ids] == ids
+        assert [reference.eos_token_id, *reference(text, add_special_tokens=False).input_ids] == ids
         if kind not in FAILS:
-            assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+            assert reference.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)

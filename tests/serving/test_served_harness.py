@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 import flexolmo_jax
 from flexolmo_jax.inference.engine import Engine
-from flexolmo_jax.interop.lm_eval import FlexOlmoLM
+from flexolmo_jax.interop.harness import FlexOlmoLM
 from flexolmo_jax.serving.logprobs import TokenStrings
 
 MAX_LENGTH, KEY = 64, "a-key"

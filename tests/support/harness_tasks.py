@@ -22,9 +22,9 @@ def write_models(home):
     anchor = small.anchor(home / "anchor", leaves=leaves)
     contributions = {}
     for seed, name in enumerate(EXPERTS, start=1):
-        own = small.expert_leaves(anchor, seed)
-        own["router/bias"] *= 0
-        contributions[name] = small.contribution(home / name, anchor, leaves=own)
+        leaves_of_expert = small.expert_leaves(anchor, seed)
+        leaves_of_expert["router/bias"] *= 0
+        contributions[name] = small.contribution(home / name, anchor, leaves=leaves_of_expert)
     merge(anchor, list(contributions.values()), home / "merged", top_k=2)
     for name in EXPERTS:
         merge(anchor, [home / other for other in EXPERTS if other != name], home / f"without-{name}", top_k=2)

@@ -1,4 +1,4 @@
-"""The script `lm_eval` where the harness is not installed."""
+"""The command line of the harness where the harness is not installed."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 WITHOUT_HARNESS = """
 import sys
 sys.modules["lm_eval"] = None
-from flexolmo_jax.interop.lm_eval_script import main
+from flexolmo_jax.interop.lm_eval import main
 main()
 """
 
