@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
     "train": ["config", "workdir", "verify"],
-    "merge": ["anchor", "contribution", "out", "top_k", "dtype"],
+    "merge": ["anchor", "contribution", "out", "method", "top_k", "dtype"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
     "evaluate": [
         *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),
@@ -38,6 +38,7 @@ FLAGS = {
     ],
     "benchmark": ["config", "step", "runs", "versus", "json"],
     "plan": ["config", "topology", "slices", "json"],
+    "convert": ["source", "anchor", "out"],
     "inspect": ["check"],
     "import-hf": ["source", "out", "expert_names", "router_weights_from", "as_contribution", "anchor", "expert"],
     "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "dtype", "model_type", "drop_bias"],
@@ -154,6 +155,7 @@ REQUIRED = {
     "serve": {"model": "x"},
     "benchmark": {"config": "configs/benchmark.py"},
     "plan": {"config": "configs/expert.py", "topology": "v5e:2x4"},
+    "convert": {"source": "x", "out": "x"},
     "import-hf": {"source": "x", "out": "x"},
     "export-hf": {"out": "x"},
 }
