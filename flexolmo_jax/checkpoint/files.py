@@ -65,7 +65,7 @@ def _check_folder(
     """Checks a folder, which lies at `place` in the directory ("" or "params/"), and the folders in it."""
     found = entries(folder, place)
     names = content(folder) if callable(content) else content
-    if names is None:
+    if names is None or isinstance(names, str):
         return
     for name, is_folder in found.items():
         expected, entry = names.get(name), f"{label}: holds {shown(place + name)}"

@@ -51,6 +51,9 @@ def _corpus_content(folder: epath.Path) -> Names | None:
         return None
 
 
+_TOKENIZER_CONTENT: dict[str, Content] = dict.fromkeys(map(str, TOKENIZER_FILES), FILE)
+
+
 class Kind(NamedTuple):
     """A kind of directory: the manifest that makes it complete, and all that it may hold."""
 
@@ -68,7 +71,7 @@ MODEL = Kind(
         STATISTICS: tree_content,
         MERGED_ROUTER: tree_content,
         TOKENIZER_FILE: FILE,
-        TOKENIZER_FOLDER: dict.fromkeys(TOKENIZER_FILES, FILE),
+        TOKENIZER_FOLDER: _TOKENIZER_CONTENT,
         PUBLIC: _corpus_content,
         CERTIFICATE_FILE: FILE,
     },

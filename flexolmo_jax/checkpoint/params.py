@@ -302,7 +302,7 @@ class _Copy:
             for values in self._read(index):
                 if not _all_finite(values):
                     raise UserError(f"{self._part.name}: holds values that are not finite (NaN or infinity)")
-                digest.update(values.view(np.uint8))
+                digest.update(values.view(np.uint8).data)
                 yield values
             digests.append(digest.digest())
 
@@ -316,7 +316,7 @@ class _Copy:
                 rest = rest if rest.size else next(values)
                 part, rest = rest[:count], rest[count:]
                 count -= part.size
-                digest.update(part.view(np.uint8))
+                digest.update(part.view(np.uint8).data)
                 yield part
 
         for index in chunks(unit, self._chunk):
@@ -337,7 +337,7 @@ def _reader(part: Slice, chunk: Sequence[int], buffer: _Buffer) -> Callable[[Ind
     itemsize = part.source_dtype.itemsize
     size = BUFFER_BYTES // itemsize
 
-    def from_file(index: Index) -> Iterator[np.ndarray]:
+    def from_file(folder: epath.Path, index: Index) -> Iterator[np.ndarray]:
         try:
             values = buffer.bytes[: size * itemsize].view(part.source_dtype)
             yield from read_chunk_file(folder, index, chunk, part.expert, values)
@@ -349,7 +349,7 @@ def _reader(part: Slice, chunk: Sequence[int], buffer: _Buffer) -> Callable[[Ind
         for start in range(0, values.size, size):
             yield values[start : start + size]
 
-    return at_once if folder is None else from_file
+    return at_once if folder is None else functools.partial(from_file, folder)
 
 
 def _count(index: Index) -> int:

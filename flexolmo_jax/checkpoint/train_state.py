@@ -116,7 +116,7 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
-        return restored.state, _position_of(restored.data)
+        return restored["state"], _position_of(restored["data"])
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -173,7 +173,7 @@ def _check(folder: epath.Path, like_position: dict[str, Any]) -> None:
         _read_json(file)
     with ThreadPoolExecutor(COPY_THREADS) as pool:
         for leaf, array in _open(folder).items():
-            chunk = array.chunk_layout.read_chunk.shape or array.shape
+            chunk = [edge or 1 for edge in array.chunk_layout.read_chunk.shape or array.shape]
             total = sum(pool.map(functools.partial(_chunk_sum, leaf, array), chunks(whole(array.shape), chunk))) % 2**32
             if named and named.get(leaf) != total:
                 raise DamagedError(f"{leaf}: altered")

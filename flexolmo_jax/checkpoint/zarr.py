@@ -163,7 +163,7 @@ def read_chunk_file(
             raise OSError(f"{path} holds {size} bytes, not {expected}")
         for start in range(0, count, buffer.size):
             values = buffer[: count - start]
-            if file.readinto(values.view(np.uint8)) != values.nbytes:
+            if file.readinto(values.view(np.uint8)) != values.nbytes:  # pyright: ignore[reportAttributeAccessIssue]
                 raise OSError(f"{path} became shorter")
             yield values
 
