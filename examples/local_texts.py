@@ -267,12 +267,12 @@ def collect(train_bytes: int, heldout_bytes: int, system: bool) -> dict[str, dic
 
     splits = {}
     for domain in DOMAINS:
-        own = [(doc, part) for (of, doc), part in zip(pool, shared, strict=True) if of == domain]
-        fit = [doc for doc, part in own if part <= MAX_SHARED and size(doc) <= MAX_HELDOUT_DOCUMENT]
+        candidates = [(doc, part) for (of, doc), part in zip(pool, shared, strict=True) if of == domain]
+        fit = [doc for doc, part in candidates if part <= MAX_SHARED and size(doc) <= MAX_HELDOUT_DOCUMENT]
         # A scarce domain keeps most of its text for training.
-        heldout = take(fit, min(heldout_bytes, sum(size(doc) for doc, _ in own) // 5))
+        heldout = take(fit, min(heldout_bytes, sum(size(doc) for doc, _ in candidates) // 5))
         chosen = set(heldout)
-        train = take((doc for doc, _ in own if doc not in chosen), train_bytes)
+        train = take((doc for doc, _ in candidates if doc not in chosen), train_bytes)
         splits[domain] = {"train": train, "heldout": heldout}
     return splits
 
@@ -310,7 +310,7 @@ def write_jsonl(texts: dict[str, dict[str, list[str]]], out_dir: str | Path) -> 
 
 
 def print_table(found: dict[str, dict[str, list[Document]]]) -> None:
-    """Prints a row a split: its documents, bytes, and where one document is from."""
+    """Prints one line per split: its documents, bytes, and where one document is from."""
     print(f"{'domain':<8} {'split':<8} {'documents':>9} {'bytes':>10}  example source")
     for domain, splits in found.items():
         for split, documents in splits.items():

@@ -174,8 +174,8 @@ def findings(scores: Mapping[str, Mapping[str, float]]) -> dict[str, bool]:
     anchor, merged = scores["anchor"], scores["merged"]
     pairs = {owner: scores[f"pair:{owner}"] for owner in OWNERS}
 
-    def average(row: Mapping[str, float]) -> float:
-        return sum(row.values()) / len(row)
+    def average(values: Mapping[str, float]) -> float:
+        return sum(values.values()) / len(values)
 
     def suffers_most(owner: str) -> bool:
         without = scores[f"merged-without:{owner}"]
@@ -190,7 +190,7 @@ def findings(scores: Mapping[str, Mapping[str, float]]) -> dict[str, bool]:
             merged[owner] < anchor[owner] for owner in OWNERS
         ),
         "the merged model is better on average than the anchor and every single pair": all(
-            average(merged) < average(row) for row in (anchor, *pairs.values())
+            average(merged) < average(values) for values in (anchor, *pairs.values())
         ),
         "without an expert, that expert's domain suffers most": all(map(suffers_most, OWNERS)),
     }

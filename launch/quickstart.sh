@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole journey on one machine, on text that is on it: anchor, three experts, merge, opt-out, report.
+# The whole journey on one machine, on text found there: anchor, three experts, merge, opt-out, report.
 set -euo pipefail
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   cat <<'HELP'

@@ -70,15 +70,15 @@ def test_another_process_writes_the_same_files(corpora, tmp_path):
         "import runpy, sys; script = runpy.run_path(sys.argv[1]);"
         "script['write_jsonl'](script['gather'](int(sys.argv[2]), int(sys.argv[3]), False), sys.argv[4])"
     )
-    arguments = [str(SCRIPT), str(TRAIN_BYTES), str(HELDOUT_BYTES), str(tmp_path / "theirs")]
+    arguments = [str(SCRIPT), str(TRAIN_BYTES), str(HELDOUT_BYTES), str(tmp_path / "second")]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", command, *arguments], check=True, env=environment)
-    local_texts.write_jsonl(corpora, tmp_path / "ours")
-    ours = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
-    theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
-    assert ours == theirs
-    assert len(ours) == 8
-    lines = (tmp_path / "ours" / "legal.train.jsonl").read_text(encoding="utf-8").splitlines()
+    local_texts.write_jsonl(corpora, tmp_path / "first")
+    first = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    second = {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
+    assert first == second
+    assert len(first) == 8
+    lines = (tmp_path / "first" / "legal.train.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["text"] for line in lines] == corpora["legal"]["train"]
 
 
@@ -111,8 +111,8 @@ def test_shared_parts_are_those_a_plain_search_finds():
     texts = made_up_texts()
     all_runs = [plain_shingles(text) for text in texts]
     expected = []
-    for own, runs in enumerate(all_runs):
-        others = set().union(*(other for number, other in enumerate(all_runs) if number != own))
+    for index, runs in enumerate(all_runs):
+        others = set().union(*(other for number, other in enumerate(all_runs) if number != index))
         expected.append(len(runs & others) / len(runs))
     assert local_texts.shared_parts(local_texts.number_shingles(texts)) == pytest.approx(expected)
     assert min(expected) == 0.0
@@ -144,7 +144,7 @@ def test_junk_is_no_document(junk):
 
 def test_the_command_writes_and_says_what_it_found(tmp_path, capsys):
     local_texts.main([f"--out={tmp_path}", "--train_bytes=20000", "--heldout_bytes=4000"])
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[0].split()[:4] == ["domain", "split", "documents", "bytes"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["domain", "split", "documents", "bytes"]
     written = {path.name for path in tmp_path.iterdir()}
-    assert {f"{row.split()[0]}.{row.split()[1]}.jsonl" for row in rows[1:]} == written
+    assert {f"{line.split()[0]}.{line.split()[1]}.jsonl" for line in lines[1:]} == written

@@ -32,8 +32,8 @@ def finished(tmp_path_factory):
 def test_it_ends_well_and_prints_the_table(finished):
     _, result = finished
     assert result.returncode == 0, result.stderr
-    for row in ("anchor", "pair:code", "merged", "merged-without:legal"):
-        assert f"| {row} " in result.stdout
+    for label in ("anchor", "pair:code", "merged", "merged-without:legal"):
+        assert f"| {label} " in result.stdout
     assert "identical" in result.stdout
 
 
@@ -43,9 +43,9 @@ def test_results_have_every_model_on_every_domain(finished):
     owners = DOMAINS - {"public"}
     models = {"anchor", "merged"} | {f"{kind}:{owner}" for kind in ("pair", "merged-without") for owner in owners}
     assert set(results["bits_per_byte"]) == models
-    for row in results["bits_per_byte"].values():
-        assert set(row) == DOMAINS
-        assert all(0 < value < 20 for value in row.values())
+    for scores in results["bits_per_byte"].values():
+        assert set(scores) == DOMAINS
+        assert all(0 < value < 20 for value in scores.values())
     for shares in results["routing"].values():
         assert set(shares) == {"anchor"} | owners
         assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
@@ -112,7 +112,7 @@ def test_findings_hold_where_the_table_bears_them_out(quickstart):
 
 @pytest.mark.parametrize(("which", "changes"), FAILS.values(), ids=FAILS.keys())
 def test_a_finding_fails_where_the_table_denies_it(quickstart, which, changes):
-    table = {model: {**row, **changes.get(model, {})} for model, row in HOLDS.items()}
+    table = {model: {**scores, **changes.get(model, {})} for model, scores in HOLDS.items()}
     assert list(quickstart.findings(table).values()) == [i != which for i in range(4)]
 
 

@@ -30,7 +30,7 @@ class IncrementalDecoder:
         self._decode, self._rules = tokenizer.decode, _rules(tokenizer)
         self._ids: list[int] = []  # decoded together: a few tokens of final text, for context, and those after them
         self._known = 0  # of `_ids`
-        self._given = 0  # characters of their text
+        self._returned = 0  # characters of their text
 
     def add(self, ids: Sequence[int]) -> str:
         """Adds tokens; returns the new text that no later token can change."""
@@ -39,7 +39,7 @@ class IncrementalDecoder:
             return ""
         text = self._decode(self._ids)
         settled = self._rules.settled(text, lambda id: self._decode([*self._ids, id]))
-        new, self._given = settled[self._given :], max(self._given, len(settled))
+        new, self._returned = settled[self._returned :], max(self._returned, len(settled))
         if settled == text:
             self._drop_final()
         return new
@@ -47,14 +47,14 @@ class IncrementalDecoder:
     @property
     def tail(self) -> str:
         """The rest of the text, if no token follows."""
-        return self._decode(self._ids)[self._given :]
+        return self._decode(self._ids)[self._returned :]
 
     def _drop_final(self) -> None:
         """Drops tokens of final text, except the last ones with visible text, which are the context of the next."""
         context = self._ids[self._known :]
         text = self._decode(context)
         if text:
-            self._ids, self._given = context, len(text)
+            self._ids, self._returned = context, len(text)
         self._known = len(self._ids)
 
 

@@ -168,8 +168,8 @@ def _headline(results: Mapping[str, ModelResults], scores: Scores, reference: st
     if not averages or not math.isfinite(before) or _kind(results[reference]) != "anchor":
         return "Held-out bits per byte of every model"
     after = min(averages.values())
-    verb = "lowers" if after < before else "raises"
-    return f"Merging {verb} the average from {format_bits(before)} to {format_bits(after)} bits per byte"
+    change = "lowers" if after < before else "raises"
+    return f"Merging {change} the average from {format_bits(before)} to {format_bits(after)} bits per byte"
 
 
 def _changes(results: Mapping[str, ModelResults], scores: Scores, reference: str) -> str:
@@ -238,8 +238,8 @@ def _own_domain(results: Mapping[str, ModelResults], labels: Sequence[str]) -> t
         return None
     shares = _shares(results[labels[0]])
     named = [name for name in shares if name in shares[name]]
-    own = sum(max(shares[name], key=lambda corpus: shares[name][corpus]) == name for name in named)
-    return (own, len(named)) if named else None
+    count = sum(max(shares[name], key=lambda corpus: shares[name][corpus]) == name for name in named)
+    return (count, len(named)) if named else None
 
 
 def _training(curves: Curves) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_refuses_bad_input(texts, tmp_path, arguments, words):
     (texts / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (texts / "latin.txt").write_bytes(b"na\xefve")
     (texts / "empty.txt").write_text("")
-    given = [argument.format(texts=texts) for argument in arguments]
-    flags = with_defaults(given, f"--out={tmp_path}/corpus")
+    arguments = [argument.format(texts=texts) for argument in arguments]
+    flags = with_defaults(arguments, f"--out={tmp_path}/corpus")
     assert_refused(flexolmo("tokenize", *flags), "tokenize", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]

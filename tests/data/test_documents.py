@@ -1,4 +1,4 @@
-"""Documents read from files of every kind, and what is said about bad ones."""
+"""Documents read from files of every kind, and the errors about bad ones."""
 
 import bz2
 import gzip

@@ -34,7 +34,7 @@ def lower(tmp_path):
     return make_corpus(tmp_path / "lower", "a", [11, 4, 19])
 
 
-def slow_rows(documents, length):
+def slow_sequences(documents, length):
     """Packs documents one token at a time; yields sequences {key: list}, the last one padded with zeros."""
     sequence, segment = {key: [] for key in KEYS}, 0
     for document in documents:
@@ -74,7 +74,7 @@ def split_at_eos(targets):
 @pytest.mark.parametrize(("length", "batch_size"), [(8, 3), (5, 4), (1, 50), (16, 1), (500, 2)])
 def test_evaluation_batches_are_the_corpus_in_order(corpus, length, batch_size):
     batches = list(evaluation_batches(corpus, length, batch_size))
-    expected = list(slow_rows(corpus, length))
+    expected = list(slow_sequences(corpus, length))
     assert len(batches) == -(-len(expected) // batch_size)
     assert all(batch[key].shape == (batch_size, length) for batch in batches for key in KEYS)
     got = take_sequences(iter(batches), len(batches) * batch_size)
@@ -97,14 +97,14 @@ def test_every_target_once_per_epoch_in_a_new_order(corpus):
 
 
 @pytest.mark.parametrize("length", [LENGTH, 5, 100])
-def test_training_rows_are_packed_as_the_slow_version_packs(corpus, length):
+def test_training_sequences_are_packed_as_the_slow_version_packs(corpus, length):
     count = 2 * corpus.tokens // length
     batches = training_batches([([corpus], 1.0)], length, 4, seed=3)
     sequences = take_sequences(batches, count)
     # The order is the shuffle's; the rest of the last document, which these sequences cut, is never reached.
     targets = sequences["targets"].ravel()
     documents = [*split_at_eos(targets), targets[np.flatnonzero(targets == EOS)[-1] + 1 :]]
-    slow = list(itertools.islice(slow_rows(documents, length), count))
+    slow = list(itertools.islice(slow_sequences(documents, length), count))
     assert_sequences_equal(sequences, {key: np.array([sequence[key] for sequence in slow]) for key in KEYS})
 
 
@@ -124,7 +124,7 @@ def test_resume_through_json_is_exact(corpus, lower, fetched):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.2, 0.8)])
-def test_groups_share_the_rows_by_weight(corpus, lower, weights):
+def test_groups_share_the_sequences_by_weight(corpus, lower, weights):
     batches = training_batches([([corpus], weights[0]), ([lower], weights[1])], LENGTH, 5, seed=0)
     targets = take_sequences(batches, 200)["targets"]
     text = np.where(targets == EOS, 0, targets)

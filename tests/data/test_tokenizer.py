@@ -201,20 +201,20 @@ def test_a_huge_file_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "text", "piece"),
+    ("model", "text", "word"),
     [
         (models.WordLevel({"a": 0, "</s>": 1}), "a a wörd b", "'wörd'"),
         (models.WordPiece({"a": 0, "##a": 1, "</s>": 2}), "aa wörd", "'wörd'"),
         (models.Unigram([("a", -1.0), ("</s>", 0.0)]), "aaöa", "'ö'"),
     ],
 )
-def test_text_that_has_no_token_is_named(model, text, piece, tmp_path):
+def test_text_that_has_no_token_is_named(model, text, word, tmp_path):
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     path = write(tmp_path / "tokenizer.json", backend)
     tokenizer = load_tokenizer(path)
     assert tokenizer.encode("a").tolist() == [0]
-    with pytest.raises(UserError, match=rf"^{path}: has no token for {piece}, in the text '{text}', nor"):
+    with pytest.raises(UserError, match=rf"^{path}: has no token for {word}, in the text '{text}', nor"):
         tokenizer.encode_batch(["a", text])
     assert (tokenizer.unknown_id, tokenizer.drops_unknown) == (None, False)
 

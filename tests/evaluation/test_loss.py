@@ -117,8 +117,8 @@ def test_the_command_refuses_another_tokenizer(home, tmp_path):
     ],
 )
 def test_the_command_refuses_bad_values(home, arguments, words):
-    given = [argument.format(home=home) for argument in arguments]
-    flags = small.with_defaults(given, f"--model={home}/merged", f"--data={home}/first")
+    flags = [argument.format(home=home) for argument in arguments]
+    flags = small.with_defaults(flags, f"--model={home}/merged", f"--data={home}/first")
     assert_refused(flexolmo("evaluate", *flags), "evaluate", *words)
 
 
@@ -135,9 +135,9 @@ def test_the_baseline_is_the_anchors_own_loss(home, tmp_path):
     for without in ([], ["--without=a"]):
         found, out = rows("merged", "--baseline", *without)
         for name in anchor:
-            own = found[name].pop("anchor")
-            assert own["nats_per_token"] == pytest.approx(anchor[name]["nats_per_token"], rel=1e-6)
-            difference = found[name]["bits_per_byte"] - own["bits_per_byte"]
+            baseline = found[name].pop("anchor")
+            assert baseline["nats_per_token"] == pytest.approx(anchor[name]["nats_per_token"], rel=1e-6)
+            difference = found[name]["bits_per_byte"] - baseline["bits_per_byte"]
             assert f" {format_bits(difference, '+')} |" in out
         assert (found == merged) == (not without)
         assert "the anchor it was merged from" in out
@@ -155,9 +155,9 @@ def test_a_batch_beyond_memory_is_refused_before_it_is_computed(home, monkeypatc
     corpus = small.corpus(home / "long", ["x" * 40_000]) if not (home / "long").exists() else home / "long"
     monkeypatch.setattr("flexolmo_jax.memory.available_bytes", lambda _: 2**30)
     monkeypatch.setattr("flexolmo_jax.inference.model.Model.loss_step", None)
-    given = [f"--model={home}/anchor", f"--data={corpus}", "--length=10000000"]
+    flags = [f"--model={home}/anchor", f"--data={corpus}", "--length=10000000"]
     words = ["--length=10000000", "1 x 40,001 tokens", "GiB of memory, and 1.0 are free", "--batch_size"]
-    assert_refused(flexolmo("evaluate", *given), "evaluate", *words)
+    assert_refused(flexolmo("evaluate", *flags), "evaluate", *words)
 
 
 def test_sequences_longer_than_any_corpus_are_as_long_as_the_longest(home, tmp_path):
@@ -191,8 +191,8 @@ def test_the_command_refuses_ids_outside_the_vocabulary(home, damaged, tmp_path)
     tokens = np.memmap(damaged / "tokens-00000.npy", "<u2", "r+")
     tokens[7] = 259  # of the model's vocabulary of 260, and not of the tokenizer's
     tokens.flush()
-    given = [f"--model={home}/merged", f"--data={damaged}", f"--json={tmp_path}/rows.json", *SHAPE]
-    result = flexolmo("evaluate", *given)
+    flags = [f"--model={home}/merged", f"--data={damaged}", f"--json={tmp_path}/rows.json", *SHAPE]
+    result = flexolmo("evaluate", *flags)
     assert_refused(result, "evaluate", f"{damaged}/tokens-00000.npy: damaged: the id 259 at offset 7")
     assert not (tmp_path / "rows.json").exists()
 

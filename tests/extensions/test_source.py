@@ -53,8 +53,8 @@ def table(tmp_path):
 
 @pytest.mark.usefixtures("tsv")
 def test_a_new_source_makes_a_corpus_that_trains(table, tmp_path, tmp_path_factory):
-    given = [f"--input={table}", "--text_key=body", "--on_error=skip", f"--out={tmp_path}/corpus"]
-    result = flexolmo("tokenize", *given)
+    flags = [f"--input={table}", "--text_key=body", "--on_error=skip", f"--out={tmp_path}/corpus"]
+    result = flexolmo("tokenize", *flags)
     assert (result.status, result.err) == (0, "")
     corpus = Corpus.open(tmp_path / "corpus")
     decode = corpus.tokenizer().decode
@@ -63,7 +63,7 @@ def test_a_new_source_makes_a_corpus_that_trains(table, tmp_path, tmp_path_facto
     assert bad == {"place": f"{table}:22", "reason": "has too few columns; add them"}
     runs.journey(tmp_path_factory.getbasetemp())  # whose compiled steps serve here too
     run = runs.train(runs.make_config("anchor", data__train=str(corpus.path)), tmp_path / "run")
-    assert (run.product / "model.json").exists()
+    assert (run.workdir / "model" / "model.json").exists()
 
 
 @pytest.mark.usefixtures("tsv")
@@ -72,11 +72,11 @@ def test_the_command_line_offers_a_new_source(table, tmp_path):
         flexolmo("tokenize", "--help").out.split()
     )
     table.rename(tmp_path / "table")
-    given = [f"--input={tmp_path}/table", "--format=tsv", f"--out={tmp_path}/corpus"]
+    flags = [f"--input={tmp_path}/table", "--format=tsv", f"--out={tmp_path}/corpus"]
     words = ["--input=", 'table: has no column "text"', "with --text_key"]
-    assert_refused(flexolmo("tokenize", *given), "tokenize", *words)
+    assert_refused(flexolmo("tokenize", *flags), "tokenize", *words)
 
 
 def test_without_it_the_command_line_does_not_know_the_format(tmp_path):
-    given = ["--input=x", "--format=tsv", f"--out={tmp_path}/corpus"]
-    assert_refused(flexolmo("tokenize", *given), "tokenize", "--format", "auto|text|jsonl|json|parquet")
+    flags = ["--input=x", "--format=tsv", f"--out={tmp_path}/corpus"]
+    assert_refused(flexolmo("tokenize", *flags), "tokenize", "--format", "auto|text|jsonl|json|parquet")
