@@ -15,23 +15,21 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 def test_merging_is_compared_with_copying_as_many_bytes(tmp_path):
     sizes = dict(d_model=32, d_ff=4096, layers=2, heads=2, vocab=300, experts=3, runs=1, pause=0)
     arguments = [f"--{name}={size}" for name, size in sizes.items()]
-    files = [f"--directory={tmp_path}", f"--json={tmp_path}/figures.json"]
+    files = [f"--directory={tmp_path}", f"--json={tmp_path}/results.json"]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "merge.py"), *arguments, *files], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
-    merge, opt_out = json.loads((tmp_path / "figures.json").read_text())["results"]
-    assert (merge["verb"], opt_out["verb"]) == ("merge", "opt-out")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    merge, opt_out = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert (merge["command"], opt_out["command"]) == ("merge", "opt-out")
     expert = 2 * (3 * 32 * 4096 + 32 + 1) * 4 / 1e9
     assert merge["gigabytes"] - opt_out["gigabytes"] == pytest.approx(expert, rel=0.01)
-    for figures in (merge, opt_out):
-        assert figures["copied_gigabytes"] == pytest.approx(figures["gigabytes"], rel=0.01)
-        assert 0 < figures["seconds"] < figures["command_seconds"]
-        assert figures["ratio"] == pytest.approx(
-            figures["seconds"] / (figures["copy_seconds"] + figures["read_seconds"])
-        )
-        assert f"{figures['verb']} of 3" in done.stdout
+    for result in (merge, opt_out):
+        assert result["copied_gigabytes"] == pytest.approx(result["gigabytes"], rel=0.01)
+        assert 0 < result["seconds"] < result["command_seconds"]
+        assert result["ratio"] == pytest.approx(result["seconds"] / (result["copy_seconds"] + result["read_seconds"]))
+        assert f"{result['command']} of 3" in done.stdout
 
 
 def test_kernels_are_measured_beside_a_plain_matmul():
@@ -46,5 +44,5 @@ def test_kernels_are_measured_beside_a_plain_matmul():
         env=os.environ | {"COLUMNS": "120", "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
-    for row in ("matmul", "grouped: ragged", "grouped: blocks", "blockwise, documents: 1", "blockwise, documents: 8"):
-        assert row in done.stdout
+    for name in ("matmul", "grouped: ragged", "grouped: blocks", "blockwise, documents: 1", "blockwise, documents: 8"):
+        assert name in done.stdout

@@ -1,6 +1,7 @@
-"""What the machine is and can do, by measuring the least that a step could consist of."""
+"""What this machine is, and the rates of its matmuls and memory, as measured."""
 
 import os
+import pathlib
 import platform
 import re
 import time
@@ -22,28 +23,18 @@ def description() -> dict[str, Any]:
     """This machine and the versions of what runs on it; no device is touched."""
     packages = ("flexolmo-jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers")
     installed = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    versions = {package: installed[package] for package in packages if package in installed}
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": names[0] if names else platform.processor(),
             "cores": os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{package: installed[package] for package in packages if package in installed},
-        },
+        "versions": {"python": platform.python_version(), **versions},
     }
-
-
-def _processor() -> str:
-    """The name of the processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = re.findall(r"model name\s*:\s*(.+)", file.read())
-    except FileNotFoundError:
-        names = []
-    return names[0] if names else platform.processor()
 
 
 def restored(values: Any) -> Any:
@@ -66,16 +57,16 @@ def device_memory() -> int | None:
 
 
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large matmul whose rows are spread over all devices."""
+    """FLOP/s of a large matmul that is sharded over all devices."""
     size, repeats = (2048, 4) if jax.default_backend() == "cpu" else (8192, 100)
     count = jax.device_count()
-    mesh = jax.make_mesh((count,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
+    mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     # Random numbers: a GPU spends less power on others, and runs at a higher clock.
-    draw = jax.jit(jax.random.normal, static_argnums=(1, 2), out_shardings=rows)
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2), out_shardings=sharded)
     x = draw(jax.random.key(0), (count * size, size), dtype)
-    y = jax.device_put(draw(jax.random.key(1), (count * size, size), dtype)[:size] * size**-0.5, everywhere)
-    matmul = jax.jit(jnp.dot, out_shardings=rows)
+    y = jax.device_put(draw(jax.random.key(1), (count * size, size), dtype)[:size] * size**-0.5, replicated)
+    matmul = jax.jit(jnp.dot, out_shardings=sharded)
     x = matmul(x, y).block_until_ready()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -87,16 +78,13 @@ def matmul_rate(dtype: str) -> float:
 def read_rate() -> float:
     """Bytes per second at which the first device, or all cores of the host, read a large array."""
     if jax.default_backend() == "cpu":
-        parts = np.array_split(np.ones(READ_BYTES // 4, np.float32), os.cpu_count())
-        with ThreadPoolExecutor(len(parts)) as pool:
+        chunks = np.array_split(np.ones(READ_BYTES // 4, np.float32), os.cpu_count() or 1)
+        with ThreadPoolExecutor(len(chunks)) as pool:
             start = time.perf_counter()
-            list(pool.map(np.sum, parts))
+            list(pool.map(np.sum, chunks))
             return READ_BYTES / (time.perf_counter() - start)
-    x, repeats = jnp.ones(READ_BYTES // 4, jnp.float32), 20
-    total = jax.jit(jnp.sum)
+    x, total, repeats = jnp.ones(READ_BYTES // 4, jnp.float32), jax.jit(jnp.sum), 20
     total(x).block_until_ready()
     start = time.perf_counter()
-    for _ in range(repeats):
-        result = total(x)
-    result.block_until_ready()
+    jax.block_until_ready([total(x) for _ in range(repeats)])
     return repeats * READ_BYTES / (time.perf_counter() - start)

@@ -4,14 +4,14 @@ r"""Measures what steps cost on this machine, with fresh weights and random toke
     flexolmo benchmark --config=configs/expert.py:7b --step=expert --config.data.batch_size=8 --json=expert.json
 
 A step trains what its name says: an anchor, the expert of a pair, all of a mixture (joint), its router; or it decodes
-tokens for a batch of prompts of half a row. FLOP/s count the matmuls that the step needs, whatever it computes beyond
-them (formula in flexolmo_jax/model/flops.py). The limit is that of this machine, measured in turns with the step: a
-large matmul in its dtype or, of decoding, the rate at which memory is read. Figures are medians.
+tokens for a batch of prompts of half a sequence. FLOP/s count the matmuls that the step needs, and nothing that it
+recomputes (formula in flexolmo_jax/model/flops.py). The limit is that of this machine, measured in turns with the step:
+a large matmul in its dtype or, for decoding, the rate at which memory is read. Results are medians.
 
 With --versus=transformers the same sizes run there too, in turns, with each implementation of experts it has, compiled
 and not. With data.grad_accum_steps above 1, transformers takes the batch at once and, uncompiled, in micro-batches too.
 Peak memory is that of a process, with libraries and compiling; on a device, what it had in use. Both sides have their
-memory in huge pages, unless GLIBC_TUNABLES in the environment says otherwise, for both.
+memory in huge pages, unless GLIBC_TUNABLES in the environment says otherwise.
 """
 
 from absl import flags
@@ -23,7 +23,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, as FIL
 _STEPS = flags.DEFINE_multi_enum("step", STEPS, STEPS, "What to measure; give the flag once for each. By default all.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Measurements of each step.", lower_bound=1)
 _VERSUS = flags.DEFINE_enum("versus", None, ["transformers"], "What to compare with (extra `interop`).")
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 flags.mark_flags_as_required(["config"])
 KEEPS_COMPILED = False  # it measures compilation
 
@@ -34,8 +34,8 @@ def run() -> None:
     import json
 
     from flexolmo_jax.benchmark.machine import description
+    from flexolmo_jax.benchmark.results import limit_notes, steps_table, versus_table
     from flexolmo_jax.benchmark.run import benchmark
-    from flexolmo_jax.benchmark.tables import limit_notes, steps_table, versus_table
     from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.progress import Stages
@@ -57,5 +57,5 @@ def run() -> None:
         for name, why in result["left_out"].items():
             print(f"{result['step']}: transformers, {name} is left out: {why}")
     if _JSON.value:
-        figures = {**description(), "config": json.loads(_CONFIG.value.to_json()), "steps": results}
-        write_json(_JSON.value, figures)
+        configuration = json.loads(_CONFIG.value.to_json())
+        write_json(_JSON.value, {**description(), "config": configuration, "steps": results})

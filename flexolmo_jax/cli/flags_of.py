@@ -30,7 +30,12 @@ def translate(error: UserError, values: Mapping[str, object], flags: Mapping[str
         candidates = ((name, value) for name, every in values.items() for value in _each(every) if value)
         flag = next((name for name, value in candidates if message.startswith(f"{value}: ")), None)
         message = message if flag is None else f"--{flag}={message}"
-    return _KEY.sub("--config.", message)
+    return as_flags(message)
+
+
+def as_flags(text: str) -> str:
+    """A text in which keys of a configuration are flags: "--config.steps=2" for "config.steps=2"."""
+    return _KEY.sub("--config.", text)
 
 
 def renamed_key(arguments: Sequence[str], reason: str) -> str:

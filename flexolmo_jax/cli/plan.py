@@ -1,4 +1,4 @@
-r"""Compiles a run's train step for TPUs or GPUs that need not be there, and says what it needs and how long it takes.
+r"""Compiles a run's train step for TPUs or GPUs that need not be there, and shows the memory and time it takes.
 
     flexolmo plan --config=configs/expert.py:tiny --topology=v5e:2x4
     flexolmo plan --config=configs/expert.py:7b --topology=v5e:4x4 --config.data.grad_accum_steps=32 \
@@ -19,18 +19,19 @@ _TOPOLOGY = flags.DEFINE_string(
     None,
     "Kind and shape of a TPU slice, or kind and number of a node's GPUs: v5e:4x4, v5p:2x4x4, h200:8, ...",
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "How many such TPU slices, joined by the data centre's network.")
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of such TPU slices, joined by the data center's network.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 flags.mark_flags_as_required(["config", "topology"])
 KEEPS_COMPILED = False  # it reads the compiled program, which a cache does not keep
 
 
 def run() -> None:
-    """Plans, and prints tables of memory, collectives and time, and what follows."""
+    """Plans, and prints tables of memory, collectives and time, and advice."""
     import json
 
     from flexolmo_jax.cli.files import write_json
-    from flexolmo_jax.planning import tables
+    from flexolmo_jax.cli.flags_of import as_flags
+    from flexolmo_jax.planning import display
     from flexolmo_jax.planning.plan import plan
     from flexolmo_jax.progress import progress_bar
     from flexolmo_jax.tables import show
@@ -38,10 +39,13 @@ def run() -> None:
     with progress_bar("{task.description}") as bar:
         task = bar.add_task("", total=None)
         made = plan(_CONFIG.value, _TOPOLOGY.value, _SLICES.value, say=lambda what: bar.update(task, description=what))
-    print(tables.heading(made))
-    for table in (tables.memory_table, *[tables.collectives_table] * bool(made.collectives), tables.roofline_table):
-        show(table(made))
-    for sentence in (tables.run_line(made), *made.advice, *tables.assumptions(made)):
+    made = made._replace(advice=[as_flags(sentence) for sentence in made.advice])
+    print(display.heading(made))
+    show(display.memory_table(made))
+    if made.collectives:
+        show(display.collectives_table(made))
+    show(display.roofline_table(made))
+    for sentence in (display.run_line(made), *made.advice, *display.assumptions(made)):
         print(sentence)
     if _JSON.value:
         write_json(_JSON.value, {"config": json.loads(_CONFIG.value.to_json()), **made.to_json()})

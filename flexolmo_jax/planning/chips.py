@@ -3,51 +3,39 @@
 Sources, as of 2026:
 
 - [cloud] The pages of each TPU in Google Cloud's documentation, docs.cloud.google.com/tpu/docs/ and v4, v5e, v5p, v6e
-  or tpu7x: FLOP/s, HBM, HBM bandwidth, torus, network of the data centre.
+  or tpu7x: FLOP/s, HBM, HBM bandwidth, torus, network of the data center.
 - [book] "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus: bandwidth of a link, where a torus wraps around.
 - [libtpu] What libtpu 0.0.42 says is available when a program does not fit: HBM that a program can use.
 - [nvidia] NVIDIA's data sheets of H100 SXM, H200 SXM and of systems with eight of them (DGX, HGX): FLOP/s of dense
   matrices, HBM bandwidth, NVLink, network. Of the HBM, what PyTorch reports as a card's capacity: 79.1 and 139.8 GiB.
 
-On interconnect, [cloud] gives a chip's bandwidth over all its links and in both directions at once: 400 (v5e), 800
-(v6e) or 1200 (v5p, TPU7x) GB/s, thus 50 or 100 GB/s for each direction of each of 4 or 6 links. [book] gives 45 or 90
-for the same, without a reason; the lower figures are used here. NVLink's 900 GB/s are those of both directions.
+[cloud] gives a chip's interconnect over all its links and in both directions: 400 (v5e), 800 (v6e) or 1200 (v5p, TPU7x)
+GB/s, thus 50 or 100 GB/s for each direction of each of 4 or 6 links; [book] gives 45 or 90, which are used here.
+NVLink's 900 GB/s are those of both directions.
 """
 
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import ArgumentError
 
 _GIB = 2**30
-GPU_MEMORY_FRACTION = 0.95  # of a GPU's HBM, for JAX: XLA_PYTHON_CLIENT_MEM_FRACTION; unless told, it takes 0.75
+GPU_MEMORY_FRACTION = 0.95  # of a GPU's HBM, for JAX: XLA_PYTHON_CLIENT_MEM_FRACTION; its default is 0.75
 GPUS_OF_A_NODE = 8  # at most: those on one switch
 
 
 class Chip(NamedTuple):
-    """One JAX device of a kind: a GPU, a TPU chip, or half of one where `devices_per_chip` is 2.
+    """One JAX device of a kind: a GPU, a TPU chip, or half of one."""
 
-    Attributes:
-      device_kind: what `jax.Device.device_kind` calls it.
-      devices_per_chip: JAX devices of a chip, among which all its figures are divided here.
-      peak_flops: bfloat16 FLOP/s.
-      hbm_bytes: memory that a program can use, in bytes.
-      hbm_bandwidth: in bytes/s.
-      link_bandwidth: what a device sends over one link of its chip, in bytes/s; a chip has two links for each dimension
-        of the torus, one to each neighbour; a GPU has one, to its switch.
-      torus_dimensions: 2, or 3 where slices are made of cubes of 4 x 4 x 4 chips; 0 for GPUs.
-      dcn_bandwidth: what a device sends to other slices, in bytes/s.
-    """
-
-    device_kind: str
-    devices_per_chip: int
-    peak_flops: float
-    hbm_bytes: int
-    hbm_bandwidth: float
-    link_bandwidth: float
-    torus_dimensions: int
-    dcn_bandwidth: float
+    device_kind: str  # as in `jax.Device.device_kind`
+    devices_per_chip: int  # JAX devices of a chip, among which all its numbers are divided here
+    peak_flops: float  # bfloat16 FLOP/s
+    hbm_bytes: int  # that a program can use
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s, one way; a chip has two links for each dimension of the torus, a GPU one
+    torus_dimensions: int  # 2, or 3 with slices of cubes of 4 x 4 x 4 chips; 0 for GPUs
+    dcn_bandwidth: float  # bytes/s that a device sends to other slices
 
     @property
     def is_gpu(self) -> bool:
@@ -73,61 +61,40 @@ CHIPS = {
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+){0,2})")
 
 
-def chip(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:2x4" or "h200:8".
-
-    Raises:
-      UserError: the name has another form, or names no chip of the table.
-    """
-    return CHIPS[_parse(topology)[0]]
-
-
-def torus_shape(topology: str) -> tuple[int, ...]:
-    """Chips along each dimension of a slice: (2, 4) of "v5e:2x4", and (8,) of "h200:8", a node's GPUs.
+def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
+    """The chip of a topology, and how many there are along each dimension: (2, 4) of "v5e:2x4", (8,) of "h200:8".
 
     Raises:
       UserError: the name has another form, names no chip of the table, other dimensions than its torus has, or more
         GPUs than are in a node.
     """
-    return _parse(topology)[1]
-
-
-def _parse(topology: str) -> tuple[str, tuple[int, ...]]:
     found = _NAME.fullmatch(topology)
     if not found:
-        raise UserError(
-            f"--topology={topology}: not a chip and the shape of its slice; give one such as v5e:2x4 or h200:8"
-        )
+        problem = "not a chip and the shape of its slice; give one such as v5e:2x4 or h200:8"
+        raise ArgumentError("topology", topology, problem)
     name, shape = found[1], tuple(int(size) for size in found[2].split("x"))
     if name not in CHIPS:
-        raise UserError(f"--topology={topology}: no chip {name} is known; use one of {', '.join(CHIPS)}")
-    if CHIPS[name].is_gpu:
-        if len(shape) != 1 or not 0 < shape[0] <= GPUS_OF_A_NODE:
-            raise UserError(
-                f"--topology={topology}: a node has 1 to {GPUS_OF_A_NODE} GPUs, as in {name}:8; several are not planned"
-            )
-        return name, shape
+        raise ArgumentError("topology", topology, f"no chip {name} is known; use one of {', '.join(CHIPS)}")
     dimensions = CHIPS[name].torus_dimensions
-    if len(shape) != dimensions or 0 in shape:
+    if CHIPS[name].is_gpu and (len(shape) != 1 or not 0 < shape[0] <= GPUS_OF_A_NODE):
+        problem = f"a node has 1 to {GPUS_OF_A_NODE} GPUs, as in {name}:8; several are not planned"
+        raise ArgumentError("topology", topology, problem)
+    if not CHIPS[name].is_gpu and (len(shape) != dimensions or 0 in shape):
         example = f"{name}:{'4x4' if dimensions == 2 else '2x2x4'}"
-        raise UserError(f"--topology={topology}: a slice of {name} has {dimensions} sizes above 0, as in {example}")
-    return name, shape
+        problem = f"a slice of {name} has {dimensions} sizes above 0, as in {example}"
+        raise ArgumentError("topology", topology, problem)
+    return CHIPS[name], shape
 
 
 def wraps(chip: Chip, torus: Sequence[int]) -> tuple[bool, ...]:
-    """Which dimensions of a slice close to rings: those of 16 on a 2D torus, all of whole cubes on a 3D one [book].
-
-    Args:
-      chip: the kind of chip.
-      torus: chips along each dimension of the slice, as from `torus_shape`.
-    """
+    """Which dimensions of a slice close to rings: those of 16 on a 2D torus, all of whole cubes on a 3D one [book]."""
     if chip.torus_dimensions == 3:
         return (all(size % 4 == 0 for size in torus),) * 3
     return tuple(size == 16 for size in torus)
 
 
 def group_bandwidth(chip: Chip, torus: Sequence[int], devices: Sequence[Any]) -> float:
-    """What each device of a group within a slice can send to its neighbours in the group, in bytes/s.
+    """What each device of a group within a slice can send to its neighbors in the group, in bytes/s.
 
     Each dimension of the torus in which the group extends gives two links where the group closes to a ring, and else
     one, which is all that the ends of a line have. Devices of one chip count one link, though they are closer. A GPU
@@ -135,7 +102,7 @@ def group_bandwidth(chip: Chip, torus: Sequence[int], devices: Sequence[Any]) ->
 
     Args:
       chip: the kind of chip.
-      torus: chips along each dimension of the slice, as from `torus_shape`.
+      torus: chips along each dimension of the slice.
       devices: the group, as JAX describes them (`coords`, which may have more dimensions than the torus).
     """
     if chip.is_gpu:

@@ -1,58 +1,67 @@
-"""The text of a compiled program as instructions, and how often its loops run, which a TPU program does not say.
+"""Reads a compiled program: which instructions it executes, how often, and how many bytes they move.
 
-The text is the optimised HLO of one program as XLA prints it, `jax.stages.Compiled.as_text()`: computations, each a
-line for each instruction.
+The program is its optimized HLO as text, `jax.stages.Compiled.as_text()`. XLA's `cost_analysis()` is no substitute: it
+counts the body of a loop once, and a model loops over its blocks and micro-batches.
 """
 
 import logging
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _LOGGER = logging.getLogger(__name__)
 
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
+_CALLS = {"async-start", "call", "call-start"}  # they run a computation, perhaps in the background
+# Instructions that move nothing themselves.
+_FREE = _CALLS | {
+    *("after-all", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier"),
+    *("parameter", "partition-id", "recv", "replica-id", "send", "tuple"),
+}
+_SLICES = ("dynamic-slice", "gather", "slice")  # they read no more of their first operand than they return
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they replace in their first operand what this operand gives
+
 
 class Instruction(NamedTuple):
-    """One line of a computation.
+    """One line of a computation."""
 
-    Attributes:
-      name: without its "%".
-      shape: of its result, as HLO writes it: "bf16[8,128]{1,0}", or a tuple of such in parentheses.
-      opcode: such as "all-gather-start".
-      operands: names of its operands; of a constant or a parameter, its value or number.
-      attributes: the rest of the line.
-      is_root: whether it is what the computation results in.
-    """
+    name: str  # without its "%"
+    shape: str  # of its result, as HLO writes it: "bf16[8,128]{1,0}", or a tuple of such in parentheses
+    opcode: str  # such as "all-gather-start"
+    operands: list[str]  # their names; of a constant or a parameter, its value or number
+    attributes: str  # the rest of the line
+    is_root: bool  # whether it is the result of its computation
 
-    name: str
-    shape: str
-    opcode: str
-    operands: list[str]
-    attributes: str
-    is_root: bool
+
+Computation = dict[str, Instruction]
 
 
 class Module(NamedTuple):
-    """One compiled program.
+    """One compiled program: {name: computation}, the name of the one that runs, and how many devices run it."""
 
-    Attributes:
-      computations: {name: {name of an instruction: instruction}}, in their order.
-      entry: name of the computation that runs.
-      devices: how many run it together.
-    """
-
-    computations: dict[str, dict[str, Instruction]]
+    computations: dict[str, Computation]
     entry: str
     devices: int
+
+
+class Execution(NamedTuple):
+    """An instruction in its computation, how often it runs, and whether it is part of a fusion."""
+
+    instruction: Instruction
+    computation: str
+    runs: int
+    is_fused: bool
 
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = ")
 _NAME = re.compile(r"%([\w.-]+)")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 
 
 def parse(text: str) -> Module:
-    """Reads a program's text."""
+    """Reads the text of a program."""
     computations, entry, current = {}, "", {}
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -84,38 +93,144 @@ def called(instruction: Instruction, attribute: str) -> list[str]:
     return _NAME.findall(found[1]) if found else []
 
 
-def trip_count(module: Module, computation: dict[str, Instruction], loop: Instruction) -> int:
-    """How often a loop's body runs, each time that the loop does; 1, with a warning, where that is not known.
+def executions(module: Module) -> list[Execution]:
+    """The instructions that a program executes, those of loops once with their number of runs.
 
-    Args:
-      module: the program.
-      computation: the one in which the loop is.
-      loop: its instruction, a "while".
+    Of the branches of a conditional the one whose collectives move most counts. A loop whose trips depend on data
+    counts as one trip, with a warning if there are collectives in it.
+    """
+    return list(_visit(module, module.entry, 1, is_fused=False))
+
+
+def _visit(module: Module, name: str, runs: int, is_fused: bool) -> Iterator[Execution]:
+    computation = module.computations[name]
+    for instruction in computation.values():
+        if instruction.opcode == "while":
+            trips = trip_count(module, computation, instruction)
+            names = [called(instruction, key)[0] for key in ("condition", "body")]
+            inside = [each for name in names for each in _visit(module, name, runs * (trips or 1), is_fused)]
+            if trips is None and _collective_bytes(inside):
+                _LOGGER.warning("the trip count of loop %s is not known; it counts as one", instruction.name)
+            yield from inside
+        elif instruction.opcode == "conditional":
+            keys = ("branch_computations", "true_computation", "false_computation")
+            names = [branch for key in keys for branch in called(instruction, key)]
+            yield from max((list(_visit(module, branch, runs, is_fused)) for branch in names), key=_collective_bytes)
+        elif not instruction.opcode.endswith(("-done", "-update")):
+            yield Execution(instruction, name, runs, is_fused)
+            for key in ("calls", "to_apply", "called_computations"):
+                for callee in called(instruction, key):
+                    yield from _visit(module, callee, runs, is_fused or instruction.opcode not in _CALLS)
+
+
+def _collective_bytes(branch: list[Execution]) -> int:
+    collectives = (each for each in branch if each.instruction.opcode.removesuffix("-start") in COLLECTIVES)
+    return sum(each.runs * array_bytes(each.instruction.shape) for each in collectives)
+
+
+# Bytes.
+
+
+def array_bytes(shape: str, hbm_only: bool = False) -> int:
+    """Bytes of the arrays of a shape, without the padding of layouts; if `hbm_only`, not of those in other memories."""
+    total = 0
+    for dtype, dimensions, layout in _ARRAY.findall(shape):
+        width = re.search(r"\d+", dtype)
+        bits = int(width[0]) if width else 8 * (dtype == "pred")
+        count = math.prod(int(size.strip(" <=")) for size in dimensions.split(",") if size)
+        total += 0 if hbm_only and "S(" in layout else -(-count * bits // 8)
+    return total
+
+
+def hbm_bytes(module: Module) -> int:
+    """Bytes that a device reads from and writes to its HBM in a run of a program.
+
+    Each instruction, and each fusion as a whole, reads its operands and writes its results once. Of an array that it
+    takes a slice of, or updates in place, that slice counts.
+    """
+    total = 0
+    for instruction, name, runs, is_fused in executions(module):
+        if not is_fused and instruction.opcode not in _FREE:
+            total += runs * _moved(module, module.computations[name], instruction)
+    return total
+
+
+def _moved(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that one run of an instruction reads and writes."""
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    if instruction.opcode == "fusion":
+        inner = module.computations[called(instruction, "calls")[0]]
+        numbered = {each.operands[0]: each.name for each in inner.values() if each.opcode == "parameter"}
+        users = {str(i): list(_users(inner, numbered[str(i)])) for i in range(len(operands))}
+        root = next(each for each in inner.values() if each.is_root)
+        results = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    else:
+        inner, results = computation, [instruction]
+        users = {str(i): [(operand.name, instruction)] for i, operand in enumerate(operands)}
+    moved = 0
+    for i, operand in enumerate(operands):
+        read = sum(_read(name, user, operand.shape) for name, user in users[str(i)])
+        moved += min(array_bytes(operand.shape, hbm_only=True), read)
+    for shape, result in zip(elements(result_shape(instruction)), results, strict=False):
+        moved += min(array_bytes(shape, hbm_only=True), _written(inner, result, shape))
+    return moved
+
+
+def _users(computation: Computation, name: str) -> Iterator[tuple[str, Instruction]]:
+    """The instructions that use a value, each with the name it has there; bitcasts of it are passed through."""
+    for user in computation.values():
+        if name in user.operands:
+            yield from _users(computation, user.name) if user.opcode == "bitcast" else [(name, user)]
+
+
+def _read(name: str, user: Instruction, shape: str) -> int:
+    """Bytes that an instruction reads of a value of that shape."""
+    opcode, is_first = user.opcode.removesuffix("-start"), user.operands[0] == name
+    if is_first and opcode in _SLICES:
+        return array_bytes(result_shape(user))
+    return 0 if is_first and opcode in _UPDATES else array_bytes(shape)
+
+
+def _written(computation: Computation, result: Instruction, shape: str) -> int:
+    """Bytes that an instruction writes for a result of that shape."""
+    while result.opcode == "bitcast":
+        result = computation[result.operands[0]]
+    update = _UPDATES.get(result.opcode)
+    return array_bytes(shape if update is None else computation[result.operands[update]].shape)
+
+
+def result_shape(instruction: Instruction) -> str:
+    """Shape of the result; that of an asynchronous instruction is in a tuple with its operands."""
+    opcode, shape = instruction.opcode, instruction.shape
+    if not opcode.endswith("-start") or (opcode == "all-reduce-start" and not shape.startswith("((")):
+        return shape
+    return elements(shape)[0 if opcode == "copy-start" else 1]
+
+
+def elements(shape: str) -> list[str]:
+    """The elements of a tuple's shape; a shape that is none is its own only element."""
+    if not shape.startswith("("):
+        return [shape]
+    found, rest = [], shape[1:-1]
+    while rest:
+        element, rest = split(rest, ",")
+        found.append(element.strip())
+    return found
+
+
+# Loops.
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """Trips of a `while` that adds a constant to a counter until it reaches a limit; None for other loops.
+
+    Programs for TPUs do not state them.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition, body = (module.computations[called(loop, key)[0]] for key in ("condition", "body"))
-    trips = _counted_trips(condition, computation[loop.operands[0]], computation, body)
-    if trips is None:
-        _LOGGER.warning("the trip count of loop %s is not known; it counts as one", loop.name)
-    return 1 if trips is None else trips
-
-
-def _counted_trips(
-    condition: dict[str, Instruction],
-    initial: Instruction,
-    around: dict[str, Instruction],
-    body: dict[str, Instruction],
-) -> int | None:
-    """Trips of a loop that adds a constant to a counter until it reaches a limit; None for all other loops.
-
-    Args:
-      condition: the computation that compares the counter with the limit.
-      initial: what the loop starts from, a tuple.
-      around: the computation in which the loop is.
-      body: the computation that it repeats.
-    """
-    test, result = (next(one for one in each.values() if one.is_root) for each in (condition, body))
+    initial = computation[loop.operands[0]]
+    test, result = (next(each for each in part.values() if each.is_root) for part in (condition, body))
     if [test.opcode, initial.opcode, result.opcode] != ["compare", "tuple", "tuple"]:
         return None
     counter = _source(condition, test.operands[0])
@@ -125,21 +240,23 @@ def _counted_trips(
     change = _source(body, result.operands[index])
     if change.opcode != "add":
         return None
-    start, limit = _constant(around, initial.operands[index]), _constant(condition, test.operands[1])
-    steps = [step for each in change.operands if (step := _constant(body, each))]
+    start, limit = _constant(computation, initial.operands[index]), _constant(condition, test.operands[1])
+    steps = [step for name in change.operands if (step := _constant(body, name))]
     forward = "direction=LT" in test.attributes
     if start is None or limit is None or len(steps) != 1 or not (forward or "direction=GT" in test.attributes):
         return None
     return len(range(start, limit, steps[0])) if (steps[0] > 0) == forward else None
 
 
-def _source(computation: dict[str, Instruction], name: str) -> Instruction:
+def _source(computation: Computation, name: str) -> Instruction:
     """The instruction that a value comes from, past copies of it."""
     while computation[name].opcode in ("bitcast", "copy"):
         name = computation[name].operands[0]
     return computation[name]
 
 
-def _constant(computation: dict[str, Instruction], name: str) -> int | None:
-    one = _source(computation, name)
-    return int(one.operands[0]) if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.operands[0]) else None
+def _constant(computation: Computation, name: str) -> int | None:
+    source = _source(computation, name)
+    return (
+        int(source.operands[0]) if source.opcode == "constant" and re.fullmatch(r"-?\d+", source.operands[0]) else None
+    )

@@ -1,66 +1,85 @@
-"""Plans a run: its step compiled for devices that need not be there, and what that tells."""
+"""Plans a run: its train step compiled for devices that need not be there, and an estimate of its time."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import ArgumentError
+from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
+from flexolmo_jax.planning import hlo
 from flexolmo_jax.planning.advice import advice
-from flexolmo_jax.planning.chips import Chip, chip, torus_shape
-from flexolmo_jax.planning.collectives import Collective, Row, collectives, summarise
-from flexolmo_jax.planning.memory import Memory, kept_bytes, memory
-from flexolmo_jax.planning.program import TooLargeError, compile_program
-from flexolmo_jax.planning.roofline import Roofline, network_seconds, roofline
+from flexolmo_jax.planning.chips import Chip, group_bandwidth, parse_topology
+from flexolmo_jax.planning.collectives import ICI, axes_of, collectives
+from flexolmo_jax.planning.compilation import Memory, compile_program
 from flexolmo_jax.planning.topology import topology_devices
 from flexolmo_jax.training.run import Program, make_program
 
 
-class Plan(NamedTuple):
-    """What is known of a step on a slice.
+class CollectiveTotal(NamedTuple):
+    """Collectives of a kind along the same mesh axes: their runs in a step, and what a device sends for them."""
 
-    Attributes:
-      topology: name of the slice, or of the node of GPUs.
-      slices: how many of them.
-      devices: JAX devices of all slices.
-      chip: the kind of chip.
-      mesh: {axis: devices along it}.
-      tokens: of a step.
-      steps: of the run.
-      parameters: of the model, all experts included.
-      compile_seconds: time that compiling took here.
-      memory: of one device.
-      collectives: by kind and mesh axes, each with the seconds it takes; None where the step does not fit.
-      roofline: of one device.
-      advice: sentences.
+    kind: str
+    network: str
+    axes: tuple[str, ...]
+    runs: int
+    bytes_sent: float
+    seconds: float
+
+
+class Roofline(NamedTuple):
+    """What a device does in a step, and the seconds that takes at the rates of its chip.
+
+    What the compiled program moves is None if it does not fit.
     """
 
-    topology: str
+    flops: float  # that the step needs, on this device (`model.flops`)
+    recomputed_flops: float  # that the backward pass recomputes
+    hbm_bytes: float | None  # that the program reads and writes
+    sent_bytes: float | None  # that its collectives send to other devices
+    compute_seconds: float  # all of these FLOPs at the chip's bfloat16 rate
+    hbm_seconds: float | None  # at the bandwidth of its memory
+    network_seconds: float | None  # at the bandwidth of the links that each collective takes, without latency
+
+    @property
+    def at_best(self) -> float:
+        """Seconds of a step if computing, reading and sending overlap perfectly."""
+        return max(self.compute_seconds, self.hbm_seconds or 0.0, self.network_seconds or 0.0)
+
+    @property
+    def at_worst(self) -> float:
+        """Seconds of a step at these rates if nothing overlaps."""
+        return self.compute_seconds + (self.hbm_seconds or 0.0) + (self.network_seconds or 0.0)
+
+
+class Plan(NamedTuple):
+    """What is known of a step on a slice."""
+
+    topology: str  # name of the slice, or of the node of GPUs
     slices: int
-    devices: int
+    devices: int  # JAX devices of all slices
     chip: Chip
-    mesh: dict[str, int]
-    tokens: int
-    steps: int
-    parameters: int
+    mesh: dict[str, int]  # {axis: devices along it}
+    tokens: int  # of a step
+    steps: int  # of the run
+    parameters: int  # all experts included
     compile_seconds: float
-    memory: Memory
-    collectives: list[tuple[Row, float]] | None
-    roofline: Roofline
-    advice: list[str]
+    memory: Memory  # of one device
+    collectives: list[CollectiveTotal] | None  # those that send most first; None if the step does not fit
+    roofline: Roofline  # of one device
+    advice: list[str]  # sentences
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
-        rows = self.collectives
+        best, worst = self.roofline.at_best, self.roofline.at_worst
         return {
             **self._asdict(),
             "chip": self.chip._asdict(),
             "memory": self.memory._asdict() | {"fits": self.memory.fits},
-            "collectives": rows and [{**row._asdict(), "seconds": seconds} for row, seconds in rows],
-            "roofline": self.roofline._asdict()
-            | {"at_best": self.roofline.at_best, "at_worst": self.roofline.at_worst},
+            "collectives": self.collectives and [total._asdict() for total in self.collectives],
+            "roofline": self.roofline._asdict() | {"at_best": best, "at_worst": worst},
         }
 
 
@@ -70,66 +89,73 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, say: Callable[[str]
     Args:
       config: the configuration, as `train` takes it; without `start_from`, of fresh weights.
       topology: kind and shape of a slice, such as "v5e:4x4", or kind and number of a node's GPUs: "h200:8".
-      slices: how many, joined by the data centre's network.
+      slices: number of slices, joined by the data center's network.
       say: called with what is being done.
 
     Raises:
       UserError: the configuration makes no sense or does not fit the devices' number, there is no such slice or node,
         or its compiler is missing.
     """
-    kind, torus = chip(topology), torus_shape(topology)
+    kind, torus = parse_topology(topology)
     if slices < 1:
-        raise UserError(f"--slices={slices}: must be at least 1")
+        raise ArgumentError("slices", slices, "must be at least 1")
     devices = topology_devices(topology, slices)
     program = make_program(config, devices)
-    mesh = dict(program.mesh.shape)
     say(f"compiling for {len(devices)} devices")
     start = time.perf_counter()
-    try:
-        compiled = compile_program(program)
-    except TooLargeError as error:
-        held = memory(program, 0, kind.hbm_bytes)
-        peak = error.needed + (held.state + held.batch) * error.temporaries
-        held, found = memory(program, peak, kind.hbm_bytes), None
-    else:
-        held = memory(program, compiled.memory_analysis().peak_memory_in_bytes, kind.hbm_bytes)
-        found = collectives(compiled.as_text())
+    compiled, memory = compile_program(program, kind.hbm_bytes)
     compile_seconds = time.perf_counter() - start
-    line = roofline(config, program, kind, torus, found)
+    module = None if compiled is None else hlo.parse(compiled.as_text())
+    totals = None if module is None else collective_totals(module, program, kind, torus, slices)
+    line = roofline(config, program, kind, None if module is None else hlo.hbm_bytes(module), totals)
+    mesh = dict(program.mesh.shape)
     return Plan(
-        topology,
-        slices,
-        len(devices),
-        kind,
-        mesh,
-        config.data.batch_size * config.data.sequence_length,
-        config.steps,
-        sum(leaf.size for leaf in jax.tree.leaves((program.state.trainable, program.frozen))),
-        compile_seconds,
-        held,
-        None if found is None else _by_kind(found, program, slices, kind, torus),
-        line,
-        advice(
-            config,
-            mesh,
-            slices,
-            program.model.layout,
-            held,
-            kept_bytes(config, program),
-            None if found is None else line,
-        ),
+        topology=topology,
+        slices=slices,
+        devices=len(devices),
+        chip=kind,
+        mesh=mesh,
+        tokens=config.data.batch_size * config.data.sequence_length,
+        steps=config.steps,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves((program.state.trainable, program.frozen))),
+        compile_seconds=compile_seconds,
+        memory=memory,
+        collectives=totals,
+        roofline=line,
+        advice=advice(config, mesh, slices, program.model.layout, memory, line),
     )
 
 
-def _by_kind(
-    found: list[Collective], program: Program, slices: int, kind: Chip, torus: tuple[int, ...]
-) -> list[tuple[Row, float]]:
-    """Collectives added up by kind and mesh axes, with the seconds that they take."""
-    within = dict(program.mesh.shape)
-    within["data"] //= slices  # a program is that of one slice
-    seconds: dict[tuple, float] = {}
-    for one in found:
-        (row,) = summarise([one], within)
-        key = (row.kind, row.network, row.axes)
-        seconds[key] = seconds.get(key, 0.0) + network_seconds(one, program, kind, torus)
-    return [(row, seconds[row.kind, row.network, row.axes]) for row in summarise(found, within)]
+def roofline(
+    config: ConfigDict, program: Program, kind: Chip, hbm_bytes: int | None, totals: list[CollectiveTotal] | None
+) -> Roofline:
+    """Estimates a step from what its compiled program moves; without these, from its FLOPs alone."""
+    architecture, layout = program.model.architecture, program.model.layout
+    shape, devices = (config.data.batch_size, config.data.sequence_length), program.mesh.size
+    needed = train_step_flops(architecture, layout, program.trainable, *shape) / devices
+    recomputed = recomputed_flops(architecture, layout, config.compute.remat, *shape) / devices
+    compute_seconds = (needed + recomputed) / kind.peak_flops
+    if hbm_bytes is None or totals is None:
+        return Roofline(needed, recomputed, None, None, compute_seconds, None, None)
+    sent, seconds = sum(total.bytes_sent for total in totals), sum(total.seconds for total in totals)
+    hbm_seconds = hbm_bytes / kind.hbm_bandwidth
+    return Roofline(needed, recomputed, hbm_bytes, sent, compute_seconds, hbm_seconds, seconds)
+
+
+def collective_totals(
+    module: hlo.Module, program: Program, kind: Chip, torus: Sequence[int], slices: int
+) -> list[CollectiveTotal]:
+    """Collectives of a program, added up by kind and mesh axes; those that send most come first."""
+    devices = program.mesh.devices.flat
+    within_slice = dict(program.mesh.shape)
+    within_slice["data"] //= slices  # a program is that of one slice
+    totals: dict[tuple, CollectiveTotal] = {}
+    for found in collectives(module):
+        bandwidth = kind.dcn_bandwidth
+        if found.network == ICI:
+            bandwidth = group_bandwidth(kind, torus, [devices[place] for place in found.group])
+        key = (found.kind, found.network, axes_of(found.group, within_slice))
+        _, _, _, runs, sent, seconds = totals.get(key, CollectiveTotal(*key, 0, 0.0, 0.0))
+        more = found.runs * found.bytes_sent
+        totals[key] = CollectiveTotal(*key, runs + found.runs, sent + more, seconds + more / bandwidth)
+    return sorted(totals.values(), key=lambda total: (-total.bytes_sent, total))

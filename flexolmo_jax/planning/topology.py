@@ -1,13 +1,14 @@
-"""Devices that need not be there, of a TPU slice or a node of GPUs: XLA's compilers take their description instead."""
+"""Devices that need not be there, of a TPU slice or a node of GPUs: XLA's compilers take their description."""
 
 import importlib.util
 import os
 
 import jax
 from jax.experimental import topologies
+from jax.extend import backend
 
-from flexolmo_jax.errors import UserError
-from flexolmo_jax.planning.chips import Chip, chip, torus_shape
+from flexolmo_jax.errors import ArgumentError
+from flexolmo_jax.planning.chips import Chip, parse_topology
 
 # libtpu asks the machine it is on which TPU it has. These answer in its place, and keep its logs off the disk.
 _ENVIRONMENT = {
@@ -19,7 +20,6 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-
 
 # What XLA asks of a GPU, here of compute capability 9.0 (Hopper, as SXM module), in the text form of its
 # `GpuTargetConfigProto`. Sizes are in bytes; they are those of NVIDIA's CUDA programming guide and data sheets.
@@ -37,65 +37,64 @@ gpu_device_info {{
   l2_cache_size: 52428800 memory_bandwidth: {bandwidth} device_memory_size: {memory}
 }}
 """
-# XLA computes again what does not fit: into what JAX's allocator has, and where there is no GPU, into this share of it.
+# XLA recomputes what does not fit: into what JAX's allocator has, and without a GPU, into this share of its memory.
 _XLA_SHARE = 0.8
 
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     """The devices of `slices` slices, to compile for; programs cannot run on them.
 
-    To be called before JAX has looked for devices: it then sees the host's CPU alone.
+    To be called before JAX has looked for devices: the process computes on its CPU alone.
 
     Args:
       name: kind and shape of a slice, such as "v5e:4x4" or "v5p:2x4x4", or kind and number of a node's GPUs: "h200:8".
-      slices: how many of them, joined by the data centre's network.
+      slices: number of slices, joined by the data center's network.
 
     Raises:
       UserError: the compiler is not installed, or it knows no such slice; several nodes of GPUs.
     """
     jax.config.update("jax_platforms", "cpu")
-    kind = chip(name)
-    return _gpus(name, kind, slices) if kind.is_gpu else _tpus(name, slices)
+    kind, shape = parse_topology(name)
+    return _gpus(name, kind, shape[0], slices) if kind.is_gpu else _tpus(name, slices)
 
 
-def _gpus(name: str, kind: Chip, slices: int) -> list[jax.Device]:
+def _gpus(name: str, kind: Chip, count: int, slices: int) -> list[jax.Device]:
     if slices > 1:
-        raise UserError(f"--slices={slices}: GPUs are planned for one node; leave out --slices")
+        raise ArgumentError("slices", slices, "GPUs are planned for one node; leave out slices")
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise UserError(
-            f"--topology={name}: needs JAX's plugin for GPUs, which is not installed; pip install 'flexolmo-jax[cuda]'"
-        )
+        problem = "needs JAX's plugin for GPUs, which is not installed; pip install 'flexolmo-jax[cuda]'"
+        raise ArgumentError("topology", name, problem)
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # as JAX sets it: XLA would log what it misses of a GPU
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    target = _HOPPER.format(
-        name=kind.device_kind, bandwidth=int(kind.hbm_bandwidth), memory=int(kind.hbm_bytes / _XLA_SHARE)
-    )
-    (count,) = torus_shape(name)
+    memory = int(kind.hbm_bytes / _XLA_SHARE)
+    target = _HOPPER.format(name=kind.device_kind, bandwidth=int(kind.hbm_bandwidth), memory=memory)
     try:
         described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"--topology={name}: JAX's plugin for GPUs cannot compile for it ({why})") from None
-    return list(described.devices)
+        raise ArgumentError("topology", name, f"JAX's plugin for GPUs cannot compile for it ({why})") from None
+    devices = list(described.devices)
+    # JAX's kernels for Hopper ask `jax.devices()` for their multiprocessors when they are traced.
+    backend.register_backend_factory("described", lambda: devices[0].client)
+    jax.config.update("jax_platforms", "described,cpu")
+    jax.config.update("jax_default_device", jax.devices("cpu")[0])
+    return devices
 
 
 def _tpus(name: str, slices: int) -> list[jax.Device]:
     if not importlib.util.find_spec("libtpu"):
-        raise UserError(
-            f"--topology={name}: needs libtpu, the TPU compiler, which is not installed; "
-            "pip install 'flexolmo-jax[plan]'"
-        )
+        problem = "needs libtpu, the TPU compiler, which is not installed; pip install 'flexolmo-jax[plan]'"
+        raise ArgumentError("topology", name, problem)
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict = {"num_slices": slices} if slices > 1 else {}
     if set(name.partition(":")[2].split("x")) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)  # else 2 x 2, of which a single chip is no multiple
     if name.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # the two cores of a chip as one device, as where they are there
+        options["chip_config_name"] = "megacore"  # both cores of a chip are one device
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         why = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-        raise UserError(
-            f"--topology={name}: no slice that the TPU compiler knows ({why}); give one such as v5e:2x4 or v5p:2x4x4"
-        ) from None
+        problem = f"no slice that the TPU compiler knows ({why}); give one such as v5e:2x4 or v5p:2x4x4"
+        raise ArgumentError("topology", name, problem) from None

@@ -1,4 +1,4 @@
-"""Sides are measured in turns; what fails, or is far slower than the others, is left out; every process ends."""
+"""Sides are measured in turns; those that fail, or are far slower, are left out; every process ends."""
 
 import itertools
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from configs import benchmark as config_file
 from flexolmo_jax.benchmark import run
-from flexolmo_jax.benchmark.tables import limit_notes, steps_table, versus_table
+from flexolmo_jax.benchmark.results import limit_notes, steps_table, versus_table
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.tables import show
 
@@ -17,16 +17,17 @@ SECONDS = {"flexolmo": 1.0, "eager": 2.0, "grouped_mm": 1.6, "batched_mm": 100.0
 
 @pytest.fixture
 def asked(monkeypatch):
-    """[(side, request)] of workers that need no process: of what was asked, in order."""
+    """[(side, request)] that workers were asked, in order; they need no process."""
     log = []
 
-    class Process:
+    class Worker:
         platform, fails = "cpu", ()
 
         def __init__(self, spec):
-            parts = spec.config["data"]["accumulate"]
+            count = spec.config["data"]["grad_accum_steps"]
             self.name = spec.experts or spec.side
-            self.name += ", compiled" * spec.compiled + f", {parts} parts" * (parts > 1 and spec.side != "flexolmo")
+            is_divided = count > 1 and spec.side != "flexolmo"
+            self.name += ", compiled" * spec.compiled + f", {count} micro-batches" * is_divided
             log.append((self.name, "start"))
 
         def close(self):
@@ -39,19 +40,19 @@ def asked(monkeypatch):
             if self.name in self.fails:
                 raise UserError(f"{self.name} fails")
             seconds = SECONDS[self.name.partition(",")[0]]
-            ours = {"device": "d", "devices": 1, "flops": 8e9, "limit_of": "float32 matmul"}
+            this_program = {"device": "d", "devices": 1, "flops": 8e9, "limit_of": "float32 matmul"}
             built = {"platform": self.platform, "first_seconds": seconds, "tokens": 100, "compile_seconds": 3.0}
             return {
-                "build": built | (ours if self.name == "flexolmo" else {}),
+                "build": built | (this_program if self.name == "flexolmo" else {}),
                 "step": seconds,
                 "limit": 1e10,
                 "memory": {"peak_bytes": 2**30, "peak_bytes_above_libraries": 2**29},
             }[request]
 
-    monkeypatch.setattr(run, "Process", Process)
+    monkeypatch.setattr(run, "Worker", Worker)
     monkeypatch.setattr(run, "PAUSE", 0)
     monkeypatch.setattr(run, "VARIANTS", [(name, False) for name in SECONDS if name != "flexolmo"])
-    return log, Process
+    return log, Worker
 
 
 def measure(accumulate=1):
@@ -61,19 +62,19 @@ def measure(accumulate=1):
     return result
 
 
-def test_on_the_host_ours_takes_turns_with_one_after_the_other(asked):
+def test_on_the_host_this_program_takes_turns_with_each_other_side(asked):
     log, _ = asked
     result = measure()
-    ours = [("flexolmo", "limit"), ("flexolmo", "step")]
+    this_program = [("flexolmo", "limit"), ("flexolmo", "step")]
     for name in ("eager", "grouped_mm"):
         first = log.index((name, "memory")) + 1
-        assert log[first : first + 7] == [*ours, (name, "step")] * 2 + [(name, "close")]
+        assert log[first : first + 7] == [*this_program, (name, "step")] * 2 + [(name, "close")]
     assert result["sides"]["flexolmo"]["seconds"] == [1.0] * 6
     assert result["sides"]["flexolmo"]["share_of_limit"] == 0.8
     assert {name for name, request in log if request == "close"} == set(SECONDS)
 
 
-def test_a_ratio_is_of_the_runs_in_turns(asked, monkeypatch):
+def test_a_ratio_compares_runs_that_took_turns(asked, monkeypatch):
     """The machine slows down while one side is measured: that is no gain of the others'."""
     log, process = asked
     ask = process.ask
@@ -89,7 +90,7 @@ def test_a_ratio_is_of_the_runs_in_turns(asked, monkeypatch):
     assert [sides[name]["ratio"] for name in ("flexolmo", "eager", "grouped_mm")] == pytest.approx([1, 2, 1.6])
 
 
-def test_what_is_ten_times_as_slow_is_left_out_at_once(asked):
+def test_a_side_ten_times_as_slow_is_left_out_at_once(asked):
     log, _ = asked
     result = measure()
     assert result["sides"].keys() == {"flexolmo", "eager", "grouped_mm"}
@@ -97,24 +98,17 @@ def test_what_is_ten_times_as_slow_is_left_out_at_once(asked):
     assert log[-2:] == [("batched_mm", "close"), ("flexolmo", "close")]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_progress_counts_every_part_and_tells_the_time_left_once_it_can(asked, monkeypatch, platform):
-    log, process = asked
-    process.platform, process.fails = platform, ("eager",)
+def test_progress_counts_sides_and_estimates_the_time_left(asked, monkeypatch):
     clock = itertools.count(0, 10)
     monkeypatch.setattr(run.time, "monotonic", lambda: float(next(clock)))
-    said = []
-    run.benchmark(config_file.get_config(), ["expert"], 4, False, say=lambda *what: said.append(what))
-    assert [(done, total) for _, done, total, _ in said] == [(i, 5) for i in range(5)]
-    # Ten seconds a part; before the first measurement is done its time is not known.
-    assert [left for *_, left in said] == [None, None, 30.0, 20.0, 10.0]
-    said.clear()
-    log.clear()
-    run.benchmark(config_file.get_config(), ["expert"], 2, True, say=lambda *what: said.append(what))
-    _, done, total, left = said[-1]
-    assert left == 10.0 * (total - done)
-    # What failed by then is not counted; the last part begun is that of the slowest, which is left out after it.
-    assert said[0][2] > total
+    shown = []
+    run.benchmark(config_file.get_config(), ["expert"], 1, True, say=lambda *progress: shown.append(progress))
+    names = ("flexolmo", "eager", "grouped_mm", "batched_mm", "eager, 2 micro-batches")
+    assert [what for what, *_ in shown[:5]] == [f"expert: {name}" for name in names]
+    total = 7
+    assert [progress[1:] for progress in shown] == [
+        (done, total, 10.0 * (total - done) if done else None) for done in range(total)
+    ]
 
 
 def test_a_share_above_the_limit_is_explained(asked):
@@ -129,23 +123,23 @@ def test_a_share_above_the_limit_is_explained(asked):
     assert "caches" in reading
 
 
-def test_where_ours_takes_rows_in_parts_others_take_them_at_once_and_in_parts(asked, monkeypatch):
+def test_micro_batches_are_compared_with_the_batch_at_once_and_with_as_many(asked, monkeypatch):
     log, _ = asked
     monkeypatch.setattr(run, "VARIANTS", [("eager", False), ("eager", True)])
-    expected = ["flexolmo", "eager", "eager, compiled", "eager, 2 parts"]
+    expected = ["flexolmo", "eager", "eager, compiled", "eager, 2 micro-batches"]
     assert list(measure(accumulate=2)["sides"]) == expected
     assert [name for name, request in log if request == "start"] == expected
 
 
-def test_decoding_has_rows_that_do_not_divide_into_parts():
+def test_decoding_needs_no_batch_that_divides_into_micro_batches():
     config = config_file.get_config()
     config.data.batch_size, config.data.grad_accum_steps = 1, 2
-    assert run.prepared(config, "decode")["data"]["accumulate"] == 1
-    with pytest.raises(UserError, match="accumulate=2: must divide"):
+    assert run.prepared(config, "decode")["data"]["grad_accum_steps"] == 1
+    with pytest.raises(UserError, match="grad_accum_steps=2: must divide"):
         run.prepared(config, "joint")
 
 
-def test_on_a_device_each_side_has_it_alone(asked):
+def test_each_side_has_a_device_alone(asked):
     log, process = asked
     process.platform = "gpu"
     measure()
@@ -155,7 +149,7 @@ def test_on_a_device_each_side_has_it_alone(asked):
     assert log[started[1] - 1] == ("flexolmo", "close")
 
 
-def test_what_fails_is_left_out_unless_it_is_ours(asked):
+def test_a_failure_leaves_a_side_out_unless_it_is_this_program(asked):
     log, process = asked
     process.fails = ("eager",)
     assert measure()["left_out"]["eager"] == "eager fails"
@@ -170,9 +164,9 @@ def test_tables_show_medians_and_ratios_to_the_fastest_first(asked, capsys):
     result = measure()
     show(steps_table([result]))
     show(versus_table(result))
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line and "--" not in line]
-    rows = [[cell.strip() for cell in row] for row in rows]
-    assert rows[1] == [
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line and "--" not in line]
+    lines = [[cell.strip() for cell in line] for line in lines]
+    assert lines[1] == [
         "expert",
         "100.0",
         "1,000.0",
@@ -183,7 +177,7 @@ def test_tables_show_medians_and_ratios_to_the_fastest_first(asked, capsys):
         "1.00",
         "0.50",
     ]
-    assert [row[:3] for row in rows[3:]] == [
+    assert [line[:3] for line in lines[3:]] == [
         ["flexolmo", "100.00", ""],
         ["transformers, grouped_mm", "62.50", "1.60"],
         ["transformers, eager", "50.00", "2.00"],
@@ -194,7 +188,7 @@ def test_this_process_leaves_the_devices_to_its_workers():
     code = """
 import jax._src.xla_bridge
 from configs import benchmark
-from flexolmo_jax.benchmark import machine, run, tables
+from flexolmo_jax.benchmark import machine, results, run
 run.prepared(benchmark.get_config(), "expert")
 machine.description()
 print(jax._src.xla_bridge.backends_are_initialized())

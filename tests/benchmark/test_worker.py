@@ -1,4 +1,4 @@
-"""The process that measures: it answers a line at a time, and knows its own peak memory."""
+"""The process that measures: its time, its peak memory, and its environment."""
 
 import subprocess
 import sys
@@ -6,8 +6,8 @@ from unittest import mock
 
 import numpy as np
 
-from flexolmo_jax.benchmark import processes, worker
-from flexolmo_jax.benchmark.subject import Spec
+from flexolmo_jax.benchmark import worker
+from flexolmo_jax.benchmark.worker import Measurement, Spec, Worker
 
 PEAK = "from flexolmo_jax.benchmark.worker import peak_memory; {}; print(peak_memory())"
 
@@ -25,7 +25,7 @@ def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it()
 
 
 class AfterAPause:
-    """A subject whose first step after a measurement takes 100 seconds of a clock that it moves, each other one 2."""
+    """Its first step after a measurement takes 100 seconds of a clock that it moves, each other one 2."""
 
     now, rested = 0.0, True
 
@@ -43,10 +43,9 @@ class AfterAPause:
 
 
 def test_the_first_step_after_a_pause_is_not_timed(monkeypatch):
-    subject = AfterAPause()
-    monkeypatch.setattr(worker, "_subject", lambda spec: subject)
-    monkeypatch.setattr(worker.time, "perf_counter", lambda: subject.now)
-    measured = worker.Worker(None)
+    step = AfterAPause()
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: step.now)
+    measured = Measurement(step)
     for _ in range(2):
         assert measured.step() == 2
         measured.limit()
@@ -58,7 +57,7 @@ def test_both_sides_have_the_same_allocator(monkeypatch):
     def allocators():
         with mock.patch("subprocess.Popen") as started:
             for side in ("flexolmo", "transformers"):
-                processes.Process(Spec(side, "expert", {}))
+                Worker(Spec(side, "expert", {}))
         return [call.kwargs["env"]["GLIBC_TUNABLES"] for call in started.call_args_list]
 
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)

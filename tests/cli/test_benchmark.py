@@ -1,4 +1,4 @@
-"""`flexolmo benchmark`: tables, figures, and what it refuses."""
+"""`flexolmo benchmark`: tables, results as JSON, and refusals."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from flexolmo_jax.benchmark import processes, run
+from flexolmo_jax.benchmark import run, worker
 from flexolmo_jax.model.architecture import PAIR, Architecture, Layout
 from flexolmo_jax.model.flops import decode_step_flops, train_step_flops
 from tests.support.small import assert_refused, flexolmo
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 CONFIG = "--config=configs/benchmark.py:300"
 SIZES = {
-    "model.num_layers": 2,
+    "model.num_layers": 1,
     "model.d_model": 32,
     "model.num_heads": 2,
     "model.num_kv_heads": 1,
@@ -27,7 +27,7 @@ SIZES = {
     "data.batch_size": 2,
 }
 OVERRIDES = [f"--config.{key}={value}" for key, value in SIZES.items()]
-ARCHITECTURE = Architecture(300, 2, 32, 2, 1, 48, 500_000.0, 1e-6)
+ARCHITECTURE = Architecture(300, 1, 32, 2, 1, 48, 500_000.0, 1e-6)
 
 
 @pytest.fixture(autouse=True)
@@ -47,20 +47,20 @@ def cells(line):
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
-def test_shows_a_row_for_each_step_and_writes_all_figures(tmp_path):
-    out, figures = measured(tmp_path / "new" / "figures.json", "--step=expert", "--step=decode")
-    assert figures["config"]["data"]["sequence_length"] == 16
-    assert figures["machine"]["cores"] > 0
-    assert "jax" in figures["versions"]
-    expert, decode = (result["sides"]["flexolmo"] for result in figures["steps"])
-    assert [result["step"] for result in figures["steps"]] == ["expert", "decode"]
+def test_steps_are_shown_in_a_table_and_written_as_json(tmp_path):
+    out, results = measured(tmp_path / "new" / "results.json", "--step=expert", "--step=decode")
+    assert results["config"]["data"]["sequence_length"] == 16
+    assert results["machine"]["cores"] > 0
+    assert "jax" in results["versions"]
+    expert, decode = (result["sides"]["flexolmo"] for result in results["steps"])
+    assert [result["step"] for result in results["steps"]] == ["expert", "decode"]
 
     trained = {f"blocks/moe/expert/{leaf}" for leaf in ("gate", "up", "down", "router/weight", "router/bias")}
     assert expert["tokens"] == 32
     assert expert["flops"] == train_step_flops(ARCHITECTURE, PAIR, trained, batch=2, length=16)
-    assert decode["tokens"] == 2 * 8  # half of each row
+    assert decode["tokens"] == 2 * 8  # half of each sequence
     # The last six of the eight new tokens are timed by themselves: they see 13 positions on average.
-    assert decode["flops"] == decode_step_flops(ARCHITECTURE, Layout("stacked", 4, 2), rows=2, keys=13)
+    assert decode["flops"] == decode_step_flops(ARCHITECTURE, Layout("stacked", 4, 2), lines=2, keys=13)
     for side in (expert, decode):
         assert len(side["seconds"]) == len(side["limit"]) == 2
         assert side["tokens_per_second"] == pytest.approx(side["tokens"] / statistics.median(side["seconds"]))
@@ -70,9 +70,9 @@ def test_shows_a_row_for_each_step_and_writes_all_figures(tmp_path):
     share = decode["bytes"] / statistics.median(decode["token_seconds"]) / statistics.median(decode["limit"])
     assert decode["share_of_limit"] == pytest.approx(share)
 
-    header, _, *rows = map(cells, out.strip().splitlines())
+    header, _, *lines = map(cells, out.strip().splitlines())
     assert header[:2] == ["step", "tokens/s"]
-    assert [row[:2] for row in rows] == [
+    assert [line[:2] for line in lines] == [
         [name, f"{side['tokens_per_second']:,.1f}"] for name, side in (("expert", expert), ("decode", decode))
     ]
 
@@ -82,28 +82,29 @@ def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(run, "VARIANTS", [("eager", False), ("batched_mm", False), ("no_such", False)])
-    out, figures = measured(tmp_path / "figures.json", "--step=expert", "--versus=transformers")
-    (result,) = figures["steps"]
+    monkeypatch.setattr(run, "VARIANTS", [("eager", False), ("no_such", False)])
+    monkeypatch.setattr(run, "PAUSE", 0)
+    out, results = measured(tmp_path / "results.json", "--step=expert", "--versus=transformers")
+    (result,) = results["steps"]
     sides = result["sides"]
-    assert sides.keys() == {"flexolmo", "eager", "batched_mm"}
+    assert sides.keys() == {"flexolmo", "eager"}
     assert "no_such" in result["left_out"]["no_such"]
     assert "transformers, no_such is left out: " in out
-    ours = sides.pop("flexolmo")
+    this_program = sides.pop("flexolmo")
     ratios = {
         name: statistics.median(side["seconds"]) / statistics.median(side["seconds_of_ours"])
         for name, side in sides.items()
     }
     assert all(len(side["seconds"]) == len(side["seconds_of_ours"]) == 2 for side in sides.values())
     best = sides[min(ratios, key=ratios.get)]
-    rows = [cells(line) for line in out.splitlines() if line.startswith("| transformers, ")]
-    assert rows[0][1:5] == [
+    lines = [cells(line) for line in out.splitlines() if line.startswith("| transformers, ")]
+    assert lines[0][1:5] == [
         f"{best['tokens_per_second']:,.2f}",
         f"{min(ratios.values()):.2f}",
         f"{best['peak_bytes'] / 2**30:.2f}",
-        f"{ours['peak_bytes'] / best['peak_bytes']:.2f}",
+        f"{this_program['peak_bytes'] / best['peak_bytes']:.2f}",
     ]
-    assert len(rows) == 2
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -112,15 +113,15 @@ def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
         (["--step=sleep"], ["--step=sleep", "anchor|expert|joint|router|decode"]),
         (["--runs=0"], ["--runs=0", "positive integer"]),
         (["--versus=megatron"], ["--versus=megatron", "transformers"]),
-        (["--config.moe.num_experts=1"], ["--config.moe.num_experts=1", "--step=joint", "2 at least"]),
+        (["--config.moe.num_experts=1"], ["--config.moe.num_experts=1", "step=joint", "2 at least"]),
         (["--config.start_from=model"], ["--config.start_from=model", "fresh weights"]),
         (["--config.expert=news"], ["--config.expert=news", "fresh weights"]),
         (["--config.data.batch_size=0"], ["--config.data.batch_size=0", "at least 1"]),
     ],
     ids=lambda value: value[0],
 )
-def test_refuses_what_makes_no_sense_before_any_process_starts(arguments, words, monkeypatch):
-    monkeypatch.delattr(run, "Process")
+def test_bad_options_are_refused_before_any_process_starts(arguments, words, monkeypatch):
+    monkeypatch.delattr(run, "Worker")
     assert_refused(flexolmo("benchmark", CONFIG, *arguments), "benchmark", *words)
 
 
@@ -135,16 +136,16 @@ def assert_refused_after_progress(result, *words):
     assert_refused(result._replace(err=line), "benchmark", *words)
 
 
-def test_what_a_worker_refuses_is_one_line():
+def test_a_refusal_of_a_worker_is_one_line():
     arguments = ["--step=expert", "--config.mesh.data=3", *OVERRIDES]
     assert_refused_after_progress(flexolmo("benchmark", CONFIG, *arguments), "--config.mesh: data=3")
 
 
 def test_a_worker_that_fails_is_one_line(monkeypatch):
-    monkeypatch.setattr(processes, "WORKER", "flexolmo_jax.no_such_module")
+    monkeypatch.setattr(worker, "MODULE", "flexolmo_jax.no_such_module")
     result = flexolmo("benchmark", CONFIG, "--step=anchor")
     reason = "No module named flexolmo_jax.no_such_module"
-    assert_refused_after_progress(result, "--step=anchor, flexolmo: ", reason)
+    assert_refused_after_progress(result, "--step=anchor: flexolmo: ", reason)
 
 
 def test_a_comparison_needs_what_it_compares_with(monkeypatch):

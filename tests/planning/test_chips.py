@@ -1,11 +1,11 @@
-"""The table of chips against published figures of whole pods and chips, and what a slice's name says."""
+"""The table of chips against published numbers of whole pods and chips, and names of slices."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.planning.chips import CHIPS, chip, group_bandwidth, torus_shape, wraps
+from flexolmo_jax.planning.chips import CHIPS, group_bandwidth, parse_topology, wraps
 
 # Of Google Cloud's pages: chips of a pod and its peak PFLOP/s; both directions of all links of a chip, in GB/s.
 # Of NVIDIA's the same of a node.
@@ -15,28 +15,27 @@ PUBLISHED = {
     "v5p": (8960, 4112.6, 1200),
     "v6e": (256, 234.9, 800),
     "tpu7x": (9216, 21260, 1200),
-    "h100": (8, 15.83 / 2, 900),  # half of what is said of sparse matrices
+    "h100": (8, 15.83 / 2, 900),  # half of what is published for sparse matrices
     "h200": (8, 15.83 / 2, 900),
 }
 
 
 @pytest.mark.parametrize("name", CHIPS)
-def test_figures_agree_with_those_of_pods(name):
+def test_chips_add_up_to_published_pods(name):
     chips, pflops, links = PUBLISHED[name]
-    one = CHIPS[name]
-    assert one.peak_flops * one.devices_per_chip * chips == pytest.approx(pflops * 1e15, rel=0.01)
-    if one.is_gpu:
-        assert 2 * one.link_bandwidth == links * 1e9
+    chip = CHIPS[name]
+    assert chip.peak_flops * chip.devices_per_chip * chips == pytest.approx(pflops * 1e15, rel=0.01)
+    if chip.is_gpu:
+        assert 2 * chip.link_bandwidth == links * 1e9
     elif links:  # the book puts a link at 9 tenths of it
-        directions = 2 * 2 * one.torus_dimensions
-        assert one.link_bandwidth * one.devices_per_chip * directions == pytest.approx(0.9 * links * 1e9)
+        directions = 2 * 2 * chip.torus_dimensions
+        assert chip.link_bandwidth * chip.devices_per_chip * directions == pytest.approx(0.9 * links * 1e9)
 
 
-def test_a_chip_is_found_by_the_name_of_a_slice():
-    assert chip("v5e:2x4").device_kind == "TPU v5 lite"
-    assert chip("tpu7x:2x2x1").devices_per_chip == 2
-    assert torus_shape("v5p:2x4x4") == (2, 4, 4)
-    assert torus_shape("h200:8") == (8,)
+def test_a_topology_names_a_chip_and_a_shape():
+    assert parse_topology("v5e:2x4") == (CHIPS["v5e"], (2, 4))
+    assert parse_topology("tpu7x:2x2x1") == (CHIPS["tpu7x"], (2, 2, 1))
+    assert parse_topology("h200:8") == (CHIPS["h200"], (8,))
 
 
 @pytest.mark.parametrize(
@@ -57,10 +56,10 @@ def test_a_chip_is_found_by_the_name_of_a_slice():
         ("h100:2x4", "a node has 1 to 8 GPUs, as in h100:8"),
     ],
 )
-def test_refuses_other_names_in_one_line(name, why):
+def test_other_topologies_are_refused_in_one_line(name, why):
     with pytest.raises(UserError) as error:
-        chip(name)
-    assert str(error.value).startswith(f"--topology={name}: ")
+        parse_topology(name)
+    assert str(error.value).startswith(f"topology={name}: ")
     assert why in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -90,5 +89,5 @@ def devices(*coords):
     ],
 )
 def test_bandwidth_counts_links_within_the_group(name, coords, links):
-    one = chip(name)
-    assert group_bandwidth(one, torus_shape(name), devices(*coords)) == links * one.link_bandwidth
+    chip, torus = parse_topology(name)
+    assert group_bandwidth(chip, torus, devices(*coords)) == links * chip.link_bandwidth

@@ -52,7 +52,7 @@ def test_parameters_and_optimizer_are_what_the_architecture_says(expert):
     assert memory["trained"] == 4 * EXPERT
     assert memory["frozen"] == 4 * (SHARED + EXPERT)
     assert memory["optimizer"] == 8 * EXPERT + STEPS
-    assert memory["batch"] == 4 * 4 * 256  # a row
+    assert memory["batch"] == 4 * 4 * 256  # a sequence
     held = sum(memory[part] for part in ("trained", "frozen", "optimizer", "batch"))
     assert memory["temporaries"] == memory["peak"] - held > 0
     assert memory["fits"]
@@ -62,14 +62,14 @@ def test_parameters_and_optimizer_are_what_the_architecture_says(expert):
 
 def test_the_gradient_is_summed_over_all_copies(expert):
     topology, _, made = expert
-    row, *others = made["collectives"]  # what sends most comes first
-    assert (row["kind"], row["network"], row["axes"]) == ("all-reduce", "ici", ["data"])
+    total, *others = made["collectives"]  # what sends most comes first
+    assert (total["kind"], total["network"], total["axes"]) == ("all-reduce", "ici", ["data"])
     gradient = 4 * EXPERT * 2 * 7 / 8
-    assert gradient <= row["bytes_sent"] < 1.01 * gradient  # and a few sums over tokens
-    assert row["seconds"] == pytest.approx(row["bytes_sent"] / {"v5e:2x4": 2 * 45e9, "h200:8": 450e9}[topology])
+    assert gradient <= total["bytes_sent"] < 1.01 * gradient  # and a few sums over tokens
+    assert total["seconds"] == pytest.approx(total["bytes_sent"] / {"v5e:2x4": 2 * 45e9, "h200:8": 450e9}[topology])
     assert sum(other["bytes_sent"] for other in others) < 0.02 * gradient  # for GPUs, of the router, for its top-k
-    assert made["roofline"]["sent_bytes"] == sum(each["bytes_sent"] for each in (row, *others))
-    assert made["roofline"]["network_seconds"] == pytest.approx(sum(each["seconds"] for each in (row, *others)))
+    assert made["roofline"]["sent_bytes"] == sum(each["bytes_sent"] for each in (total, *others))
+    assert made["roofline"]["network_seconds"] == pytest.approx(sum(each["seconds"] for each in (total, *others)))
 
 
 def test_the_tables_show_what_the_json_has(expert):
@@ -94,18 +94,19 @@ def test_experts_and_what_they_share_are_split_over_an_axis_of_their_own(tmp_pat
     whole = LAYERS * 2 * D
     assert made["memory"]["trained"] == 4 * ((SHARED - whole) / 4 + whole + EXPERT)
     assert made["memory"]["optimizer"] == 2 * made["memory"]["trained"] + STEPS
-    axes = {(row["kind"], *row["axes"]) for row in made["collectives"]}
+    axes = {(total["kind"], *total["axes"]) for total in made["collectives"]}
     assert {("all-gather", "expert"), ("reduce-scatter", "expert"), ("all-reduce", "data")} <= axes
-    assert all(row["network"] == "ici" for row in made["collectives"])
+    assert all(total["network"] == "ici" for total in made["collectives"])
 
 
 @gpus
-def test_a_mixture_has_the_kernels_for_hopper(tmp_path_factory):
-    """They are traced for GPUs that are not there; of 16,384 rows an expert's last tiles are in vain."""
+def test_a_mixture_compiles_with_the_kernels_for_hopper(tmp_path_factory):
+    """They are traced for GPUs that are not there."""
     sizes = ("--config.model.d_ff=384", "--config.data.sequence_length=1024", "--config.compute.dtype=bfloat16")
     _, made = planned(tmp_path_factory, "--config=configs/joint.py:tiny", "--topology=h200:1", *sizes)
-    needed = 2 * 8 * 1024 * LAYERS * 3 * 3 * 2 * D * 384
-    assert 0 < made["roofline"]["idle_flops"] < 0.02 * needed
+    assert made["memory"]["fits"]
+    memory = made["memory"]
+    assert made["roofline"]["hbm_bytes"] > 2 * (memory["trained"] + memory["optimizer"])
 
 
 @tpus
@@ -115,12 +116,12 @@ def test_slices_exchange_gradients_through_the_data_centre(tmp_path_factory):
         tmp_path_factory, "--config=configs/expert.py:tiny", "--topology=v5e:2x4", "--slices=2", *values
     )
     assert (made["devices"], made["slices"]) == (16, 2)
-    between = [row for row in made["collectives"] if row["network"] == "dcn"]
-    assert [row["kind"] for row in between] == ["all-reduce"]
+    between = [total for total in made["collectives"] if total["network"] == "dcn"]
+    assert [total["kind"] for total in between] == ["all-reduce"]
     gradient = 4 * EXPERT / 8  # of each device's part; two slices send each half of it twice
     assert gradient <= between[0]["bytes_sent"] < 1.5 * gradient
     assert between[0]["seconds"] == pytest.approx(between[0]["bytes_sent"] / 3.125e9)
-    assert {axis for row in made["collectives"] for axis in row["axes"]} == {"fsdp"}
+    assert {axis for total in made["collectives"] for axis in total["axes"]} == {"fsdp"}
     assert "2 slices of v5e:2x4" in shown
 
 
@@ -131,7 +132,7 @@ def test_a_step_that_does_not_fit_says_so(tmp_path_factory):
     assert not made["memory"]["fits"]
     assert made["memory"]["peak"] > made["memory"]["available"] == int(15.75 * 2**30)
     assert made["collectives"] is None
-    assert made["roofline"]["network_seconds"] is None
+    assert made["roofline"]["network_seconds"] is made["roofline"]["hbm_bytes"] is None
     assert made["advice"][0].startswith("does not fit: ")
     assert "try --config.mesh.data=1 --config.mesh.fsdp=8 or --config.data.grad_accum_steps=" in made["advice"][0]
     assert made["advice"][0] in shown

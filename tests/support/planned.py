@@ -8,7 +8,7 @@ LAYOUTS = {"pair": PAIR, "stacked": Layout("stacked", 4, 2)}
 
 
 def config(kind="pair", mesh=None, values=()):
-    """A configuration of 16 rows of 32 tokens; `values` are those of other keys, {"data.grad_accum_steps": 2}."""
+    """A configuration of 16 sequences of 32 tokens; `values` are those of other keys, {"data.grad_accum_steps": 2}."""
     made = {"pair": expert, "stacked": joint}[kind].get_config("tiny")
     made.model.update(SIZES)
     made.data.batch_size, made.data.sequence_length = 16, 32

@@ -1,15 +1,14 @@
-"""What the tables of a plan say, cell by cell."""
+"""The tables of a plan, cell by cell."""
 
 import json
 
 import pytest
 
 from flexolmo_jax.planning.chips import CHIPS
-from flexolmo_jax.planning.collectives import DCN, ICI, Row
-from flexolmo_jax.planning.memory import Memory
-from flexolmo_jax.planning.plan import Plan
-from flexolmo_jax.planning.roofline import Roofline
-from flexolmo_jax.planning.tables import collectives_table, heading, memory_table, roofline_table, run_line, scaled
+from flexolmo_jax.planning.collectives import DCN, ICI
+from flexolmo_jax.planning.compilation import Memory
+from flexolmo_jax.planning.display import collectives_table, heading, memory_table, roofline_table, run_line, scaled
+from flexolmo_jax.planning.plan import CollectiveTotal, Plan, Roofline
 
 MIB = 2**20
 PLAN = Plan(
@@ -24,18 +23,18 @@ PLAN = Plan(
     compile_seconds=3.4,
     memory=Memory(100 * MIB, 50 * MIB, 200 * MIB, 1024, 649 * MIB, 1000 * MIB, 2000 * MIB),
     collectives=[
-        (Row("all-gather", ICI, ("fsdp", "tensor"), 1200, 4.5e9), 0.1),
-        (Row("all-reduce", DCN, (), 1, 1e6), 3.2e-4),
-        (Row("collective-permute", ICI, (), 1, 1e3), 1e-8),
+        CollectiveTotal("all-gather", ICI, ("fsdp", "tensor"), 1200, 4.5e9, 0.1),
+        CollectiveTotal("all-reduce", DCN, (), 1, 1e6, 3.2e-4),
+        CollectiveTotal("collective-permute", ICI, (), 1, 1e3, 1e-8),
     ],
-    roofline=Roofline(197e12, 197e12 / 3, 0.0, 819e9, 9e9, 4 / 3, 1.0, 0.2),
+    roofline=Roofline(197e12, 197e12 / 3, 819e9, 9e9, 4 / 3, 1.0, 0.2),
     advice=["fits"],
 )
 
 
 def cells(table):
     columns = [list(map(str, column.cells)) for column in table.columns]
-    return {row[0]: list(row[1:]) for row in zip(*columns, strict=True)}
+    return {name: values for name, *values in zip(*columns, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -60,11 +59,11 @@ def cells(table):
         (2e-10, "s", 1000, "0.20 ns"),
     ],
 )
-def test_quantities_have_the_prefix_that_suits_them(value, unit, base, text):
+def test_quantities_get_a_prefix(value, unit, base, text):
     assert scaled(value, unit, base) == text
 
 
-def test_the_heading_says_what_was_planned_for_what():
+def test_the_heading_names_model_and_devices():
     assert heading(PLAN) == (
         "1,234,567 parameters on 2 slices of v5e:2x4: 16 devices (TPU v5 lite), mesh data 2, fsdp 8; "
         "2,000,000 tokens a step; compiled in 3 s"
@@ -72,7 +71,7 @@ def test_the_heading_says_what_was_planned_for_what():
     assert " on v5e:1x1: 1 device (" in heading(PLAN._replace(topology="v5e:1x1", slices=1, devices=1))
 
 
-def test_memory_is_given_as_size_and_share_of_what_there_is():
+def test_memory_is_a_size_and_a_share_of_what_is_available():
     assert cells(memory_table(PLAN)) == {
         "parameters, trained": ["100.00 MiB", "5.0%"],
         "parameters, frozen": ["50.00 MiB", "2.5%"],
@@ -84,29 +83,30 @@ def test_memory_is_given_as_size_and_share_of_what_there_is():
     }
 
 
-def test_collectives_say_where_they_go():
+def test_collectives_have_their_axes_and_network():
     assert cells(collectives_table(PLAN)) == {
         "all-gather": ["fsdp x tensor", "links", "1,200", "4.50 GB", "100 ms"],
-        "all-reduce": ["slices", "data centre", "1", "1.00 MB", "320 us"],
+        "all-reduce": ["slices", "data center", "1", "1.00 MB", "320 us"],
         "collective-permute": ["-", "links", "1", "1.00 kB", "10.0 ns"],
     }
     assert cells(collectives_table(PLAN._replace(collectives=None))) == {}
 
 
-def test_the_roofline_gives_rates_tokens_and_what_of_the_peak_the_model_gets():
+def test_the_roofline_has_rates_tokens_and_mfu():
     assert cells(roofline_table(PLAN)) == {
-        "arithmetic": ["263 TFLOP, 25% again", "197 TFLOP/s", "1.33 s"],
+        "arithmetic": ["263 TFLOP, 25% recomputed", "197 TFLOP/s", "1.33 s"],
         "HBM": ["819 GB", "819 GB/s", "1.00 s"],
         "interconnect": ["9.00 GB", "45.0 GB/s a link, 3.12 GB/s between slices", "200 ms"],
         "at best": ["1,500,000 tokens/s", "75% MFU", "1.33 s"],
         "at worst": ["789,474 tokens/s", "39% MFU", "2.53 s"],
     }
-    unknown = PLAN._replace(roofline=PLAN.roofline._replace(sent_bytes=None, network_seconds=None))
-    assert list(cells(roofline_table(unknown))) == ["arithmetic", "HBM", "at best", "at worst"]
+    unknown = dict.fromkeys(("hbm_bytes", "sent_bytes", "hbm_seconds", "network_seconds"))
+    too_large = PLAN._replace(roofline=PLAN.roofline._replace(**unknown))
+    assert list(cells(roofline_table(too_large))) == ["arithmetic", "at best"]
     assert "45.0 GB/s a link" in cells(roofline_table(PLAN._replace(slices=1)))["interconnect"]
 
 
-def test_the_run_is_given_in_hours_and_chip_hours():
+def test_the_run_takes_hours_and_chip_hours():
     # 7200 steps of 4/3 s to 38/15 s
     assert run_line(PLAN) == "7,200 steps take 2.67 h to 5.07 h: 43 to 81 chip-hours"
     halves = PLAN._replace(chip=CHIPS["tpu7x"], steps=720)

@@ -1,4 +1,4 @@
-"""The other side does the same work: what a step trains, and nothing else, changes; on the same loss."""
+"""The steps of transformers do the same work: they train what the step names, and nothing else, on the same loss."""
 
 import json
 
@@ -8,8 +8,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from configs import benchmark as config_file  # noqa: E402
-from flexolmo_jax.benchmark.hugging_face import Generation, TrainStep, check_memory, random_model  # noqa: E402
-from flexolmo_jax.benchmark.subject import Spec  # noqa: E402
+from flexolmo_jax.benchmark.torch_steps import Generation, TrainStep, check_memory, random_model  # noqa: E402
+from flexolmo_jax.benchmark.worker import Spec  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
 
 
@@ -78,11 +78,11 @@ def test_the_pair_has_two_experts_and_other_steps_those_of_the_mixture():
     assert random_model(spec("joint", "eager")).config.num_experts_per_tok == 2
 
 
-def test_parts_of_a_batch_add_up_to_its_gradient():
+def test_micro_batches_add_up_to_the_gradient_of_the_batch():
     norms = []
-    for parts in (1, 2):
+    for count in (1, 2):
         fixed = {"optimizer.learning_rate": 0.0, "optimizer.clip_norm": 0.0}
-        subject = TrainStep(spec("joint", "grouped_mm", **{"data.grad_accum_steps": parts, **fixed}))
+        subject = TrainStep(spec("joint", "grouped_mm", **{"data.grad_accum_steps": count, **fixed}))
         subject.build()
         zero_grad = subject._optimizer.zero_grad
         subject._optimizer.zero_grad = lambda: None
@@ -99,7 +99,7 @@ def test_mixed_precision_holds_frozen_parameters_as_a_run_does():
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
 
 
-def test_generation_writes_half_of_each_row():
+def test_generation_writes_half_of_each_sequence():
     subject = Generation(spec("decode", "grouped_mm"))
     assert subject.build()["tokens"] == 2 * 4
     generate, written = subject._model.generate, []
@@ -110,8 +110,8 @@ def test_generation_writes_half_of_each_row():
 
 def test_copies_of_kernels_that_do_not_fit_are_refused():
     huge = {"data.batch_size": 2**20}
-    check_memory(spec("joint", "grouped_mm", **huge), rows=2**23)
-    check_memory(spec("joint", "batched_mm"), rows=16)
+    check_memory(spec("joint", "grouped_mm", **huge), tokens=2**23)
+    check_memory(spec("joint", "batched_mm"), tokens=16)
     # 2 layers of 2 experts a token, each with 3 matrices of 32 x 24 floats.
     with pytest.raises(UserError, match=f"would copy {2 * 2 * 3 * 32 * 24 * 4 * 2**23 // 2**30} GiB"):
-        check_memory(spec("joint", "batched_mm", **huge), rows=2**23)
+        check_memory(spec("joint", "batched_mm", **huge), tokens=2**23)

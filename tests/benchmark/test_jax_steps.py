@@ -1,16 +1,16 @@
-"""What is measured is what a run does: a step trains its leaves alone, and decoding writes half of each row."""
+"""The steps of this program: a training step trains its leaves alone, and decoding writes half of each sequence."""
 
 import numpy as np
 import pytest
 
 from configs import benchmark as config_file
-from flexolmo_jax.benchmark.decoding import Decoding
+from flexolmo_jax.benchmark.jax_steps import Decoding, TrainStep, decode_step_bytes
 from flexolmo_jax.benchmark.run import prepared
-from flexolmo_jax.benchmark.subject import Spec
-from flexolmo_jax.benchmark.training import TrainStep
+from flexolmo_jax.benchmark.worker import Spec
+from flexolmo_jax.training.run import build_model
 
 SIZES = {
-    "model.num_layers": 2,
+    "model.num_layers": 1,
     "model.d_model": 32,
     "model.num_heads": 2,
     "model.num_kv_heads": 2,
@@ -52,9 +52,15 @@ def test_a_step_trains_the_leaves_of_its_kind(step):
     assert all(path.endswith("/router/bias") for path in still)
 
 
-def test_decoding_writes_half_of_each_row():
-    subject = Decoding(spec("decode", **{"data.batch_size": 3}))
-    assert subject.build()["tokens"] == 3 * 8
+@pytest.fixture(scope="module")
+def decoding():
+    subject = Decoding(spec("decode", **{"data.batch_size": 2}))
+    return subject, subject.build()
+
+
+def test_decoding_writes_half_of_each_sequence(decoding, monkeypatch):
+    subject, built = decoding
+    assert built["tokens"] == 2 * 8
     written = []
     started = subject._started
 
@@ -64,20 +70,23 @@ def test_decoding_writes_half_of_each_row():
         engine.step = lambda count: written.extend(len(update.token_ids) for update in step(count))
         return engine
 
-    subject._started = watched
+    monkeypatch.setattr(subject, "_started", watched)
     subject.step()
-    assert written == [8] * 3
+    assert written == [8] * 2
     written.clear()
     assert subject.token() > 0
-    assert written == [2] * 3 + [6] * 3
+    assert written == [2] * 2 + [6] * 2
 
 
-def test_decoding_reads_the_weights_that_its_tokens_choose():
-    found = {rows: Decoding(spec("decode", **{"data.batch_size": rows})).build()["bytes"] for rows in (1, 2)}
-    expert, layers = 4 * (3 * 32 * 24 + 32 + 1), 2
-    keys = 16 - 6 / 2
-    row = 4 * (2 * layers * 32 * keys + 32)  # cache and embedding
+def test_decoding_reads_the_weights_that_its_tokens_choose(decoding):
+    subject, built = decoding
+    decoder, _ = build_model(subject._config)
+    read = {count: decode_step_bytes(decoder, subject._model.params, count, 13.0) for count in (1, 2)}
+    # The last six of eight new tokens are timed: they see 13 positions on average.
+    assert built["bytes"] == read[2]
+    expert, layers = 4 * (3 * 32 * 24 + 32 + 1), 1
+    sequence = 4 * (2 * layers * 32 * 13 + 32)  # cache and embedding
     # Of four experts one token chooses two, two tokens three; the rest is read once.
-    assert found[2] - found[1] == pytest.approx(layers * expert + row)
+    assert read[2] - read[1] == pytest.approx(layers * expert + sequence)
     shared = layers * (4 * 32 * 32 + 4 * 32) + 32 + 32 * 64
-    assert found[1] == pytest.approx(4 * shared + 2 * layers * expert + row)
+    assert read[1] == pytest.approx(4 * shared + 2 * layers * expert + sequence)

@@ -1,4 +1,4 @@
-"""A plan, as tables for the terminal."""
+"""A plan, as tables and lines for the terminal."""
 
 import math
 
@@ -10,17 +10,17 @@ from flexolmo_jax.planning.collectives import DCN
 from flexolmo_jax.planning.plan import Plan
 from flexolmo_jax.tables import MISSING, plain_table
 
-ASSUMPTIONS = (
+_ASSUMPTIONS = (
     "Arithmetic: matmuls alone, at the chip's bfloat16 rate; a mixture's experts are chosen equally often. MFU (model "
-    "FLOPs utilization) leaves out what is computed again, and in vain: to fill the last block of each expert's rows.",
-    "HBM: matmuls, attention and residual sums read operands and write results once, but blocks of experts' rows copy "
-    "their kernels; all else is fused with them.",
+    "FLOPs utilization) leaves out what is recomputed.",
+    "HBM: each operation of the compiled program reads its operands and writes its results once; a loop whose trips "
+    "depend on data, as over blocks of tokens of one expert, counts as one trip.",
     "Interconnect: ring algorithms without latency, at one direction of each link that a group's shape can use.",
     "At best, the three overlap perfectly; at worst, nothing does. Input and checkpoints are not counted.",
 )
-GPU_MEMORY = (
+_GPU_MEMORY = (
     f"Available: what JAX takes of a GPU with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION}; without it, 0.75. "
-    "Close to it, XLA computes more again than is counted here."
+    "Close to it, XLA recomputes more than is counted here."
 )
 
 
@@ -39,7 +39,7 @@ def memory_table(plan: Plan) -> Table:
     """What a device holds."""
     memory = plan.memory
     table = plain_table("memory of a device", ["size", "share"])
-    rows = {
+    sizes = {
         "parameters, trained": memory.trained,
         "parameters, frozen": memory.frozen,
         "optimizer state": memory.optimizer,
@@ -48,23 +48,19 @@ def memory_table(plan: Plan) -> Table:
         "peak": memory.peak,
         "available": memory.available,
     }
-    for name, size in rows.items():
+    for name, size in sizes.items():
         table.add_row(name, scaled(size, "B", 1024), f"{size / memory.available:.1%}")
     return table
 
 
 def collectives_table(plan: Plan) -> Table:
-    """What a device sends in a step, a row for each kind of collective and the mesh axes it goes along."""
+    """What a device sends in a step, by kind of collective and the mesh axes it goes along."""
     table = plain_table("collective", ["along", "network", "runs", "sent", "time"])
-    for row, seconds in plan.collectives or ():
-        table.add_row(
-            row.kind,
-            Text(" x ".join(row.axes) or ("slices" if row.network == DCN else MISSING)),
-            "data centre" if row.network == DCN else "links",
-            f"{row.runs:,}",
-            scaled(row.bytes_sent, "B"),
-            scaled(seconds, "s"),
-        )
+    for total in plan.collectives or ():
+        between = total.network == DCN
+        axes = Text(" x ".join(total.axes) or ("slices" if between else MISSING))
+        cells = (f"{total.runs:,}", scaled(total.bytes_sent, "B"), scaled(total.seconds, "s"))
+        table.add_row(total.kind, axes, "data center" if between else "links", *cells)
     return table
 
 
@@ -72,21 +68,21 @@ def roofline_table(plan: Plan) -> Table:
     """What a device does in a step, and how long it takes."""
     line, chip = plan.roofline, plan.chip
     table = plain_table("a step, on each device", ["amount", "rate", "time"])
-    flops = line.flops + line.recomputed_flops + line.idle_flops
-    again = f", {line.recomputed_flops / flops:.0%} again" if line.recomputed_flops else ""
-    idle = f", {line.idle_flops / flops:.0%} in vain" if line.idle_flops else ""
-    table.add_row(
-        "arithmetic",
-        scaled(flops, "FLOP") + again + idle,
-        scaled(chip.peak_flops, "FLOP/s"),
-        scaled(line.compute_seconds, "s"),
-    )
-    table.add_row("HBM", scaled(line.hbm_bytes, "B"), scaled(chip.hbm_bandwidth, "B/s"), scaled(line.hbm_seconds, "s"))
-    if line.network_seconds is not None:
+    flops = line.flops + line.recomputed_flops
+    share = f", {line.recomputed_flops / flops:.0%} recomputed" if line.recomputed_flops else ""
+    amount, rate = scaled(flops, "FLOP") + share, scaled(chip.peak_flops, "FLOP/s")
+    table.add_row("arithmetic", amount, rate, scaled(line.compute_seconds, "s"))
+    if line.hbm_bytes is not None and line.hbm_seconds is not None:
+        rate = scaled(chip.hbm_bandwidth, "B/s")
+        table.add_row("HBM", scaled(line.hbm_bytes, "B"), rate, scaled(line.hbm_seconds, "s"))
+    if line.sent_bytes is not None and line.network_seconds is not None:
         links = scaled(chip.link_bandwidth, "B/s") + " a link"
         links += f", {scaled(chip.dcn_bandwidth, 'B/s')} between slices" if plan.slices > 1 else ""
         table.add_row("interconnect", scaled(line.sent_bytes, "B"), links, scaled(line.network_seconds, "s"))
-    for name, seconds in (("at best", line.at_best), ("at worst", line.at_worst)):
+    estimates = {"at best": line.at_best}
+    if line.hbm_seconds is not None:  # else what the program moves is not known
+        estimates["at worst"] = line.at_worst
+    for name, seconds in estimates.items():
         share = f"{line.flops / seconds / chip.peak_flops:.0%} MFU"
         table.add_row(name, f"{plan.tokens / seconds:,.0f} tokens/s", share, scaled(seconds, "s"))
     return table
@@ -94,27 +90,24 @@ def roofline_table(plan: Plan) -> Table:
 
 def run_line(plan: Plan) -> str:
     """How long the whole run takes, and what it costs in chip-hours."""
-    seconds = (plan.roofline.at_best, plan.roofline.at_worst)
     chips = plan.devices // plan.chip.devices_per_chip
-    hours = [plan.steps * each / 3600 for each in seconds]
+    hours = [plan.steps * seconds / 3600 for seconds in (plan.roofline.at_best, plan.roofline.at_worst)]
     least, most = (f"{h:,.0f} h" if h >= 10 else f"{h:.2f} h" if h >= 1 else scaled(3600 * h, "s") for h in hours)
     cost = " to ".join(f"{h * chips:,.0f}" if h * chips >= 10 else f"{h * chips:.3g}" for h in hours)
     return f"{plan.steps:,} steps take {least} to {most}: {cost} {'GPU' if plan.chip.is_gpu else 'chip'}-hours"
 
 
 def assumptions(plan: Plan) -> tuple[str, ...]:
-    """What the figures of a plan rest on, a paragraph each."""
-    return (*ASSUMPTIONS, GPU_MEMORY) if plan.chip.is_gpu else ASSUMPTIONS
+    """What the numbers of a plan rest on, a paragraph each."""
+    return (*_ASSUMPTIONS, _GPU_MEMORY) if plan.chip.is_gpu else _ASSUMPTIONS
 
 
 def scaled(value: float, unit: str, base: int = 1000) -> str:
     """A quantity with the prefix that suits it: "1.05 TB" in powers of 1000, "15.75 GiB" in those of 1024."""
-    prefixes = {
-        1000: ("n", "u", "m", "", "k", "M", "G", "T", "P"),
-        1024: ("", "", "", "", "Ki", "Mi", "Gi", "Ti", "Pi"),
-    }
+    prefixes = {-3: "n", -2: "u", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}
     power = math.floor(math.log(value, base) + 1e-9) if value else 0
     power = min(max(power, -3 if base == 1000 else 0), 5)
     number = value / base**power
     decimals = 2 if base == 1024 or number < 10 else 1 if number < 100 else 0
-    return f"{number:,.{decimals}f} {prefixes[base][power + 3]}{unit}"
+    prefix = prefixes[power].upper() + "i" if base == 1024 and power else prefixes[power]
+    return f"{number:,.{decimals}f} {prefix}{unit}"

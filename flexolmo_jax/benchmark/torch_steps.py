@@ -1,10 +1,9 @@
 """The same steps by transformers and PyTorch, as fast as their own switches make them.
 
-Frozen parameters have `requires_grad` off and, in mixed precision, lie in the dtype in which frozen leaves are held.
-Of the expert step, where transformers holds the anchor's kernels and the expert's in one tensor: the `eager`
-implementation, which takes one expert after the other, is given a list of two parameters instead, the anchor's frozen;
-the others need one tensor, so that they compute the gradient of both halves and train both (a tensor put together of
-two in each step takes them as long).
+Frozen parameters have `requires_grad` off and, in mixed precision, the dtype of frozen leaves. transformers holds the
+kernels of the anchor and the expert in one tensor. In the expert step the `eager` implementation gets a list of two
+parameters instead, the anchor's frozen; the others need one tensor, so that they train both halves (joining two tensors
+in each step takes them as long).
 """
 
 import time
@@ -14,16 +13,16 @@ import psutil
 import torch
 import transformers
 
-from flexolmo_jax.benchmark.subject import Spec
+from flexolmo_jax.benchmark.worker import Spec
 from flexolmo_jax.errors import UserError
 
-# Parts of the names of what a step trains.
+# What the names of the parameters that a step trains contain.
 TRAINED = {"anchor": [""], "joint": [""], "expert": ["mlp."], "router": ["mlp.gate."]}
 TRAINED_OF_LISTS = ["mlp.gate.", "proj.1"]
 
 
 class TrainStep:
-    """A `Subject`: forward pass, cross-entropy, backward pass, clipping and AdamW."""
+    """A `worker.Step`: forward pass, cross-entropy, backward pass, clipping and AdamW."""
 
     def __init__(self, spec: Spec):
         """Reads the configuration; nothing is computed yet."""
@@ -33,7 +32,7 @@ class TrainStep:
     def build(self) -> dict[str, Any]:
         """Makes a model and takes a step, which compiles it where that is asked for."""
         data, optimizer = self._config["data"], self._config["optimizer"]
-        check_memory(self._spec, rows=data["batch_size"] // data["accumulate"] * data["sequence_length"])
+        check_memory(self._spec, data["batch_size"] // data["grad_accum_steps"] * data["sequence_length"])
         torch.manual_seed(self._config["seed"])
         with torch.device(self._device):
             model = random_model(self._spec).train()
@@ -50,19 +49,22 @@ class TrainStep:
             fused=True,
         )
         self._forward = torch.compile(model) if self._spec.compiled else model
+        return self._first_step(tokens=self._tokens.numel())
+
+    def _first_step(self, tokens: int) -> dict[str, Any]:
+        """Takes a step; returns what `build` does."""
         start = time.perf_counter()
         self.step()
         self.wait()
-        seconds = time.perf_counter() - start
-        return {"platform": self._device, "compile_seconds": seconds, "tokens": self._tokens.numel()}
+        return {"platform": self._device, "compile_seconds": time.perf_counter() - start, "tokens": tokens}
 
     def step(self) -> None:
         """Takes a step."""
-        dtype, parts = getattr(torch, self._config["compute"]["dtype"]), self._config["data"]["accumulate"]
-        for rows in self._tokens.chunk(parts):
+        dtype, count = getattr(torch, self._config["compute"]["dtype"]), self._config["data"]["grad_accum_steps"]
+        for tokens in self._tokens.chunk(count):
             with torch.autocast(self._device, dtype, enabled=dtype != torch.float32):
-                loss = self._forward(input_ids=rows, labels=rows, use_cache=False).loss
-            (loss / parts).backward()
+                loss = self._forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+            (loss / count).backward()
         if self._config["optimizer"]["clip_norm"]:
             torch.nn.utils.clip_grad_norm_(self._trained, self._config["optimizer"]["clip_norm"])
         self._optimizer.step()
@@ -73,36 +75,26 @@ class TrainStep:
         if self._device == "cuda":
             torch.cuda.synchronize()
 
-    def token(self) -> float:
-        """Not measured."""
-        raise NotImplementedError
-
-    limit = token
-
     def device_memory(self) -> int | None:
         """Peak bytes in use on the device."""
         return torch.cuda.max_memory_allocated() if self._device == "cuda" else None
 
 
 class Generation(TrainStep):
-    """A `Subject`: greedy `generate`, from prompts of half a row to a whole one."""
+    """A `worker.Step`: greedy `generate`, from prompts of half a sequence to a whole one."""
 
     def build(self) -> dict[str, Any]:
         """Makes a model and generates once, which compiles it where that is asked for."""
-        rows, length = self._config["data"]["batch_size"], self._config["data"]["sequence_length"]
-        check_memory(self._spec, rows=rows * length)
+        batch, length = self._config["data"]["batch_size"], self._config["data"]["sequence_length"]
+        check_memory(self._spec, batch * length)
         torch.manual_seed(self._config["seed"])
         self._new = length // 2
         with torch.device(self._device):
             self._model = random_model(self._spec).to(getattr(torch, self._config["compute"]["dtype"])).eval()
-            self._prompts = torch.randint(self._config["model"]["vocab_size"], (rows, length - self._new))
+            self._prompts = torch.randint(self._config["model"]["vocab_size"], (batch, length - self._new))
         if self._spec.compiled:
             self._model.forward = torch.compile(self._model.forward)
-        start = time.perf_counter()
-        self.step()
-        self.wait()
-        seconds = time.perf_counter() - start
-        return {"platform": self._device, "compile_seconds": seconds, "tokens": rows * self._new}
+        return self._first_step(tokens=batch * self._new)
 
     def step(self) -> None:
         """Generates."""
@@ -145,27 +137,27 @@ def freeze(model: transformers.PreTrainedModel, spec: Spec) -> None:
     if spec.step == "expert" and spec.experts == "eager":
         trained = TRAINED_OF_LISTS
         for layer in model.model.layers:
-            _split(layer.mlp.experts)
+            _split_experts(layer.mlp.experts)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in trained))
+        parameter.requires_grad_(any(substring in name for substring in trained))
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, spec.config["compute"]["frozen_dtype"]))
 
 
-def _split(experts: torch.nn.Module) -> None:
-    """Puts a list of parameters, one for each expert, in place of each tensor of all experts."""
+def _split_experts(experts: torch.nn.Module) -> None:
+    """Replaces each tensor of all experts by a list of parameters, one for each expert."""
     for name, stacked in list(experts.named_parameters()):
         delattr(experts, name)
-        setattr(experts, name, torch.nn.ParameterList(torch.nn.Parameter(one.clone()) for one in stacked.detach()))
+        setattr(experts, name, torch.nn.ParameterList(torch.nn.Parameter(x.clone()) for x in stacked.detach()))
 
 
-def check_memory(spec: Spec, rows: int) -> None:
-    """Refuses `batched_mm` where its copies of kernels, for each of `rows` tokens those of its experts, do not fit.
+def check_memory(spec: Spec, tokens: int) -> None:
+    """Refuses `batched_mm` if its copies of kernels, for each token those of its experts, do not fit.
 
     The copies of all layers are kept for the backward pass; generation keeps those of one layer.
     """
     model, top_k = spec.config["model"], 2 if spec.step == "expert" else spec.config["moe"]["top_k"]
     layers = 1 if spec.step == "decode" else model["num_layers"]
-    needed = 4 * layers * rows * top_k * 3 * model["d_model"] * model["d_ff"]
+    needed = 4 * layers * tokens * top_k * 3 * model["d_model"] * model["d_ff"]
     if spec.experts == "batched_mm" and needed > psutil.virtual_memory().available / 2:
         raise UserError(f"would copy {needed / 2**30:.0f} GiB of kernels")

@@ -1,0 +1,77 @@
+"""Tables of what a benchmark measured."""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from flexolmo_jax.benchmark.run import FLEXOLMO, Metrics
+from flexolmo_jax.tables import plain_table
+
+_GIB = 2**30
+
+
+def steps_table(results: Sequence[Metrics]) -> Table:
+    """What this program takes for each step, and what the machine could do."""
+    memory = _memory_columns(results)
+    table = plain_table("step", ("tokens/s", "step, ms", "FLOP/s", "of the limit", "limit", "compiled in, s", *memory))
+    for result in results:
+        side = result["sides"][FLEXOLMO]
+        limit, unit = statistics.median(side["limit"]), "B/s" if "bytes" in side else "FLOP/s"
+        table.add_row(
+            Text(result["step"]),
+            f"{side['tokens_per_second']:,.1f}",
+            f"{1e3 * side['step_seconds']:,.1f}",
+            _rate(side["flops_per_second"], "FLOP/s"),
+            f"{side['share_of_limit']:.0%}",
+            f"{_rate(limit, unit)} ({side['limit_of']})",
+            f"{side['compile_seconds']:.1f}",
+            *(f"{side[key] / _GIB:.2f}" for key in memory.values()),
+        )
+    return table
+
+
+def limit_notes(results: Sequence[Metrics]) -> list[str]:
+    """A sentence for each step above its limit, which explains how it could be."""
+    reasons = {
+        True: "weights of a small model are read from caches, which are faster than the memory that the limit is of",
+        False: "the limit is a matmul in turns with the step, and the machine was less busy while the step ran",
+    }
+    sides = ((result["step"], result["sides"][FLEXOLMO]) for result in results)
+    return [
+        f"{step}: a share above 100% is no error; {reasons['bytes' in side]}."
+        for step, side in sides
+        if side["share_of_limit"] > 1
+    ]
+
+
+def versus_table(result: Metrics) -> Table:
+    """The sides of a step: this program, then those that it is least ahead of, with its ratios to them.
+
+    Of tokens/s a ratio above 1 speaks for this program; of memory, one below 1.
+    """
+    sides, memory = dict(result["sides"]), _memory_columns([result])
+    reference = sides.pop(FLEXOLMO)
+    columns = [column for title in ("tokens/s", *memory) for column in (title, "ours / it")]
+    table = plain_table(result["step"], columns)
+    values = [reference["tokens_per_second"], *(reference[key] / _GIB for key in memory.values())]
+    table.add_row(FLEXOLMO, *itertools.chain(*((f"{value:,.2f}", "") for value in values)))
+    for name, side in sorted(sides.items(), key=lambda item: item[1]["ratio"]):
+        cells = [f"{side['tokens_per_second']:,.2f}", f"{side['ratio']:.2f}"]
+        for key in memory.values():
+            cells += [f"{side[key] / _GIB:,.2f}", f"{reference[key] / side[key]:.2f}"]
+        table.add_row(Text(f"transformers, {name}"), *cells)
+    return table
+
+
+def _memory_columns(results: Sequence[Metrics]) -> dict[str, str]:
+    """Titles of the columns of memory, and the metrics they show."""
+    if any("device_peak_bytes" in result["sides"][FLEXOLMO] for result in results):
+        return {"peak of the device, GiB": "device_peak_bytes"}
+    return {"peak memory, GiB": "peak_bytes", "above libraries, GiB": "peak_bytes_above_libraries"}
+
+
+def _rate(value: float, unit: str) -> str:
+    return f"{value / 1e12:,.1f} T{unit}" if value >= 1e12 else f"{value / 1e9:,.1f} G{unit}"
