@@ -1,13 +1,11 @@
-"""One bucket for all short sequences: lengths share compiled programs."""
-
-from unittest import mock
+"""An engine that compiles few programs, and those fast."""
 
 import pytest
 
-from flexolmo_jax.inference import engine
+from tests.support.fast_engine import fast_engine
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _share_programs():
-    with mock.patch.object(engine, "MIN_BUCKET", 64):
+def _fast_engine():
+    with fast_engine():
         yield

@@ -3,18 +3,17 @@
 import contextlib
 import itertools
 import threading
-from unittest import mock
 
 import numpy as np
 import pytest
 
 from flexolmo_jax.data.tokenizer import byte_tokenizer
-from flexolmo_jax.inference import engine as engine_module
 from flexolmo_jax.inference.request import Continuation, Update
 from flexolmo_jax.serving.logprobs import TokenStrings
 from flexolmo_jax.serving.scheduler import Scheduler
 from flexolmo_jax.serving.schema import Served
 from flexolmo_jax.serving.server import Server, address, listen
+from tests.support.fast_engine import fast_engine
 
 PATIENCE = 600  # seconds before a test that hangs gives up
 
@@ -111,9 +110,8 @@ def _setter(event):
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _share_programs():
-    """One bucket for all short sequences: lengths share compiled programs."""
-    with mock.patch.object(engine_module, "MIN_BUCKET", 64):
+def _fast_engine():
+    with fast_engine():
         yield
 
 

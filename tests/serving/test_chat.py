@@ -48,8 +48,8 @@ def bytes_with(*names):
     return Tokenizer(backend, 256)
 
 
-def pieces():
-    """Like Llama 2: a space before the text, pieces of words, bytes for the rest."""
+def fallback():
+    """Like Llama 2: a space before the text, fallback of words, bytes for the rest."""
     vocabulary = [
         "<unk>",
         "<s>",
@@ -65,7 +65,7 @@ def pieces():
         "ll",
     ]
     merges = [("▁", "h"), ("▁h", "e"), ("l", "l")]
-    ids = {piece: id for id, piece in enumerate(vocabulary)}
+    ids = {chunk: id for id, chunk in enumerate(vocabulary)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -74,7 +74,7 @@ def pieces():
 
 
 def prepending():
-    tokenizer = pieces()
+    tokenizer = fallback()
     tokenizer.backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.backend.normalizer = normalizers.Sequence(steps)
@@ -83,7 +83,7 @@ def prepending():
 
 TOKENIZERS = {
     "bytes": bytes_with("<|im_start|>", "<|im_end|>", "<s>", "</s>"),
-    "pieces": pieces(),
+    "fallback": fallback(),
     "prepending": prepending(),
 }
 
@@ -120,7 +120,7 @@ def test_a_special_token_that_is_quoted_stays_text():
 
 
 def test_turns_that_quote_nothing_are_as_transformers_has_them_beside_one_that_does():
-    tokenizer = TOKENIZERS["pieces"]
+    tokenizer = TOKENIZERS["fallback"]
     template = ChatTemplate("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}", tokenizer, {})
     quoting = template.encode([{"role": "user", "content": "hello"}, {"role": "user", "content": "</s> hello"}])
     plain = template.encode([{"role": "user", "content": "hello"}, {"role": "user", "content": "hello"}])

@@ -13,7 +13,7 @@ WORDS = {"<s>": 0, "▁a": 1, "▁b": 2, "c": 3, "<0xE2>": 4, "<0x80>": 5, "<0x9
 
 
 def fallback():
-    """Pieces with "▁" for a space, and bytes, as Llama 2 has them."""
+    """Subwords with "▁" for a space, and bytes, as Llama 2 has them."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=WORDS, merges=[], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
@@ -91,14 +91,14 @@ def told(ids, top_ids):
 
 def test_objects_are_those_of_openai():
     strings = TokenStrings(byte_tokenizer())
-    given = told([98, 0xE2], [[97, 98], [0xE2, 0xE3]])
-    assert completion_logprobs(given, strings, [3, 4]) == {
+    logprobs = told([98, 0xE2], [[97, 98], [0xE2, 0xE3]])
+    assert completion_logprobs(logprobs, strings, [3, 4]) == {
         "tokens": ["b", "bytes:\\xe2"],
         "token_logprobs": [-1, -2],
         "top_logprobs": [{"a": -1, "b": -2}, {"bytes:\\xe2": -3, "bytes:\\xe3": -4}],
         "text_offset": [3, 4],
     }
-    first, second = chat_logprobs(given, strings)["content"]
+    first, second = chat_logprobs(logprobs, strings)["content"]
     assert first == {
         "token": "b",
         "logprob": -1,
@@ -109,9 +109,9 @@ def test_objects_are_those_of_openai():
 
 
 def test_what_has_no_log_probability_is_null_and_the_token_itself_is_always_among_the_likeliest():
-    given = told([256, 99], [[-1, -1], [97, 98]])
-    given.chosen_N[0] = np.nan
-    found = completion_logprobs(given, TokenStrings(byte_tokenizer()), [0, 0])
+    logprobs = told([256, 99], [[-1, -1], [97, 98]])
+    logprobs.chosen_N[0] = np.nan
+    found = completion_logprobs(logprobs, TokenStrings(byte_tokenizer()), [0, 0])
     assert found["token_logprobs"] == [None, -2]
     assert found["top_logprobs"] == [None, {"a": -3, "b": -4, "c": -2}]
 

@@ -1,4 +1,4 @@
-"""A served model, scored by the harness's own `local-completions`, has the figures of the model in this process."""
+"""A served model, scored by the harness's own `local-completions`, has the metrics of the model in this process."""
 
 import pytest
 
@@ -69,7 +69,7 @@ class Client(LocalCompletionsAPI):
         return LocalCompletionsAPI.parse_logprobs(outputs, **arguments)
 
 
-def test_figures_are_those_of_the_model_in_this_process(home, model, served, monkeypatch):
+def test_metrics_are_those_of_the_model_in_this_process(home, model, served, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     client = Client(
