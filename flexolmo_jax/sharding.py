@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -11,18 +11,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexolmo_jax.errors import UserError
 
+if TYPE_CHECKING:
+    Device = Any  # to type checkers, jax.Device is a variable
+else:
+    Device = jax.Device
+
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 # A rule is (logical axis, mesh axes): one mesh axis, several, or None for "not sharded".
 Rules = Sequence[tuple[str, str | Sequence[str] | None]]
 
 
-def platform_of(device: jax.Device) -> str:
+def platform_of(device: Device) -> str:
     """The platform of a device: "cpu", "gpu", "hopper" (GPUs of compute capability 9.0) or "tpu"."""
     return "hopper" if getattr(device, "compute_capability", "") == "9.0" else device.platform
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
     """Builds the mesh over all devices.
 
     Args:
@@ -48,7 +53,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(_arrange(shape, devices, described), MESH_AXES, axis_types=axis_types)
 
 
-def _arrange(shape: Sequence[int], devices: Sequence[jax.Device], described: str) -> np.ndarray:
+def _arrange(shape: Sequence[int], devices: Sequence[Device], described: str) -> np.ndarray:
     """Arranges devices in an array of that shape; neighbors on an axis are neighbors in the network if possible.
 
     The network between slices is slower than within one: only the axis "data", copies of the parameters, spans slices.

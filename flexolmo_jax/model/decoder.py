@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         rotary = RotaryEmbedding.of(positions_BxS, arch.head_dim, arch.rope_theta)
         context = (segment_ids_BxS, positions_BxS, rotary, expert_mask)
         blocks = self._scanned_blocks if self.compute.scan_layers else self._separate_blocks
-        x_BxSxD, (*routing, cache) = blocks(x_BxSxD, context, cache)
+        x_BxSxD, (router_logits, router_weights, cache) = blocks(x_BxSxD, context, cache)
 
         x_BxSxD = RMSNorm(arch.norm_eps, name="final_norm")(x_BxSxD)
         if arch.tied_embeddings:
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
             preferred_element_type=jnp.float32,
         )
         logits_BxSxV = sharding.constrain(logits_BxSxV, ("batch", "length", "vocab"), rules)
-        return Output(x_BxSxD, logits_BxSxV, *routing, cache)
+        return Output(x_BxSxD, logits_BxSxV, router_logits, router_weights, cache)
 
     def head(self, params: Mapping[str, jax.Array]) -> jax.Array:
         """The head [d_model, vocab] of flat parameters, in the dtype of the computation, gathered over fsdp."""
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
                 Block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # its declared type is too narrow
                 length=self.architecture.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
@@ -205,14 +205,15 @@ class Decoder(nn.Module):
         outputs = []
         for i in range(self.architecture.num_layers):
             block = Block(self.architecture, self.layout, self.compute, name=f"blocks_{i}")
-            x_BxSxD, output = block(x_BxSxD, *context, cache[i] if cache else None)
+            x_BxSxD, output = block(x_BxSxD, *context, cache=cache[i] if cache else None)
             outputs.append(output)
         logits, weights, cache = zip(*outputs, strict=True)
         return x_BxSxD, (jnp.stack(logits), jnp.stack(weights), cache)
 
     def apply_flat(self, params: dict[str, jax.Array], *args: Any, **kwargs: Any) -> Output:
         """Calls the decoder with a flat dict of parameters, {path: leaf}."""
-        return self.apply({"params": traverse_util.unflatten_dict(params, sep="/")}, *args, **kwargs)
+        variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
+        return cast(Output, self.apply(variables, *args, **kwargs))
 
     def init_flat(self, key: jax.Array) -> dict[str, jax.Array]:
         """Fresh parameters as a flat dict {path: float32 leaf}."""

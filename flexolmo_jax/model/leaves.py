@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def parameter(
     init: nn.initializers.Initializer = DEFAULT_INIT,
 ) -> jax.Array:
     """Declares a float32 parameter of a Flax module; arguments as in `Leaf`."""
-    return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
+    boxed_init = nn.with_logical_partitioning(init, tuple(axes))
+    return cast(jax.Array, module.param(name, boxed_init, tuple(shape), jnp.float32))
 
 
 def parameters(module: nn.Module, leaves: Mapping[str, Leaf], stack: tuple[int, ...] = ()) -> dict[str, jax.Array]:

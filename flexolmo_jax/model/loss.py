@@ -57,7 +57,9 @@ def head_loss(
     """
 
     def add(sums, slices):
-        return jax.tree.map(jnp.add, sums, _chunk_loss(*slices, head_DxV, z_weight)[0]), None
+        hidden_BxWxD, targets_BxW, mask_BxW = slices
+        losses, _ = _chunk_loss(hidden_BxWxD, targets_BxW, mask_BxW, head_DxV, z_weight)
+        return jax.tree.map(jnp.add, sums, losses), None
 
     return jax.lax.scan(add, _zero_loss(), _split_chunks(chunk, hidden_BxSxD, targets_BxS, mask_BxS))[0]
 
@@ -68,7 +70,8 @@ def _forward(hidden_BxSxD, head_DxV, targets_BxS, mask_BxS, z_weight, chunk):
     def add(total, slices):
         sums, d_head_DxV = total
         hidden_BxWxD, targets_BxW, mask_BxW = slices
-        losses, (exponentials_BxWxV, sum_BxW, log_normalizer_BxW) = _chunk_loss(*slices, head_DxV, z_weight)
+        losses, softmax = _chunk_loss(hidden_BxWxD, targets_BxW, mask_BxW, head_DxV, z_weight)
+        exponentials_BxWxV, sum_BxW, log_normalizer_BxW = softmax
         # d loss / d logits = mask * ((1 + 2 z_weight log_normalizer) softmax - one-hot target)
         factor_BxW = mask_BxW * (1 + 2 * z_weight * log_normalizer_BxW) / sum_BxW
         d_logits_BxWxV = exponentials_BxWxV * factor_BxW[..., None]

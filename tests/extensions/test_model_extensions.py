@@ -56,9 +56,13 @@ def architectures(monkeypatch):
 )
 def test_an_extension_trains_merges_opts_out_evaluates_and_generates(tmp_path, field, name, leaves):
     corpus = write_words(tmp_path / "corpus", seed=0)
-    options = {"data__train": str(corpus.path), "steps": 2, "checkpoint__every": 2, "data__batch_size": 4}
-    anchor = train(make_config("anchor", **options, **{f"model__{field}": name}), tmp_path / "anchor").product
-    news = train(make_config("expert", **options, start_from=str(anchor), expert="news"), tmp_path / "news").product
+    options = {"data__train": str(corpus.path), "steps": 2, "checkpoint__every": 2}
+
+    def run(kind, directory, **values):
+        return train(make_config(kind, **options, **values), tmp_path / directory).product
+
+    anchor = run("anchor", "anchor", **{f"model__{field}": name})
+    news = run("expert", "news", start_from=str(anchor), expert="news")
     law = small.contribution(tmp_path / "law", anchor, seed=1)
     trained = small.read_params(news)
     assert trained.keys() == leaves
@@ -66,7 +70,8 @@ def test_an_extension_trains_merges_opts_out_evaluates_and_generates(tmp_path, f
         assert not np.array_equal(trained[leaf], initial), leaf
 
     merge(anchor, [news, law], tmp_path / "merged", top_k=2)
-    opt_out(tmp_path / "merged", ["law"], tmp_path / "without")
+    tuned = run("router", "tuned", start_from=str(tmp_path / "merged")) if field == "router" else tmp_path / "merged"
+    opt_out(tuned, ["law"], tmp_path / "without")
     merge(anchor, [news], tmp_path / "expected", top_k=2)
     small.assert_same_leaves(small.read_params(tmp_path / "without"), small.read_params(tmp_path / "expected"))
 

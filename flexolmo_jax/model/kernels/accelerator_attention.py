@@ -4,7 +4,7 @@ The arguments are those of `causal_attention`.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.extend.core
@@ -74,7 +74,7 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax
     return jax.vmap(kernel)(*heads_first, splash_attention.SegmentIds(segment_ids, segment_ids)).swapaxes(1, 2)
 
 
-def _splash_kernel(length: int, heads: int) -> Callable[..., jax.Array]:
+def _splash_kernel(length: int, heads: int) -> Callable[..., Any]:
     block = next(size for size in range(min(length, SPLASH_BLOCK), 0, -LANES) if length % size == 0)
     sizes = splash_attention.BlockSizes(
         block_q=block,

@@ -64,7 +64,7 @@ def _attend_backward(
     shared_HxGxSx1 = shared_SxQ.T.reshape(log_normalizer_HxGxSx1.shape)
     # Scores are [keys, queries]: they are the left operand of two matmuls, neither of which needs a transpose.
     length = key_HxSxC.shape[1]
-    d_query, d_key_HxSxC, d_value_HxSxC = [], 0.0, 0.0
+    d_query, d_key_HxSxC, d_value_HxSxC = [], jnp.float32(0), jnp.float32(0)
     for block, visible_YxT in _blocks(query_HxGxSxC, segment_ids_S):
         key_HxTxC, value_HxTxC = key_HxSxC[:, : block.stop], value_HxSxC[:, : block.stop]
         query_HxYxC, d_out_HxYxC = _block(query_HxGxSxC, block), _block(d_out_HxGxSxC, block)
