@@ -276,7 +276,7 @@ def changed(directory, name):
         ),
         (
             "model.layers.0.mlp.experts.0.down_proj.weight",
-            ["model.layers.0.mlp.experts.0.down_proj.weight", "--anchor"],
+            ["model.layers.0.mlp.experts.0.down_proj.weight", "give the anchor"],
         ),
         ("model.embed_tokens.weight", ["model.embed_tokens.weight is not the anchor's"]),
         ("model.layers.1.mlp.gate.weight", ["router weights", "not those of"]),
@@ -308,8 +308,8 @@ def test_the_model_card(home, tmp_path):
     front, page = page.removeprefix("---\n").split("\n---\n", 1)
     assert front.splitlines()[:3] == ['license: "none"', "library_name: transformers", "pipeline_tag: text-generation"]
     news = manifest.experts[2]
-    per_expert = sum(np.prod(shape) for path, shape in small.shapes().items() if "/mixture/" in path)
-    shared = sum(np.prod(shape) for path, shape in small.shapes().items() if "/mixture/" not in path)
+    per_expert = sum(np.prod(shape) for path, shape in small.shapes().items() if "/moe/" in path)
+    shared = sum(np.prod(shape) for path, shape in small.shapes().items() if "/moe/" not in path)
     assert f"| news | `{news.digest[:12]}` | {per_expert:,} | 10 | 20 | none | data of news |" in page
     assert f"{shared + 3 * per_expert:,} parameters" in page
     assert f"- anchor: `{manifest.anchor_digest}`" in page

@@ -36,7 +36,6 @@ CASES = {
     "top-1 of 3, normalised, tied": (3, 1, 1, True, True),
     "top-3 of 8, normalised": (8, 3, 2, True, False),
     "top-5 of 7": (7, 5, 4, False, False),
-    "all of 4, normalised": (4, 4, 2, True, False),
 }
 GENERATED = "top-5 of 7"  # the case in which text is written here too
 NEW = 32
