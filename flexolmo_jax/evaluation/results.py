@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -30,7 +31,7 @@ def bits_per_byte_table(bits_per_byte: Scores, corpora: Sequence[str]) -> Table:
     return table
 
 
-def loss_table(losses: Mapping[str, Mapping[str, float]]) -> Table:
+def loss_table(losses: Mapping[str, Mapping[str, Any]]) -> Table:
     """One line per corpus.
 
     Args:
