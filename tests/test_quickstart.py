@@ -18,7 +18,7 @@ def run(*arguments, cwd):
     script = ["bash", str(ROOT / "launch" / "quickstart.sh")]
     python = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
     command = script if pathlib.Path(sys.prefix) == ROOT / ".venv" else python
-    # The package need not be installed. Unoptimized programs take less time to compile than they save here.
+    # The package need not be installed. Unoptimized programs compile faster, and run only a few steps here.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 

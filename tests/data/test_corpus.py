@@ -181,7 +181,7 @@ def test_a_failing_source_leaves_nothing(tmp_path):
 
 
 def test_an_existing_directory_is_kept(corpus):
-    with pytest.raises(UserError, match=f"^--out={corpus.path}: exists already"):
+    with pytest.raises(UserError, match=f"^{corpus.path}: exists already"):
         write_corpus(corpus.path, ["other"], byte_tokenizer())
     assert [document.tolist() for document in corpus] == DOCUMENTS
 
