@@ -64,7 +64,7 @@ def patterns(value: Sequence[str]) -> str:
     return ""
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{dotted key: value} of a configuration and its sections."""
     flat = {}
     for name, value in config.items():
