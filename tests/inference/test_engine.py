@@ -152,7 +152,9 @@ def test_shares_are_the_weights_of_the_experts_that_computed_the_text(model):
 def test_a_stop_string_ends_a_request_at_its_token_whatever_the_steps(model, max_steps):
     request = Request([256, *b"stop"], 40, temperature=1.0, seed=3)
     whole = finish_one(model, request)
-    stop = whole.text[6:9]
+    # Of whole characters, since half of one decodes to a replacement character until its other bytes come.
+    pairs = (whole.text[i : i + 2] for i in range(3, len(whole.text) - 1))
+    stop = next(pair for pair in pairs if pair.isascii())
     end = whole.text.index(stop)
     found = finish_one(model, dataclasses.replace(request, stop=("never seen", stop)), max_steps)
     assert found.text == whole.text[:end]
