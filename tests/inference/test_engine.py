@@ -130,8 +130,8 @@ def test_a_cache_that_grows_changes_nothing(model, monkeypatch):
     lengths, found = run()
     assert len(lengths) > 2
     assert max(lengths) <= 2 * length
-    for one, other in zip(found, expected, strict=True):
-        assert_same(one, other)
+    for actual, other in zip(found, expected, strict=True):
+        assert_same(actual, other)
 
 
 def test_shares_are_the_weights_of_the_experts_that_computed_the_text(model):

@@ -133,7 +133,7 @@ def plain_penalties(sequence, prompt, written, repetition, presence, frequency):
     return sequence
 
 
-def written_rows():
+def written_sequences():
     """(tokens by position, where continuations start, positions of last tokens); what lies beyond is left over."""
     rng = np.random.default_rng(5)
     tokens, start = rng.integers(0, VOCAB, (SEQUENCES, 24)), np.array([3, 1, 8, 5, 12, 6])
@@ -141,7 +141,7 @@ def written_rows():
 
 
 def test_penalties_are_those_of_a_plain_loop():
-    x, (tokens, start, position) = logits(1), written_rows()
+    x, (tokens, start, position) = logits(1), written_sequences()
     penalized = jax.jit(penalize)(x, settings(0, penalties=np.transpose(PENALTIES)), tokens, start, position)
     for sequence, values in enumerate(PENALTIES):
         ids = tokens[sequence].tolist()
@@ -154,7 +154,7 @@ def test_penalties_are_those_of_a_plain_loop():
 
 def test_repetition_penalty_and_min_p_are_those_of_transformers():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    x, (tokens, start, position) = logits(2), written_rows()
+    x, (tokens, start, position) = logits(2), written_sequences()
     for sequence in range(SEQUENCES):
         ids = torch.tensor(tokens[sequence : sequence + 1, : position[sequence] + 1])
         expected = transformers.RepetitionPenaltyLogitsProcessor(1.7)(ids, torch.tensor(x[sequence : sequence + 1]))

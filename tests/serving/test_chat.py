@@ -96,13 +96,13 @@ def test_ids_are_those_of_transformers(kind, template):
     special = SPECIAL if kind == "bytes" else {"bos_token": "<s>", "eos_token": "</s>"}
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     backend.encode_special_tokens = False
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    theirs.chat_template = template
-    ours = ChatTemplate(template, tokenizer, special)
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    reference.chat_template = template
+    chat_template = ChatTemplate(template, tokenizer, special)
     for conversation in CONVERSATIONS:
         for prompted in (True, False):
-            expected = theirs.apply_chat_template(conversation, add_generation_prompt=prompted, return_dict=False)
-            assert ours.encode(conversation, prompted) == expected
+            expected = reference.apply_chat_template(conversation, add_generation_prompt=prompted, return_dict=False)
+            assert chat_template.encode(conversation, prompted) == expected
 
 
 def test_a_special_token_that_is_quoted_stays_text():

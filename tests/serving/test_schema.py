@@ -239,8 +239,8 @@ def test_another_model_is_not_found():
 def read_chat(**fields):
     """A chat whose turns end at token 259 too."""
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", byte_tokenizer(), {}, [EOS, 259])
-    given = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | fields
-    return parse_chat(json.dumps(given).encode(), dataclasses.replace(SERVED, chat=template))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | fields
+    return parse_chat(json.dumps(body).encode(), dataclasses.replace(SERVED, chat=template))
 
 
 def test_a_chat_fills_the_context_and_ends_at_every_token_that_ends_a_turn():

@@ -43,7 +43,7 @@ def model(home):
 @pytest.fixture(scope="module")
 def served(running, model):
     """The address of a server."""
-    given = {
+    options = {
         "names": ("merged",),
         "roster": tuple(model.roster),
         "encode": model.encode,
@@ -52,7 +52,7 @@ def served(running, model):
         "max_length": MAX_LENGTH,
         "keys": [KEY],
     }
-    with running(lambda: Engine(model, 1, MAX_LENGTH), queue=16, **given) as (url, _):
+    with running(lambda: Engine(model, 1, MAX_LENGTH), queue=16, **options) as (url, _):
         yield url
 
 
@@ -80,12 +80,12 @@ def test_metrics_are_those_of_the_model_in_this_process(home, model, served, mon
         max_length=MAX_LENGTH,
         batch_size=3,
     )
-    theirs = evaluate(client)
+    from_client = evaluate(client)
     # The client keeps one token of the length for what the server must write, and another that precedes a text.
-    ours = evaluate(FlexOlmoLM(model, max_length=MAX_LENGTH - 2))
+    in_process = evaluate(FlexOlmoLM(model, max_length=MAX_LENGTH - 2))
     compared = 0
     for task in harness_tasks.NAMES:
-        for our, their in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+        for our, their in zip(in_process["samples"][task], from_client["samples"][task], strict=True):
             if task == "local_generate":
                 if len(our["doc"]["text"]) + 16 < MAX_LENGTH - 2:  # else they cut in different places
                     assert our["resps"] == their["resps"]

@@ -68,11 +68,11 @@ def test_the_command_serves_until_it_is_told_to_end(anchor, end):
 
 
 def test_bad_flags_are_refused(anchor, taken, tmp_path):
-    given = [f"--model={anchor}"]
-    assert_refused(flexolmo("serve", *given, f"--port={taken}"), "serve", f"--port={taken}", "in use", "0 for any")
-    assert_refused(flexolmo("serve", *given, "--port=65536"), "serve", "--port=65536")
-    assert_refused(flexolmo("serve", *given, "--slots=0"), "serve", "--slots=0")
-    assert_refused(flexolmo("serve", *given, "--port=0", "--host=no.such.invalid"), "serve", "no.such.invalid")
+    options = [f"--model={anchor}"]
+    assert_refused(flexolmo("serve", *options, f"--port={taken}"), "serve", f"--port={taken}", "in use", "0 for any")
+    assert_refused(flexolmo("serve", *options, "--port=65536"), "serve", "--port=65536")
+    assert_refused(flexolmo("serve", *options, "--slots=0"), "serve", "--slots=0")
+    assert_refused(flexolmo("serve", *options, "--port=0", "--host=no.such.invalid"), "serve", "no.such.invalid")
     assert_refused(flexolmo("serve", f"--model={tmp_path}/nosuch", "--port=0"), "serve", f"--model={tmp_path}/nosuch")
 
 
