@@ -60,7 +60,7 @@ def test_steps_are_shown_in_a_table_and_written_as_json(tmp_path):
     assert expert["flops"] == train_step_flops(ARCHITECTURE, PAIR, trained, batch=2, length=16)
     assert decode["tokens"] == 2 * 8  # half of each sequence
     # The last six of the eight new tokens are timed by themselves: they see 13 positions on average.
-    assert decode["flops"] == decode_step_flops(ARCHITECTURE, Layout("stacked", 4, 2), lines=2, keys=13)
+    assert decode["flops"] == decode_step_flops(ARCHITECTURE, Layout("stacked", 4, 2), 2, keys=13)
     for side in (expert, decode):
         assert len(side["seconds"]) == len(side["limit"]) == 2
         assert side["tokens_per_second"] == pytest.approx(side["tokens"] / statistics.median(side["seconds"]))
