@@ -56,12 +56,12 @@ def architectures(monkeypatch):
 )
 def test_an_extension_trains_merges_opts_out_evaluates_and_generates(tmp_path, field, name, leaves):
     corpus = write_words(tmp_path / "corpus", seed=0)
-    options = {"data__train": str(corpus.path), "steps": 2, "checkpoint__every": 2}
+    options = {"data__train": str(corpus.path), "steps": 2, "checkpoint__every": 2, "data__sequence_length": 16}
 
     def run(kind, directory, **values):
-        return train(make_config(kind, **options, **values), tmp_path / directory).product
+        return train(make_config(kind, **options, **values), tmp_path / directory).output
 
-    anchor = run("anchor", "anchor", **{f"model__{field}": name})
+    anchor = run("anchor", "anchor", model__num_layers=1, **{f"model__{field}": name})
     news = run("expert", "news", start_from=str(anchor), expert="news")
     law = small.contribution(tmp_path / "law", anchor, seed=1)
     trained = small.read_params(news)
@@ -77,9 +77,9 @@ def test_an_extension_trains_merges_opts_out_evaluates_and_generates(tmp_path, f
 
     merged, without = (flexolmo_jax.load(tmp_path / directory) for directory in ("merged", "without"))
     losses = {
-        "merged": evaluate(merged, {"": corpus})[""].nats,
-        "masked": evaluate(merged, {"": corpus}, without=["law"])[""].nats,
-        "without": evaluate(without, {"": corpus})[""].nats,
+        "merged": evaluate(merged, {"": corpus}, length=32)[""].nats,
+        "masked": evaluate(merged, {"": corpus}, without=["law"], length=32)[""].nats,
+        "without": evaluate(without, {"": corpus}, length=32)[""].nats,
     }
     assert losses["masked"] == pytest.approx(losses["without"], rel=1e-5)
     assert math.isfinite(losses["merged"])
