@@ -5,6 +5,7 @@ name. What was published is identified by digests that stay; where a leaf was ca
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -344,7 +345,11 @@ Manifest = TypeVar("Manifest", ModelManifest, ContributionManifest)
 
 def write_manifest(file: epath.Path, manifest: ModelManifest | ContributionManifest) -> None:
     """Writes a manifest; once it is there, its directory is complete."""
-    file.write_text(json.dumps(manifest.document(), indent=2) + "\n")
+    with file.open("w") as stream:
+        stream.write(json.dumps(manifest.document(), indent=2) + "\n")
+        if "://" not in os.fspath(file):
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def read_manifest(kind: type[Manifest], file: epath.Path) -> Manifest:

@@ -253,9 +253,9 @@ def test_taking_a_model_apart_and_putting_it_together_gives_the_same(count):
     assert list(experts) == roster
     rebuilt = stack_experts(shared, experts)
     assert rebuilt.keys() == tree.keys()
-    parts = rebuilt[f"blocks/moe/{name}/up"]
+    slices = rebuilt[f"blocks/moe/{name}/up"]
     whole = (slice(None), slice(None))
-    values = parts.read(whole) if count == 1 else np.stack([part.read(whole) for part in parts], axis=1)
+    values = slices.read(whole) if count == 1 else np.stack([part.read(whole) for part in slices], axis=1)
     np.testing.assert_array_equal(values, tree[f"blocks/moe/{name}/up"])
     np.testing.assert_array_equal(rebuilt["head"].read(whole), tree["head"])
 

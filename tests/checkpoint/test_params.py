@@ -56,11 +56,11 @@ def plain_digest(name, values):
     chunk = digests.chunk_shape(values.shape, values.itemsize)
     header = json.dumps([name, values.dtype.name, list(values.shape), list(chunk)]).encode() + b"\n"
     places = np.ndindex(*(-(-length // step) for length, step in zip(values.shape, chunk, strict=True)))
-    parts = [
+    arrays = [
         values[tuple(slice(i * step, (i + 1) * step) for i, step in zip(place, chunk, strict=True))] for place in places
     ]
     little = values.dtype.newbyteorder("<")
-    chunks = [hashlib.sha256(part.astype(little).tobytes()).digest() for part in parts]
+    chunks = [hashlib.sha256(part.astype(little).tobytes()).digest() for part in arrays]
     return hashlib.sha256(header + b"".join(chunks)).hexdigest()
 
 
@@ -70,8 +70,8 @@ def test_chunks_cover_an_array_once_in_c_order(shape, itemsize):
     numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
     chunk = digests.chunk_shape(shape, itemsize)
     assert np.prod(chunk, dtype=int) * itemsize <= digests.CHUNK_BYTES
-    parts = [numbers[index].ravel() for index in digests.chunks(digests.whole(shape), chunk)]
-    np.testing.assert_array_equal(np.concatenate(parts), numbers.ravel())
+    arrays = [numbers[index].ravel() for index in digests.chunks(digests.whole(shape), chunk)]
+    np.testing.assert_array_equal(np.concatenate(arrays), numbers.ravel())
     # Edges along split axes are powers of two, and the largest that are small enough.
     split = [axis for axis in range(len(shape)) if chunk[axis] < shape[axis]]
     assert all(chunk[axis].bit_count() == 1 for axis in split)
@@ -83,8 +83,8 @@ def test_chunks_cover_an_array_once_in_c_order(shape, itemsize):
 @pytest.mark.parametrize("shape", [(5, 3), (2, 33), (7, 1, 9), (40,), (3, 4, 5)])
 def test_chunks_of_a_narrower_dtype_are_unions_of_those_of_a_wider_one(shape):
     wide, narrow = (digests.chunk_shape(shape, itemsize) for itemsize in (4, 2))
-    parts = [part for unit in digests.chunks(digests.whole(shape), narrow) for part in digests.chunks(unit, wide)]
-    assert parts == list(digests.chunks(digests.whole(shape), wide))
+    arrays = [part for unit in digests.chunks(digests.whole(shape), narrow) for part in digests.chunks(unit, wide)]
+    assert arrays == list(digests.chunks(digests.whole(shape), wide))
 
 
 def test_a_chunk_grid_is_that_of_the_format():
@@ -116,14 +116,14 @@ def test_orbax_restores_what_is_written(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_digests_are_those_of_hashlib_in_every_layout(tmp_path, dtype):
-    parts = [array((2, 3, 8), dtype, seed=i) for i in range(2)]
-    content = {"a/one": Slice(parts[0], None, ""), "a/both": [Slice(part, None, "") for part in parts]}
+    arrays = [array((2, 3, 8), dtype, seed=i) for i in range(2)]
+    content = {"a/one": Slice(arrays[0], None, ""), "a/both": [Slice(part, None, "") for part in arrays]}
     digests = write_tree(tmp_path / "tree", content, digest_name=lambda path: "gate")
-    expected = [plain_digest("gate", part) for part in parts]
+    expected = [plain_digest("gate", part) for part in arrays]
     assert digests == {"a/one": expected[0], "a/both": expected}
     stored = open_tree(tmp_path / "tree")["a/both"]
     assert [digest_slice(Slice(stored, i, ""), "gate") for i in range(2)] == expected
-    assert [digest_slice(Slice(jax.numpy.asarray(part), None, ""), "gate") for part in parts] == expected
+    assert [digest_slice(Slice(jax.numpy.asarray(part), None, ""), "gate") for part in arrays] == expected
 
 
 FOREIGN = {

@@ -53,8 +53,8 @@ def expected(home, names, dtype):
     anchor, owners = small.read_params(home / "anchor"), [small.read_params(home / name) for name in names]
     leaves = {path: x.astype(dtype) for path, x in anchor.items() if not path.startswith(ANCHOR)}
     for leaf in owners[0]:
-        parts = [anchor[ANCHOR + leaf], *(owner[leaf] for owner in owners)]
-        leaves[EXPERTS + leaf] = np.stack([part.astype(np.float32).astype(dtype) for part in parts], axis=1)
+        arrays = [anchor[ANCHOR + leaf], *(owner[leaf] for owner in owners)]
+        leaves[EXPERTS + leaf] = np.stack([part.astype(np.float32).astype(dtype) for part in arrays], axis=1)
     return leaves
 
 
