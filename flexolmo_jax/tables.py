@@ -1,5 +1,6 @@
 """Tables for the terminal, which also line up in a log."""
 
+import unicodedata
 from collections.abc import Sequence
 
 from rich import box
@@ -8,6 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 MISSING = "-"
+
+
+def printable(text: object) -> str:
+    """What someone else wrote, without what a terminal would obey: control characters are replaced, spaces kept."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" else c for c in str(text))
 
 
 def plain_table(first: str, columns: Sequence[str]) -> Table:

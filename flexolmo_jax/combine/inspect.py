@@ -16,6 +16,7 @@ from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.tables import printable
 
 
 def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table | None]:
@@ -108,7 +109,7 @@ def _roster(members: list[tuple[ExpertRecord, Mapping[str, Slice]]]) -> Table:
         card = expert.card
         tokens = card.get("trained_tokens")
         trained = f"{tokens:,}" if isinstance(tokens, int) else "-"
-        words = "; ".join(str(card[key]) for key in ("description", "license") if card.get(key)) or "-"
+        words = "; ".join(printable(card[key]) for key in ("description", "license") if card.get(key)) or "-"
         name = expert.name if expert.owner_name == expert.name else f"{expert.name} (its owner's {expert.owner_name})"
         # Text: what an owner wrote is no markup.
         table.add_row(Text(name), expert.digest[:12], f"{_parameters(leaves):,}", trained, Text(words))

@@ -8,6 +8,7 @@ from flexolmo_jax.checkpoint.manifests import Casts, ExpertRecord, ModelManifest
 from flexolmo_jax.combine.opt_out import imported_experts
 from flexolmo_jax.interop import parity
 from flexolmo_jax.interop.architectures import HuggingFaceArchitecture
+from flexolmo_jax.tables import printable
 
 CARD_FILE = "README.md"
 # Of a data card, the keys that have a column or a sentence of their own.
@@ -221,7 +222,7 @@ def _number(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     """Text for a cell of a table, on one line."""
-    return " ".join(_words(value).split()).replace("|", "\\|") if value not in (None, "") else "-"
+    return " ".join(printable(_words(value)).split()).replace("|", "\\|") if value not in (None, "") else "-"
 
 
 def _words(value: Any) -> str:

@@ -37,6 +37,14 @@ def test_says_what_a_directory_is(home, name, words):
     assert "not checked" in flexolmo("inspect", home / name, "--nocheck").out
 
 
+def test_a_card_cannot_control_the_terminal(home, tmp_path):
+    card = {"description": "a\x1b]0;title\x07 b\u202ec\x9b2J", "license": "none"}
+    small.contribution(tmp_path / "law", home / "anchor", name="law", card=card)
+    result = flexolmo("inspect", tmp_path / "law")
+    assert result.status == 0
+    assert "a\ufffd]0;title\ufffd b\ufffdc\ufffd2J; none" in " ".join(result.out.split())
+
+
 def test_describes_several_directories(home):
     result = flexolmo("inspect", home / "news", home / "corpus")
     assert "a contribution" in result.out
