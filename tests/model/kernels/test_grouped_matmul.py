@@ -63,7 +63,7 @@ def set_block_tokens(monkeypatch, size):
 
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("sizes", GROUP_SIZES)
-def test_each_row_meets_the_kernel_of_its_group(monkeypatch, sizes, implementation):
+def test_each_token_is_multiplied_by_the_matrix_of_its_group(monkeypatch, sizes, implementation):
     set_block_tokens(monkeypatch, 16)
     arguments = random_arguments(jnp.float32)
     actual = computed(implementation, *arguments, GROUP_SIZES[sizes])
@@ -149,7 +149,7 @@ def test_blocks_of_other_sizes_cost_little_less(mean, num_groups):
 
 
 @pytest.mark.parametrize("num_groups", [1, 4, 64])
-def test_at_most_one_block_a_group_is_computed_padding(num_groups):
+def test_at_most_one_block_a_group_is_padding(num_groups):
     """The work follows the tokens, not the groups; and no sizes of groups need more blocks than have room."""
     num_routed, size = 512, 16
     rng = np.random.default_rng(0)
