@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
+from ml_collections import ConfigDict
 
 import configs
 import flexolmo_jax
+from configs.keys import flatten
 from flexolmo_jax.cli import compilation_cache, failures, flags_of, process
 from flexolmo_jax.errors import UserError
 
@@ -122,7 +124,10 @@ def _translated(command: str, error: UserError) -> str:
     """The message of an error of the library, with the flags of the command in place of the library's arguments."""
     module = sys.modules.get(_module(command))
     defined = flags.FLAGS.get_key_flags_for_module(module.__name__) if module else []
-    values = {flag.name: flag.value for flag in defined}
+    values: dict[str, Any] = {flag.name: flag.value for flag in defined}
+    config = values.pop("config", None)
+    if isinstance(config, ConfigDict):  # not one that could not be read
+        values |= flatten(config, "config.")
     return flags_of.translate(error, values, _declared(command, "FLAG_OF", {}))
 
 

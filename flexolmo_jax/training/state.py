@@ -90,7 +90,7 @@ def trainable_paths(
     if others:
         raise UserError(
             f"{key}: trains {others[0]}, and an expert ships {required_prefix}* only; freeze the rest, as "
-            "configs/expert.py does, or leave out config.expert"
+            "configs/expert.py does, or leave out config.expert=NAME"
         )
     return frozenset(trainable)
 

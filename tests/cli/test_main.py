@@ -286,7 +286,7 @@ BAD_RUNS = [
     ([*EXPERT, "--config.expert=my news"], ["--config.expert=my news", "lower-case"]),
     (
         [ANCHOR, DATA, "--config.start_from={home}/anchor", "--config.expert=news"],
-        ["--config.partition", "configs/expert.py", "--config.expert=news"],
+        ["--config.partition", "configs/expert.py", "--config.expert="],
     ),
     ([*EXPERT, "--config.start_from={home}/run"], ["is the workdir of a run", "{home}/run/model"]),
     ([ANCHOR, DATA, "--config.optimizer.learning_rate=nan"], ["learning_rate=nan", "finite"]),
