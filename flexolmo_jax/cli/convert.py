@@ -9,10 +9,9 @@ contributions and then merging them gives the same as converting their merge.
 
 from absl import flags
 
-_SOURCE = flags.DEFINE_string("source", None, "Model or contribution directory of format 1.")
+_SOURCE = flags.DEFINE_string("source", None, "Model or contribution directory of format 1.", required=True)
 _ANCHOR = flags.DEFINE_string("anchor", None, "For a contribution: the model directory of its anchor, of format 1.")
-_OUT = flags.DEFINE_string("out", None, "Directory to make.")
-flags.mark_flags_as_required(["source", "out"])
+_OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
 
 
 def run() -> None:

@@ -12,7 +12,7 @@ import math
 
 from absl import flags
 
-_MODEL = flags.DEFINE_string("model", None, "Model directory.")
+_MODEL = flags.DEFINE_string("model", None, "Model directory.", required=True)
 _DATA = flags.DEFINE_multi_string("data", [], "Corpus directory; give the flag once for each.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, separated by commas (extra `eval`).")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks of your own.")
@@ -34,7 +34,6 @@ _VERIFY = flags.DEFINE_bool(
     "Compare every token file with its digest first: reads the corpora once more, at about 1 GB/s a core.",
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
-flags.mark_flags_as_required(["model"])
 SMALL_BATCH = 2**15  # tokens of a batch that always fits
 MEMORY_REMEDY = "give a lower --length or --batch_size, or --dtype=bfloat16"
 

@@ -18,14 +18,13 @@ from flexolmo_jax.checkpoint import DTYPES
 _MODEL = flags.DEFINE_string("model", None, "Anchor or model directory.")
 _CONTRIBUTION = flags.DEFINE_string("contribution", None, "Contribution directory, with --anchor, in place of --model.")
 _ANCHOR = flags.DEFINE_string("anchor", None, "Model directory of the contribution's anchor.")
-_OUT = flags.DEFINE_string("out", None, "Local directory to make.")
+_OUT = flags.DEFINE_string("out", None, "Local directory to make.", required=True)
 _SHARD_SIZE = flags.DEFINE_float("shard_size", 5.0, "Size of a file of weights at most, GB (1e9 bytes).", 1e-9)
 _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Of all weights; by default as they are.")
 _MODEL_TYPE = flags.DEFINE_string(
     "model_type", None, "Architecture, as in config.json; by default olmo2 for an anchor, flex_olmo for a merged model."
 )
 _DROP_BIAS = flags.DEFINE_bool("drop_bias", False, "Leave out expert biases, and measure what that changes.")
-flags.mark_flags_as_required(["out"])
 
 
 def run() -> None:
@@ -33,14 +32,14 @@ def run() -> None:
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.interop.export_hf import export, open_pair, open_source
 
-    sources = tuple(bool(flag.value) for flag in (_MODEL, _CONTRIBUTION, _ANCHOR))
-    if sources not in ((True, False, False), (False, True, True)):
-        raise UserError("--model: give either a model directory, or both --contribution and --anchor")
+    model, contribution, anchor = _MODEL.value, _CONTRIBUTION.value, _ANCHOR.value
     if math.isnan(_SHARD_SIZE.value):
         raise UserError("--shard_size=nan: is no number; give the size of a file at most, in GB")
-    if _MODEL.value:
-        source = open_source(_MODEL.value, _DTYPE.value)
+    if model and not contribution and not anchor:
+        source = open_source(model, _DTYPE.value)
+    elif contribution and anchor and not model:
+        source = open_pair(contribution, anchor, _DTYPE.value)
     else:
-        source = open_pair(_CONTRIBUTION.value, _ANCHOR.value, _DTYPE.value)
+        raise UserError("--model: give either a model directory, or both --contribution and --anchor")
     shard_bytes = int(min(_SHARD_SIZE.value, 1e9) * 1e9)
     print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value, _MODEL_TYPE.value)))

@@ -12,8 +12,10 @@ the logits with those of transformers. A dense model has no router weights; an a
 
 from absl import flags
 
-_SOURCE = flags.DEFINE_string("source", None, "Local directory in Hugging Face's form.")
-_OUT = flags.DEFINE_string("out", None, "Directory to make: a model, or a contribution with --as_contribution.")
+_SOURCE = flags.DEFINE_string("source", None, "Local directory in Hugging Face's form.", required=True)
+_OUT = flags.DEFINE_string(
+    "out", None, "Directory to make: a model, or a contribution with --as_contribution.", required=True
+)
 _NAMES = flags.DEFINE_list("expert_names", [], "Names of the experts after the first; by default expert1, ...")
 _ROUTER_WEIGHTS = flags.DEFINE_string(
     "router_weights_from", None, "FlexOlmo directory whose first expert's router weights an anchor takes."
@@ -21,7 +23,6 @@ _ROUTER_WEIGHTS = flags.DEFINE_string(
 _CONTRIBUTION = flags.DEFINE_bool("as_contribution", False, "Make a contribution of the second of two experts.")
 _ANCHOR = flags.DEFINE_string("anchor", None, "With --as_contribution: model directory of the anchor.")
 _EXPERT = flags.DEFINE_string("expert", None, "With --as_contribution: name of the expert.")
-flags.mark_flags_as_required(["source", "out"])
 
 
 def run() -> None:
@@ -29,17 +30,18 @@ def run() -> None:
     from flexolmo_jax.errors import UserError
     from flexolmo_jax.interop.import_hf import import_contribution, import_model
 
-    contribution_flags = {"anchor": _ANCHOR.value, "expert": _EXPERT.value}
+    anchor, expert = _ANCHOR.value, _EXPERT.value
+    contribution_flags = {"anchor": anchor, "expert": expert}
     model_flags = {"expert_names": _NAMES.value, "router_weights_from": _ROUTER_WEIGHTS.value}
     for name, value in (model_flags if _CONTRIBUTION.value else contribution_flags).items():
         if value:
             condition = "without" if _CONTRIBUTION.value else "with"
             raise UserError(f"--{name}: only {condition} --as_contribution")
     if _CONTRIBUTION.value:
-        missing = [name for name, value in contribution_flags.items() if not value]
-        if missing:
-            raise UserError(f"--{missing[0]}: not given; --as_contribution needs --anchor and --expert")
-        contribution, lines = import_contribution(_SOURCE.value, _ANCHOR.value, _EXPERT.value, _OUT.value)
+        if not anchor or not expert:
+            missing = "expert" if anchor else "anchor"
+            raise UserError(f"--{missing}: not given; --as_contribution needs --anchor and --expert")
+        contribution, lines = import_contribution(_SOURCE.value, anchor, expert, _OUT.value)
         roster = contribution.name
     else:
         manifest, lines = import_model(_SOURCE.value, _OUT.value, _NAMES.value, _ROUTER_WEIGHTS.value)

@@ -14,15 +14,14 @@ from absl import flags
 
 from flexolmo_jax.checkpoint import DTYPES
 
-_ANCHOR = flags.DEFINE_string("anchor", None, "Model directory of the anchor.")
+_ANCHOR = flags.DEFINE_string("anchor", None, "Model directory of the anchor.", required=True)
 _CONTRIBUTIONS = flags.DEFINE_multi_string(
     "contribution", [], "Contribution directory, or NAME=DIR to call its expert NAME; give the flag once for each."
 )
-_OUT = flags.DEFINE_string("out", None, "Model directory to make.")
+_OUT = flags.DEFINE_string("out", None, "Model directory to make.", required=True)
 _TOP_K = flags.DEFINE_integer("top_k", 4, "Experts that compute each token; all of them, where there are fewer.")
 _METHOD = flags.DEFINE_string("method", "stack", "How the experts are combined.")
 _DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Of all leaves; by default each has that of the anchor's.")
-flags.mark_flags_as_required(["anchor", "out"])
 
 
 def run() -> None:

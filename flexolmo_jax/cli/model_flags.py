@@ -10,7 +10,7 @@ flags.disclaim_key_flags()  # the flags belong to the command that calls `define
 class ModelFlags(NamedTuple):
     """Holders of the values of the flags."""
 
-    model: flags.FlagHolder[str | None]
+    model: flags.FlagHolder[str]
     dtype: flags.FlagHolder[str]
     max_length: flags.FlagHolder[int | None]
 

@@ -5,13 +5,12 @@ flexolmo opt-out --model=runs/merged --expert=news --out=runs/without-news
 
 from absl import flags
 
-_MODEL = flags.DEFINE_string("model", None, "Model directory.")
+_MODEL = flags.DEFINE_string("model", None, "Model directory.", required=True)
 _EXPERTS = flags.DEFINE_multi_string("expert", [], "Name of an expert to remove; give the flag once for each.")
-_OUT = flags.DEFINE_string("out", None, "Model directory to make.")
+_OUT = flags.DEFINE_string("out", None, "Model directory to make.", required=True)
 _KEEP = flags.DEFINE_bool(
     "keep_tuned_router", False, "Keep a router that was tuned after the merge, at the price of exactness."
 )
-flags.mark_flags_as_required(["model", "out"])
 FLAG_OF = {"names": "expert"}
 
 

@@ -18,10 +18,11 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
     "Kind and shape of a TPU slice, or kind and number of a node's GPUs: v5e:4x4, v5p:2x4x4, h200:8, ...",
+    required=True,
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of such TPU slices, joined by the data center's network.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
-flags.mark_flags_as_required(["config", "topology"])
+flags.mark_flags_as_required(["config"])
 KEEPS_COMPILED = False  # it reads the compiled program, which a cache does not keep
 
 

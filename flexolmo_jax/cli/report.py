@@ -22,8 +22,7 @@ _TITLE = flags.DEFINE_string("title", "Evaluation report", "Title of the page.")
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a sequence.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences computed at once.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
-_OUT = flags.DEFINE_string("out", None, "HTML file to write.")
-flags.mark_flags_as_required(["out"])
+_OUT = flags.DEFINE_string("out", None, "HTML file to write.", required=True)
 MEMORY_REMEDY = "give a lower --length or --batch_size, or --dtype=bfloat16"
 
 

@@ -35,8 +35,7 @@ _ON_ERROR = flags.DEFINE_enum(
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "A Hugging Face tokenizer.json, or 'bytes'.")
 _EOS = flags.DEFINE_string("eos_token", None, "The token that terminates documents; by default a well-known one.")
-_OUT = flags.DEFINE_string("out", None, "Corpus directory to make.")
-flags.mark_flags_as_required(["out"])
+_OUT = flags.DEFINE_string("out", None, "Corpus directory to make.", required=True)
 # Arguments of the library in its messages.
 _ARGUMENT = re.compile(r"\b(?=format=\w|text_key( \(|$))")
 

@@ -18,14 +18,16 @@ from ml_collections import config_flags
 SIGTERM_STATUS = 143  # 128 + SIGTERM, as shells and schedulers have it
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, as FILE or FILE:ARGUMENT.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, and the output.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run: checkpoints, metrics, and the output.", required=True
+)
 _VERIFY = flags.DEFINE_bool(
     "verify",
     False,
     "Compare every token file with its digest before anything else: reads the corpora once, at about 1 GB/s a core. "
     "Without it, those trained on are compared before the output is written.",
 )
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flags_as_required(["config"])
 MEMORY_REMEDY = (
     "lower --config.data.batch_size or --config.data.sequence_length, raise --config.data.grad_accum_steps, "
     "or set --config.compute.remat=full"
