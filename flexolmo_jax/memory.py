@@ -27,7 +27,12 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 _LARGE_SECONDS = 0.5  # compiling a small program leaves little behind
 
 
-def check_fits(needed: int, what: str, remedy: str, device: jax.Device | None = None) -> None:
+def check_fits(
+    needed: int,
+    what: str,
+    remedy: str,
+    device: jax.Device | None = None,  # pyright: ignore[reportInvalidTypeForm]  to type checkers it is a variable
+) -> None:
     """Raises UserError, "WHAT takes ... GiB of memory, and ... are free; REMEDY", if it does not fit.
 
     Args:
@@ -41,7 +46,7 @@ def check_fits(needed: int, what: str, remedy: str, device: jax.Device | None = 
         raise UserError(f"{what} takes {_gib(needed)} GiB of memory, and {_gib(free)} are free; {remedy}")
 
 
-def available_bytes(device: jax.Device) -> int:
+def available_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]  as above
     """Bytes of memory that are free on a device; on the host, those that this process may still allocate."""
     statistics = None if device.platform == "cpu" else device.memory_stats()
     if statistics and "bytes_limit" in statistics:
@@ -65,8 +70,8 @@ def trim_after_compiling() -> None:
     if trim is None:
         return
 
-    def trim_if_large(event: str, seconds: float, **_: object) -> None:
-        if event == _COMPILED and seconds > _LARGE_SECONDS:
+    def trim_if_large(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILED and duration_secs > _LARGE_SECONDS:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(trim_if_large)

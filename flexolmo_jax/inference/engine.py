@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from flexolmo_jax.inference.text import TextStream
 MIN_BUCKET = 16
 AHEAD = 256  # new tokens for which the cache has room at first
 # Sampling options of a free slot: values and dtypes.
-GREEDY = Sampling(
+GREEDY: Sampling[tuple[float, type[np.generic]]] = Sampling(
     temperature_B=(0.0, np.float32),
     top_k_B=(0, np.int32),
     top_p_B=(1.0, np.float32),
@@ -68,7 +68,7 @@ class Engine:
         self._position_B, self._start_B, self._end_B = np.zeros((3, slots), np.int32)
         self._stop_BxN = np.full((slots, 1 + MAX_STOP_TOKENS), NO_TOKEN, np.int32)
         self._mask_BxE = np.zeros((slots, len(model.roster)), bool)
-        self._sampling = Sampling(*(np.full(slots, *value) for value in GREEDY))
+        self._sampling: Sampling[np.ndarray] = Sampling(*(np.full(slots, *value) for value in GREEDY))
 
     @property
     def free(self) -> int:
@@ -94,10 +94,11 @@ class Engine:
         batch, length = bucket(len(requests), 1), bucket(max(lengths))
         slots_b, lengths_b = np.full(batch, len(self._slots), np.int32), np.ones(batch, np.int32)
         tokens_bxS, mask_bxE = np.zeros((batch, length), np.int32), np.zeros((batch, len(self._model.roster)), bool)
+        ids = []
         for i, (slot, request, mask_E) in enumerate(zip(slots, requests, masks, strict=True)):
             slots_b[i], lengths_b[i], mask_bxE[i] = slot, lengths[i], mask_E
             tokens_bxS[i, : lengths[i]] = request.token_ids
-            self._take(slot, request, mask_E)
+            ids.append(self._take(slot, request, mask_E))
         self._reserve(max(n + min(r.max_new_tokens, AHEAD) for n, r in zip(lengths, requests, strict=True)))
         self._state = prefill(
             self._model.decoder,
@@ -109,7 +110,7 @@ class Engine:
             mask_bxE,
             any(request.prompt_logprobs for request in requests),
         )
-        return [self._slots[slot].id for slot in slots]
+        return ids
 
     def step(self, max_steps: int = 8) -> list[Update]:
         """Decodes up to `max_steps` tokens for every request in flight, fewer when one of them ends.
@@ -122,16 +123,16 @@ class Engine:
         Returns:
           An update for each request in flight.
         """
-        if self.free == len(self._slots):
+        running = {slot: taken for slot, taken in enumerate(self._slots) if taken}
+        if not running or self._state is None:
             return []
-        running = [slot for slot, taken in enumerate(self._slots) if taken]
-        finished = [slot for slot in running if self._position_B[slot] + 1 == self._end_B[slot]]
+        finished = {slot: taken for slot, taken in running.items() if self._position_B[slot] + 1 == self._end_B[slot]}
         if finished:
-            return self._collect_all(finished, np.full(len(self._slots), NO_TOKEN))
-        last = int(self._position_B[running].max())
+            return self._collect_all(finished, self._state, np.full(len(self._slots), NO_TOKEN))
+        last = int(self._position_B[list(running)].max())
         self._reserve(last + 2)
         max_steps = min(max_steps, self._length - 1 - last)
-        self._state, position_B, stopped_B = decode(
+        state, position_B, stopped_B = decode(
             self._model.decoder,
             self._model.params,
             self._state,
@@ -143,8 +144,9 @@ class Engine:
             self._sampling,
             max_steps,
         )
+        self._state = state
         self._position_B, stopped_B = (np.array(x) for x in jax.device_get((position_B, stopped_B)))
-        return self._collect_all(running, stopped_B)
+        return self._collect_all(running, state, stopped_B)
 
     def run(self, requests: Sequence[Request], max_steps: int = 8) -> Iterator[tuple[int, Update]]:
         """Runs any number of requests, in their order as slots become free; yields (index of the request, update).
@@ -186,12 +188,12 @@ class Engine:
             raise ArgumentError("stop", repr(request.stop), problem)
         return self._model.expert_mask(request.without)
 
-    def _take(self, slot: int, request: Request, mask_E: np.ndarray) -> None:
-        """Puts a request into a free slot."""
+    def _take(self, slot: int, request: Request, mask_E: np.ndarray) -> int:
+        """Puts a request into a free slot; returns its id."""
         start = len(request.token_ids)
         stream = TextStream(self._model.tokenizer, request.stop, request.token_ids)
         reported = 0 if request.prompt_logprobs else start
-        self._slots[slot] = _Slot(next(self._ids), request, stream, reported=reported)
+        self._slots[slot] = taken = _Slot(next(self._ids), request, stream, reported=reported)
         self._position_B[slot], self._start_B[slot] = start - 1, start
         self._end_B[slot] = start + request.max_new_tokens
         self._mask_BxE[slot] = mask_E
@@ -210,13 +212,14 @@ class Engine:
                 request.frequency_penalty,
             ),
         )
+        return taken.id
 
     def _reserve(self, length: int) -> None:
         """Makes room for that many positions, and for the log probabilities that requests ask for."""
         asked = [taken.request.logprobs for taken in self._slots if taken and taken.request.logprobs is not None]
         top = next(count for count in (1, 5, TOP_LOGPROBS) if count >= max(asked)) if asked else 0
         kept = self._state.scored.top_ids.shape[-1] if self._state and self._state.scored else 0
-        if kept and not top:  # the program without scores is faster
+        if self._state and kept and not top:  # the program without scores is faster
             self._state = self._state._replace(scored=None)
         if length > self._length or top > kept:
             decoder, batch = self._model.decoder, len(self._slots)
@@ -224,17 +227,19 @@ class Engine:
                 length = bucket(max(length, min(2 * self._length, self._max_length or 2 * self._length)))
             self._state = extend(decoder, self._state, batch, max(length, self._length), max(top, kept) if top else 0)
 
-    def _collect_all(self, slots: Sequence[int], stopped_B: np.ndarray) -> list[Update]:
+    def _collect_all(self, slots: Mapping[int, _Slot], state: State, stopped_B: np.ndarray) -> list[Update]:
         """What the last step added to these slots; `stopped_B` holds the stop token of each slot, or `NO_TOKEN`."""
-        tokens_BxT = jax.device_get(self._state.tokens_BxT)
-        asked = any(self._slots[slot].request.logprobs is not None for slot in slots)
-        scored = jax.device_get(self._state.scored) if asked else None
-        return [self._collect(slot, tokens_BxT[slot], int(stopped_B[slot]), scored) for slot in slots]
+        asked = any(taken.request.logprobs is not None for taken in slots.values())
+        # Tokens and scores on the host; of the routing weights, only those of ended requests are fetched.
+        fetched = state._replace(
+            tokens_BxT=jax.device_get(state.tokens_BxT), scored=jax.device_get(state.scored) if asked else None
+        )
+        return [self._collect(slot, taken, fetched, int(stopped_B[slot])) for slot, taken in slots.items()]
 
-    def _collect(self, slot: int, tokens_T: np.ndarray, stop_token: int, scored: Scored | None) -> Update:
+    def _collect(self, slot: int, taken: _Slot, fetched: State, stop_token: int) -> Update:
         """What the last step added to a slot; frees it where the request has ended."""
-        taken, start = self._slots[slot], len(self._slots[slot].request.token_ids)
-        written, ended_by = tokens_T[start : self._position_B[slot] + 1].tolist(), [stop_token]
+        start, scored = len(taken.request.token_ids), fetched.scored
+        written, ended_by = fetched.tokens_BxT[slot, start : self._position_B[slot] + 1].tolist(), [stop_token]
         if stop_token == NO_TOKEN:
             ended_by = []
         seen, text, stopped = len(taken.token_ids), "", False
@@ -248,22 +253,21 @@ class Engine:
                 written, ended_by = written[:count], []
                 break
         taken.token_ids = written
-        logprobs = continuation = None
-        if taken.request.logprobs is not None:
+        logprobs = all_logprobs = continuation = None
+        if scored is not None and taken.request.logprobs is not None:
             ids = [*taken.request.token_ids, *written, *ended_by]
             logprobs = _token_logprobs(scored, slot, ids, taken.reported, taken.request.logprobs)
             taken.reported = len(ids)
+            if ended or stopped:
+                first = 0 if taken.request.prompt_logprobs else start
+                all_logprobs = _token_logprobs(scored, slot, ids, first, taken.request.logprobs)
         if ended or stopped:
             read = max(0, start + len(written) - 1 + len(ended_by))
-            routing_TxLxE = jax.device_get(self._state.routing_BxTxLxE[slot])
+            routing_TxLxE = jax.device_get(fetched.routing_BxTxLxE[slot])
             layers_LxE = routing_TxLxE[:read].sum(axis=0, dtype=np.float64) / max(read, 1)
             experts = dict(zip(self._model.roster, layers_LxE.mean(axis=0).tolist(), strict=True))
             reason = "stop" if ended_by or stopped else "length"
-            whole = None
-            if logprobs is not None:
-                first = 0 if taken.request.prompt_logprobs else start
-                whole = _token_logprobs(scored, slot, ids, first, taken.request.logprobs)
-            continuation = Continuation(taken.stream.text, written, experts, layers_LxE, reason, whole)
+            continuation = Continuation(taken.stream.text, written, experts, layers_LxE, reason, all_logprobs)
             self._release(slot)
         return Update(taken.id, text, written[seen:], continuation, logprobs)
 
@@ -273,7 +277,7 @@ class Engine:
         self._stop_BxN[slot] = NO_TOKEN
         self._set_sampling(slot, Sampling(*(value for value, _ in GREEDY)))
 
-    def _set_sampling(self, slot: int, sampling: Sampling) -> None:
+    def _set_sampling(self, slot: int, sampling: Sampling[float]) -> None:
         for values_B, value in zip(self._sampling, sampling, strict=True):
             values_B[slot] = value
 

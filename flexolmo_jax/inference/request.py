@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -63,9 +63,9 @@ class Request:
             "token_ids": (lambda ids: len(ids) > 0 and all(_is_whole(id, 0) for id in ids), "at least one token id"),
             "max_new_tokens": (lambda count: _is_whole(count, 0), "a whole number, at least 0 and below 2**31"),
             "without": (_are_texts, "a list of names"),
-            "temperature": (lambda t: isinstance(t, Real) and 0 <= t < math.inf, "a number, at least 0 and finite"),
+            "temperature": (lambda t: _is_number(t) and 0 <= t < math.inf, "a number, at least 0 and finite"),
             "top_k": (lambda count: _is_whole(count, 0), "a whole number, at least 0 (no limit) and below 2**31"),
-            "top_p": (lambda p: isinstance(p, Real) and 0 < p <= 1, "a number above 0 and at most 1"),
+            "top_p": (lambda p: _is_number(p) and 0 < p <= 1, "a number above 0 and at most 1"),
             "seed": (lambda seed: _is_whole(seed, 0, 2**32), "a whole number, at least 0 and below 2**32"),
             "stop": (lambda stop: _are_texts(stop) and all(stop), "a list of texts, none of them empty"),
             "min_p": (lambda p: _is_real(p, 0, 1), "a number from 0 to 1"),
@@ -89,12 +89,21 @@ class Request:
                 raise ArgumentError(field, repr(value), f"it must be {rule}")
 
 
+# `int` and `float` stand for NumPy's numbers too.
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real)
+
+
 def _is_whole(value: object, least: int, below: int = 2**31) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < below
+    return _is_integer(value) and least <= value < below
 
 
 def _is_real(value: object, least: float, most: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+    return not isinstance(value, bool) and _is_number(value) and least <= value <= most
 
 
 def _are_stop_tokens(ids: object) -> bool:

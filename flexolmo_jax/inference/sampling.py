@@ -1,14 +1,16 @@
 """Choice of the next token, greedy or sampled, with penalties; and log probabilities."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+T = TypeVar("T")
 
-class Sampling(NamedTuple):
-    """Sampling options of each sequence, arrays [batch].
+
+class Sampling(NamedTuple, Generic[T]):
+    """Sampling options of each sequence, arrays [batch] on the device (`jax.Array`) or the host (`np.ndarray`).
 
     Attributes:
       temperature_B: float32; 0: greedy.
@@ -22,14 +24,14 @@ class Sampling(NamedTuple):
       frequency_B: float32; the same, once for each occurrence.
     """
 
-    temperature_B: jax.Array
-    top_k_B: jax.Array
-    top_p_B: jax.Array
-    seed_B: jax.Array
-    min_p_B: jax.Array
-    repetition_B: jax.Array
-    presence_B: jax.Array
-    frequency_B: jax.Array
+    temperature_B: T
+    top_k_B: T
+    top_p_B: T
+    seed_B: T
+    min_p_B: T
+    repetition_B: T
+    presence_B: T
+    frequency_B: T
 
 
 class Scored(NamedTuple):
@@ -49,7 +51,11 @@ def score(logits_NxV: jax.Array, token_N: jax.Array, count: int) -> Scored:
 
 
 def penalize(
-    logits_BxV: jax.Array, sampling: Sampling, tokens_BxT: jax.Array, start_B: jax.Array, position_B: jax.Array
+    logits_BxV: jax.Array,
+    sampling: Sampling[jax.Array],
+    tokens_BxT: jax.Array,
+    start_B: jax.Array,
+    position_B: jax.Array,
 ) -> jax.Array:
     """Applies the penalties to logits: first repetition, then presence and frequency.
 
@@ -78,7 +84,7 @@ def penalize(
     return jax.lax.cond(jnp.any(penalized_B), apply, lambda x: x, logits_BxV)
 
 
-def sample(logits_BxV: jax.Array, sampling: Sampling, position_B: jax.Array) -> jax.Array:
+def sample(logits_BxV: jax.Array, sampling: Sampling[jax.Array], position_B: jax.Array) -> jax.Array:
     """The next token of each sequence, int32 [batch], from float32 logits at these positions."""
     # The first maximum; twice as fast on a CPU as argmax.
     best_BxV = logits_BxV == jnp.max(logits_BxV, axis=-1, keepdims=True)
@@ -105,7 +111,7 @@ def mask_logits(logits_BxV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -
     return jnp.where(_smallest_set(logits_BxV, mass, top_p_B) | (top_p_B >= 1)[:, None], logits_BxV, -jnp.inf)
 
 
-def _draw(logits_BxV: jax.Array, sampling: Sampling, position_B: jax.Array) -> jax.Array:
+def _draw(logits_BxV: jax.Array, sampling: Sampling[jax.Array], position_B: jax.Array) -> jax.Array:
     # The largest logit stays 0 at any temperature; others may become minus infinity.
     logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
     logits_BxV = logits_BxV / jnp.maximum(sampling.temperature_B, jnp.finfo(jnp.float32).tiny)[:, None]

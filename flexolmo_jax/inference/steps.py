@@ -2,15 +2,14 @@
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.inference.sampling import Sampling, Scored, penalize, sample, score
 from flexolmo_jax.model.attention import KVCache
-from flexolmo_jax.model.decoder import Decoder
+from flexolmo_jax.model.decoder import Decoder, Output
 from flexolmo_jax.model.moe import top_k_weights
 
 CHUNK = 256  # tokens of a prompt that are read at once
@@ -66,7 +65,7 @@ def extend(decoder: Decoder, state: State | None, batch: int, length: int, top: 
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
 def prefill(
     decoder: Decoder,
-    params: Mapping[str, jax.Array],
+    params: dict[str, jax.Array],
     state: State,
     slots_b: jax.Array,
     tokens_bxS: jax.Array,
@@ -121,7 +120,7 @@ def prefill(
         if scoring:
             following_bxC = jax.lax.dynamic_slice_in_dim(following_bxS, chunk * size, size, axis=1)
             scored = jax.tree.map(put, scored, score_chunk(out.hidden_BxSxD, following_bxC))
-        return State(tokens_bxS, put(new.routing_BxTxLxE, chosen_bxCxLxE), out.cache, scored)
+        return State(tokens_bxS, put(new.routing_BxTxLxE, chosen_bxCxLxE), _cache(out), scored)
 
     new = extend(decoder, None, batch, length, top)._replace(tokens_BxT=tokens_bxS)
     new = jax.lax.fori_loop(0, -(-jnp.max(last_b) // size), read, new)
@@ -136,14 +135,14 @@ def prefill(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
     decoder: Decoder,
-    params: Mapping[str, jax.Array],
+    params: dict[str, jax.Array],
     state: State,
     position_B: jax.Array,
     start_B: jax.Array,
     end_B: jax.Array,
     mask_BxE: jax.Array,
     stop_BxN: jax.Array,
-    sampling: Sampling,
+    sampling: Sampling[jax.Array],
     max_steps: int | jax.Array,
 ) -> tuple[State, jax.Array, jax.Array]:
     """Writes one token per step into every running slot, until one of them ends.
@@ -184,7 +183,7 @@ def decode(
         stops_B = running_B & jnp.any(next_B[:, None] == stop_BxN, axis=1)
         wrote_B = running_B & ~stops_B
         tokens_BxT = tokens_BxT.at[slots_B, jnp.where(wrote_B, position_B + 1, length)].set(next_B, mode="drop")
-        state = State(tokens_BxT, routing_BxTxLxE, out.cache, scored)
+        state = State(tokens_BxT, routing_BxTxLxE, _cache(out), scored)
         return step + 1, state, position_B + wrote_B, jnp.where(stops_B, next_B, NO_TOKEN)
 
     def continues(carry):
@@ -193,6 +192,11 @@ def decode(
 
     carry = (jnp.int32(0), state, position_B, jnp.full(batch, NO_TOKEN, jnp.int32))
     return jax.lax.while_loop(continues, write, carry)[1:]
+
+
+def _cache(out: Output) -> tuple[KVCache, ...]:
+    """The updated cache of a decoder that was given one."""
+    return cast(tuple[KVCache, ...], out.cache)  # None only without a cache
 
 
 def _chosen(decoder: Decoder, weights: jax.Array) -> jax.Array:

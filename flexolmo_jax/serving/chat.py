@@ -15,7 +15,8 @@ import jinja2
 import tokenizers
 from etils import epath
 from jinja2 import ext, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FOLDER
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -130,9 +131,8 @@ def load_chat_template(directory: epath.Path, tokenizer: Tokenizer) -> ChatTempl
             f"the model has no chat template: in its {kept.name}/ is neither {file.name} nor a chat_template in "
             "tokenizer_config.json; use /v1/completions"
         )
-    special = {
-        name: tokenizer.backend.id_to_token(tokenizer.eos_id) for name in ("bos_token", "eos_token", "pad_token")
-    }
+    eos = tokenizer.backend.id_to_token(tokenizer.eos_id)
+    special: dict[str, str] = {} if eos is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), eos)
     if config:
         special_tokens = _read_json(kept / "special_tokens_map.json") | config
         named = {name: special_tokens.get(name) for name in _NAMED}
@@ -172,7 +172,7 @@ class _Generation(ext.Extension):
     def parse(self, parser):
         """Reads to the end of the tag."""
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True)).set_lineno(line)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 class _Environment(ImmutableSandboxedEnvironment):

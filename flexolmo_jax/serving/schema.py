@@ -351,11 +351,12 @@ def _completion(
     )
 
 
-def _prompts(prompt: str | list, served: Served) -> list[list[int]]:
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]], served: Served) -> list[list[int]]:
     """The token ids of each prompt."""
-    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    if isinstance(prompts[0], str):
-        return [served.encode(text) for text in prompts]
+    texts = [prompt] if isinstance(prompt, str) else [text for text in prompt if isinstance(text, str)]
+    if texts:
+        return [served.encode(text) for text in texts]
+    prompts = [ids for ids in prompt if isinstance(ids, list)] or [[id for id in prompt if isinstance(id, int)]]
     if any(not 0 <= id < served.vocab_size for ids in prompts for id in ids):
         raise ApiError(400, f"prompt: a token id is out of range; ids are 0 to {served.vocab_size - 1}", "prompt")
     return prompts
@@ -392,8 +393,9 @@ def _validate(kind: type[R], body: bytes, served: Served, neutral: Mapping[str, 
     _check_served(request, served)
     if "stream_options" in fields and not request.stream:
         raise _invalid("stream_options", fields["stream_options"], _STREAM_OPTIONS.format())
-    for i, message in enumerate(getattr(request, "messages", ())):
-        extra = message.model_extra
+    messages: Sequence[Message] = getattr(request, "messages", ())
+    for i, message in enumerate(messages):
+        extra = message.model_extra or {}
         ignored = (None, [], {}) if "type" not in extra else (None, [], {}, "text", "message")
         unknown = [key for key, value in extra.items() if value not in ignored]
         if unknown:
@@ -432,7 +434,7 @@ def _api_error(error: Any, kind: type[_Request], fields: Mapping[str, Any], serv
     """The first error of pydantic in the words of this API: "FIELD: is VALUE; give ..."."""
     name, *rest = error["loc"]
     value, field = fields.get(name), kind.model_fields[name]
-    if name == "messages" and len(rest) > 1 and isinstance(value[rest[0]], dict):
+    if name == "messages" and len(rest) > 1 and isinstance(value, list) and isinstance(value[rest[0]], dict):
         message, key = value[rest[0]], rest[1]
         right = Message.model_fields[key].description
         return ApiError(400, f"messages[{rest[0]}]: {key} is {_shown(message.get(key))}; give {right}", "messages")
@@ -440,7 +442,7 @@ def _api_error(error: Any, kind: type[_Request], fields: Mapping[str, Any], serv
         noun = "texts" if isinstance(error["input"][0], str) else "token ids"
         count, limit = error["ctx"]["actual_length"], error["ctx"]["max_length"]
         return ApiError(400, f"{name}: has {count} {noun}; give at most {limit}", name)
-    if rest == ["include_usage"]:
+    if rest == ["include_usage"] and isinstance(value, dict):
         name, value, field = rest[0], value[rest[0]], StreamOptions.model_fields[rest[0]]
     right = str(field.description).format(model=_shown(served.names[0]), last_id=served.vocab_size - 1)
     return _invalid(name, value, right)
