@@ -1,4 +1,4 @@
-"""What training and evaluation share of the loss: the head with its cross-entropy, and sums over a batch.
+"""The losses of a batch: of the head's predictions, with the cross-entropy, and of the router.
 
 The logits of a whole batch never exist at once: the loss is computed chunk by chunk along the sequence. The gradient is
 taken in the forward pass, while a chunk's logits are at hand, so that nothing is recomputed and neither the logits nor
@@ -135,13 +135,37 @@ def _join_chunks(chunks, shape):
     return chunks.swapaxes(0, 1).reshape(batch, -1, *rest)[:, :length]
 
 
+def token_mask(batch: dict[str, jax.Array]) -> jax.Array:
+    """float32 [batch, length]: 1 for tokens, 0 for padding."""
+    return (batch["segment_ids"] > 0).astype(jnp.float32)
+
+
 def prediction_loss(
     model: Decoder, params: dict[str, jax.Array], out: Output, batch: dict[str, jax.Array], z_weight: float
-) -> tuple[HeadLoss, jax.Array]:
-    """(loss of a batch's targets, mask float32 [batch, length]: 1 for tokens, 0 for padding)."""
-    mask_BxS = (batch["segment_ids"] > 0).astype(jnp.float32)
+) -> HeadLoss:
+    """Loss of a batch's targets, summed over its tokens."""
     chunk = chunk_length(model.compute.platform)
-    return head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], mask_BxS, z_weight, chunk), mask_BxS
+    return head_loss(out.hidden_BxSxD, model.head(params), batch["targets"], token_mask(batch), z_weight, chunk)
+
+
+def router_z_loss(logits_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+    """Squared log partition function of the router's logits: mean over layers, sum over the tokens of the mask."""
+    return jnp.sum(jnp.square(jax.nn.logsumexp(logits_LxBxSxE, axis=-1)) * mask_BxS) / logits_LxBxSxE.shape[0]
+
+
+def load_balancing(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array, top_k: int) -> jax.Array:
+    """E * sum over experts of (share of tokens routed to it, counting top-k) * (its mean weight).
+
+    Switch Transformer (arXiv 2101.03961), equation 4, over the tokens of all layers together; it is
+    top_k when routing is uniform.
+    """
+    num_experts = router_weights_LxBxSxE.shape[-1]
+    _, chosen = jax.lax.top_k(router_weights_LxBxSxE, top_k)
+    routed = jax.nn.one_hot(chosen, num_experts).sum(axis=-2)
+    mask = jnp.broadcast_to(mask_BxS, router_weights_LxBxSxE.shape[:-1])[..., None]
+    count = jnp.maximum(jnp.sum(mask), 1)
+    share_E, weight_E = (jnp.sum(y * mask, axis=(0, 1, 2)) / count for y in (routed, router_weights_LxBxSxE))
+    return num_experts * jnp.sum(share_E * weight_E)
 
 
 def routing_shares(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> jax.Array:
@@ -156,10 +180,10 @@ def make_loss_step(model: Decoder) -> Callable[..., dict[str, jax.Array]]:
         params: dict[str, jax.Array], batch: dict[str, jax.Array], expert_mask: jax.Array | None = None
     ) -> dict[str, jax.Array]:
         out = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"], expert_mask)
-        head, mask_BxS = prediction_loss(model, params, out, batch, z_weight=0.0)
+        mask_BxS = token_mask(batch)
         return {
             "tokens": jnp.sum(mask_BxS),
-            "cross_entropy": head.cross_entropy,
+            "cross_entropy": prediction_loss(model, params, out, batch, z_weight=0.0).cross_entropy,
             "routing_E": routing_shares(out.router_weights_LxBxSxE, mask_BxS),
         }
 

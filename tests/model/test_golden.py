@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.model.decoder import Compute, Decoder
-from flexolmo_jax.model.loss import head_loss
-from flexolmo_jax.training.step import load_balancing
+from flexolmo_jax.model.loss import head_loss, load_balancing
 from tests.support import golden
 from tests.support.tiny import COMPILE_FAST
 

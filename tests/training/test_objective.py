@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.training.step import LossWeights, load_balancing, objective
+from flexolmo_jax.model.loss import load_balancing
+from flexolmo_jax.training.step import LossWeights, objective
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, STACKED, random_batch, random_leaves
 
 WEIGHTS = LossWeights(z_loss=0.3, router_z_loss=0.2, load_balancing=0.7)
