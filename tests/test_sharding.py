@@ -15,8 +15,8 @@ from flexolmo_jax import sharding
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.state import abstract_leaves, abstract_state, initial_state, split, trainable_paths
-from flexolmo_jax.training.step import LossWeights, make_train_step
+from flexolmo_jax.training.state import abstract_leaves, abstract_state, split, trainable_paths
+from flexolmo_jax.training.step import LossWeights, initial_state, make_train_step
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, LAYOUTS, assert_trees_close, random_batch, random_leaves
 
 RULES = base.SHARDING_RULES

@@ -20,9 +20,9 @@ from flexolmo_jax.inference.request import Request
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.flops import decode_step_flops, train_step_flops
 from flexolmo_jax.model.leaves import INIT_STDDEV
-from flexolmo_jax.training.run import Program, build_model, make_program
-from flexolmo_jax.training.state import initial_state, split
-from flexolmo_jax.training.step import Batch, Leaves, compile_step
+from flexolmo_jax.training.run import build_model, make_program
+from flexolmo_jax.training.state import split
+from flexolmo_jax.training.step import Batch, Leaves, Program, compile_step, initial_state
 
 _NO_TOKEN = -1  # for EOS, so that no continuation ends early
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flexolmo_jax.training.run import Program
-from flexolmo_jax.training.step import compile_step
+from flexolmo_jax.training.step import Program, compile_step
 
 # How XLA says that a program, or its temporaries alone, do not fit; sizes as in "27.40G of 15.75G hbm".
 _SIZE = r"([\d.]+)([KMGT]?)"

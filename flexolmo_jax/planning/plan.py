@@ -15,7 +15,8 @@ from flexolmo_jax.planning.chips import Chip, group_bandwidth, parse_topology
 from flexolmo_jax.planning.collectives import ICI, axes_of, collectives
 from flexolmo_jax.planning.compilation import Memory, compile_program
 from flexolmo_jax.planning.topology import topology_devices
-from flexolmo_jax.training.run import Program, make_program
+from flexolmo_jax.training.run import make_program
+from flexolmo_jax.training.step import Program
 
 
 class CollectiveTotal(NamedTuple):

@@ -21,8 +21,8 @@ from flexolmo_jax.training import workdir as workdirs
 from flexolmo_jax.training.metrics import Reporter
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.run import Run, read_run
-from flexolmo_jax.training.state import initial_leaves, initial_state
-from flexolmo_jax.training.step import Leaves, compile_step
+from flexolmo_jax.training.state import initial_leaves
+from flexolmo_jax.training.step import Leaves, compile_step, initial_state
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, verify: bool = False) -> epath.Path | None:
@@ -65,6 +65,8 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
     for warning in run.warnings:
         sys.stderr.write(f"{warning}\n")
     batches = training_batches(data.groups, data.sequence_length, data.batch_size, data.seed)
+    batch_sharding = program.batch["tokens"].sharding
+    placed_batches = _placed(batches, batch_sharding)
     first = latest_whole_step(workdir / workdirs.CHECKPOINTS, batches.get_state()) or 0
     if start:
         check_model(start.manifest, *open_model(start.path, start.manifest))
@@ -72,6 +74,8 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
         program.model, program.state.trainable, program.frozen, start, run.initialization
     )
     state = initial_state(trainable, program.optimizer, program.state)
+    train_step = compile_step(program.step, state, frozen, program.batch)
+    evaluate = functools.partial(_evaluate, run, jax.jit(make_loss_step(program.model)), batch_sharding)
     workdirs.claim(workdir, run.record)
 
     with (
@@ -81,10 +85,6 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
         if first:
             state, position = checkpoints.restore(first, state)
             batches.set_state(position)
-        train_step = compile_step(program.step, state, frozen, program.batch)
-        batch_sharding = program.batch["tokens"].sharding
-        placed_batches = _placed(batches, batch_sharding)
-        evaluate = functools.partial(_evaluate, run, jax.jit(make_loss_step(program.model)), batch_sharding)
         until_saved.enter_context(sigterm.waiting())
         title = run.publication.expert or "model"
         reporter = Reporter(workdir, title, run.roster, run.steps, run.log.every, first)

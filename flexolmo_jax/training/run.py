@@ -3,16 +3,14 @@
 import hashlib
 import itertools
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from configs import base, keys
@@ -21,8 +19,9 @@ from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, NAME_RULE, is_expert_
 from flexolmo_jax.checkpoint.model_directory import PUBLIC, kind_of, read_model
 from flexolmo_jax.data.corpus import Corpus, open_corpora
 from flexolmo_jax.data.pipeline import ARRAYS
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import ArgumentError, NotFoundError, UserError
-from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
+from flexolmo_jax.model.architecture import PAIR, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
 from flexolmo_jax.training.publish import Publication
@@ -34,7 +33,7 @@ from flexolmo_jax.training.state import (
     abstract_state,
     trainable_paths,
 )
-from flexolmo_jax.training.step import LossWeights, TrainState, make_train_step
+from flexolmo_jax.training.step import LossWeights, Program, make_train_step
 from flexolmo_jax.training.workdir import content_key
 
 # Kernels that compile for devices of some platforms only.
@@ -46,40 +45,6 @@ _PLATFORMS = {
 }
 ANY_PLATFORM = "any"
 NEEDS_ANCHOR = "config.start_from: empty; an expert starts from an anchor, give its model directory"
-
-
-class Program(NamedTuple):
-    """A train step before it is compiled, with the shapes, dtypes and shardings of all its arguments.
-
-    Attributes:
-      model: the decoder to train.
-      trainable: paths of the trainable leaves.
-      mesh: of the devices.
-      optimizer: of the trainable leaves.
-      step: what `step.make_train_step` returns.
-      state: the train state, abstract.
-      frozen: the frozen leaves, abstract.
-      batch: a global batch, abstract: int32 [batch, length] arrays.
-    """
-
-    model: Decoder
-    trainable: frozenset[str]
-    mesh: Mesh
-    optimizer: optax.GradientTransformation
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    state: TrainState
-    frozen: dict[str, jax.ShapeDtypeStruct]
-    batch: dict[str, jax.ShapeDtypeStruct]
-
-    @property
-    def device_tokens(self) -> int:
-        """Tokens of a step on each device, of all micro-batches."""
-        tokens = self.batch["tokens"]
-        return math.prod(tokens.sharding.shard_shape(tokens.shape))
-
-    def num_shards(self, axis: str) -> int:
-        """Number of shards of a dimension with this logical axis."""
-        return sharding.num_shards(self.mesh, sharding.partition_spec((axis,), self.model.compute.rules)[0])
 
 
 class Data(NamedTuple):
@@ -145,17 +110,22 @@ def read_run(config: ConfigDict) -> Run:
       ArgumentError: the value of a key makes no sense, alone or with another.
       UserError: the start, a corpus or the devices do not suit the run.
     """
-    model, start = build_model(config)
-    _check_fresh(model.layout, start)
+    devices = jax.devices()
+    start = _read_start(config, sharding.platform_of(devices[0]))
+    _check_fresh(config)
     data = _open_data(config)
-    _check_tokenizers(data, start, model.architecture.vocab_size)
+    tokenizer = _check_tokenizers(data, start)
     card, record, warnings = _data_card(config, data), _record(config, data, start), _warnings(config)
-    program = _make_program(config, model, jax.devices())
+    program = _make_program(config, start, devices)
+    architecture = program.model.architecture
+    if tokenizer.vocab_size > architecture.vocab_size:
+        problem = f"below the {tokenizer.vocab_size} of the tokenizer of {data.training[0].path}; give at least that"
+        raise ArgumentError("config.model.vocab_size", architecture.vocab_size, problem)
     publication = Publication(
         expert=config.expert,
         card=card,
         start=start,
-        architecture=model.architecture,
+        architecture=architecture,
         roster=start.manifest.roster if start else [ANCHOR_NAME],
         trainable=program.trainable,
         corpus=data.training[0],
@@ -191,8 +161,7 @@ def make_program(config: ConfigDict, devices: Sequence[jax.Device] | None = None
       UserError: the configuration makes no sense, or does not fit the number of devices.
     """
     devices = devices or jax.devices()
-    model, _ = build_model(config, sharding.platform_of(devices[0]))
-    return _make_program(config, model, devices)
+    return _make_program(config, _read_start(config, sharding.platform_of(devices[0])), devices)
 
 
 def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decoder, Start | None]:
@@ -208,9 +177,24 @@ def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decode
       ArgumentError: the value of a key makes no sense, alone or with the model that the run starts from.
     """
     platform = platform or sharding.platform_of(jax.devices()[0])
+    start = _read_start(config, platform)
+    return _decoder(config, start, platform), start
+
+
+def _read_start(config: ConfigDict, platform: str) -> Start | None:
+    """The model directory to start from, if any, once the configuration is checked, alone and with that model."""
     _check_values(config, platform)
-    start = _read_start(config.start_from)
+    path, start = epath.Path(config.start_from), None
+    if config.start_from:
+        if kind_of(path) is None and kind_of(path / "model") == "model":
+            raise ArgumentError("config.start_from", path, f"is the workdir of a run; give its model, {path / 'model'}")
+        start = Start(path, read_model(path))
     _check_expert(config, start)
+    return start
+
+
+def _decoder(config: ConfigDict, start: Start | None, platform: str) -> Decoder:
+    """The decoder: its sizes are those of the start, if any."""
     layout = _layout(config, start)
     if start is None:
         architecture = Architecture.from_dict(config.model.to_dict(), "config.model")
@@ -218,10 +202,11 @@ def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decode
         architecture = Architecture.from_dict(start.manifest.architecture, str(start.path))
     compute = config.compute.to_dict()
     del compute["frozen_dtype"]
-    return Decoder(architecture, layout, Compute(**compute, rules=config.sharding_rules, platform=platform)), start
+    return Decoder(architecture, layout, Compute(**compute, rules=config.sharding_rules, platform=platform))
 
 
-def _make_program(config: ConfigDict, model: Decoder, devices: Sequence[jax.Device]) -> Program:
+def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[jax.Device]) -> Program:
+    model = _decoder(config, start, sharding.platform_of(devices[0]))
     mesh = sharding.make_mesh(config.mesh, devices)
     batch_sharding = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
     batch_size, length = config.data.batch_size, config.data.sequence_length
@@ -261,16 +246,6 @@ def _check_values(config: ConfigDict, platform: str) -> None:
             raise ArgumentError(f"config.compute.{name}", kernel, problem)
 
 
-def _read_start(start_from: str) -> Start | None:
-    """The model directory to start from, if any; the workdir of a run is none, but may hold one."""
-    if not start_from:
-        return None
-    path = epath.Path(start_from)
-    if kind_of(path) is None and kind_of(path / "model") == "model":
-        raise ArgumentError("config.start_from", path, f"is the workdir of a run; give its model, {path / 'model'}")
-    return Start(path, read_model(path))
-
-
 def _check_expert(config: ConfigDict, start: Start | None) -> None:
     """An expert has a name, and starts from an anchor."""
     name = config.expert
@@ -301,15 +276,17 @@ def _layout(config: ConfigDict, start: Start | None) -> Layout:
     return Layout.of_roster(config.moe.num_experts, config.moe.top_k)
 
 
-def _check_fresh(layout: Layout, start: Start | None) -> None:
+def _check_fresh(config: ConfigDict) -> None:
     """Fresh weights are those of an anchor."""
-    if start is None and layout is PAIR:
-        raise UserError(NEEDS_ANCHOR)
-    if start is None and layout is not ANCHOR:
+    if config.start_from:
+        return
+    if config.moe.num_experts > 1:
         raise UserError(
-            f"config.start_from: empty; a mixture of {layout.num_experts} experts starts from a merge, "
+            f"config.start_from: empty; a mixture of {config.moe.num_experts} experts starts from a merge, "
             "give its model directory"
         )
+    if _names_expert(config.partition):
+        raise UserError(NEEDS_ANCHOR)
 
 
 def _open_data(config: ConfigDict) -> Data:
@@ -337,8 +314,8 @@ def _split_paths(value: str) -> list[str]:
     return [path.strip() for path in value.split(",") if path.strip()]
 
 
-def _check_tokenizers(data: Data, start: Start | None, vocab_size: int) -> None:
-    """All corpora have the tokenizer of the start, and the model has all of its ids."""
+def _check_tokenizers(data: Data, start: Start | None) -> Tokenizer:
+    """The tokenizer of all corpora, which is that of the start."""
     corpora = [*data.training, *data.held_out.values()]
     digest, source = corpora[0].tokenizer_digest, corpora[0].path
     if start:
@@ -346,10 +323,7 @@ def _check_tokenizers(data: Data, start: Start | None, vocab_size: int) -> None:
     for corpus in corpora:
         if corpus.tokenizer_digest != digest:
             raise UserError(f"{corpus.path}: its tokenizer is not that of {source}; tokenize the text with that one")
-    vocabulary = corpora[0].tokenizer().vocab_size
-    if vocabulary > vocab_size:
-        problem = f"below the {vocabulary} of the tokenizer of {corpora[0].path}; give at least that"
-        raise ArgumentError("config.model.vocab_size", vocab_size, problem)
+    return corpora[0].tokenizer()
 
 
 def _data_card(config: ConfigDict, data: Data) -> dict[str, Any]:

@@ -183,13 +183,6 @@ def abstract_state(
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), abstract, state)
 
 
-def initial_state(trainable: Leaves, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    """The train state of step 0 around leaves, with the shardings of `abstract`."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
-    step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
-    return TrainState(step, trainable, jax.jit(optimizer.init, out_shardings=shardings)(trainable))
-
-
 def _read(path: str, like: jax.ShapeDtypeStruct, start: Start, stored: Mapping[str, ts.TensorStore]) -> jax.Array:
     """Reads one leaf of the start, a new expert's from the anchor's."""
     source = start_leaf(path)

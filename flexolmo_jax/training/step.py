@@ -3,13 +3,16 @@
 import ctypes
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from flexolmo_jax import sharding
 from flexolmo_jax.model.decoder import Decoder, Output
 from flexolmo_jax.model.loss import load_balancing, prediction_loss, router_z_loss, routing_shares, token_mask
 
@@ -23,6 +26,40 @@ class TrainState(NamedTuple):
     step: jax.Array
     trainable: Leaves
     optimizer: optax.OptState
+
+
+class Program(NamedTuple):
+    """A train step before it is compiled, with the shapes, dtypes and shardings of all its arguments.
+
+    Attributes:
+      model: the decoder to train.
+      trainable: paths of the trainable leaves.
+      mesh: of the devices.
+      optimizer: of the trainable leaves.
+      step: what `make_train_step` returns.
+      state: the train state, abstract.
+      frozen: the frozen leaves, abstract.
+      batch: a global batch, abstract: int32 [batch, length] arrays.
+    """
+
+    model: Decoder
+    trainable: frozenset[str]
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    state: TrainState
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def device_tokens(self) -> int:
+        """Tokens of a step on each device, of all micro-batches."""
+        tokens = self.batch["tokens"]
+        return math.prod(tokens.sharding.shard_shape(tokens.shape))
+
+    def num_shards(self, axis: str) -> int:
+        """Number of shards of a dimension with this logical axis."""
+        return sharding.num_shards(self.mesh, sharding.partition_spec((axis,), self.model.compute.rules)[0])
 
 
 class LossWeights(NamedTuple):
@@ -126,6 +163,13 @@ def _ending_at_blocks(model: Decoder) -> Decoder:
     if model.compute.platform != "cpu":
         return model
     return model.clone(compute=dataclasses.replace(model.compute, input_gradient=False))
+
+
+def initial_state(trainable: Leaves, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """The train state of step 0 around leaves, with the shardings of `abstract`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
+    step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+    return TrainState(step, trainable, jax.jit(optimizer.init, out_shardings=shardings)(trainable))
 
 
 def compile_step(step: Callable, *arguments: Any) -> jax.stages.Compiled:

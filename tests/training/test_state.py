@@ -19,10 +19,10 @@ from flexolmo_jax.training.state import (
     abstract_leaves,
     abstract_state,
     initial_leaves,
-    initial_state,
     split,
     trainable_paths,
 )
+from flexolmo_jax.training.step import initial_state
 from tests.support.tiny import ARCHITECTURE, expert_leaves, random_leaves
 
 EXPERT_ONLY = (("blocks/moe/expert/.*", "trainable"), (".*", "frozen"))
