@@ -1,20 +1,22 @@
 """Leaves that are stored in another dtype than they were published in: how they are read, checked and recorded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
-from flexolmo_jax.checkpoint.manifests import Cast, Casts, ModelManifest, stored_digests
-from flexolmo_jax.checkpoint.params import Slice, check_digest, digest_slice
+from flexolmo_jax.checkpoint.manifests import (
+    MOE,
+    Cast,
+    Casts,
+    ContributionManifest,
+    Manifest,
+    ModelManifest,
+    digest_name,
+)
+from flexolmo_jax.checkpoint.params import Slice, digest_slice
 
 Experts = dict[str, dict[str, Slice]]
 """{expert: {leaf: slice}}, in the order of the roster."""
-
-
-def check_digests(found: Mapping[str, str], named: Mapping[str, str], slices: Mapping[str, Slice]) -> None:
-    """Raises UserError where the content of a leaf is not what the manifest says."""
-    for leaf, digest in found.items():
-        check_digest(slices[leaf].name, digest, named[leaf])
 
 
 def cast_slices(
@@ -50,36 +52,58 @@ def cast_router(manifest: ModelManifest, router: Experts, dtype: str | None) -> 
     return manifest.but(tuned=manifest.tuned.but(casts=casts)), cast
 
 
-def with_casts(
-    manifest: ModelManifest, slices: Mapping[str, Mapping[str, Slice]], found: Mapping[str, Mapping[str, str]]
-) -> ModelManifest:
+def group_digests(digests: Mapping[str, str | list[str]], groups: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Digests of a tree, as `write_tree` gives them, by group: "" for shared leaves, then the experts in order."""
+    found: dict[str, dict[str, str]] = {group: {} for group in groups}
+    experts = [group for group in found if group]
+    for path, values in sorted(digests.items()):
+        members = experts if path.startswith(MOE) else [""]
+        for group, digest in zip(members, values if isinstance(values, list) else [values], strict=True):
+            found[group][digest_name(path)] = digest
+    return found
+
+
+def with_digests(
+    manifest: Manifest,
+    slices: Mapping[str, Mapping[str, Slice]],
+    found: Mapping[str, Mapping[str, str]],
+    statistics: Mapping[str, str | list[str]] | None = None,
+) -> Manifest:
     """The manifest after its leaves were read: each cast is recorded, and new leaves have their digests.
 
     Args:
       manifest: what the leaves were before; it need not name all.
-      slices: {expert: {leaf: slice}} as they were read, and under "" the shared leaves.
+      slices: {expert: {leaf: slice}} as they were read, and under "" the shared leaves; a contribution's are under "".
       found: {expert: {leaf: digest}} of what was read.
-
-    Raises:
-      UserError: a leaf that was not cast is not what the manifest says. Those that were are checked as they are read.
+      statistics: {path: digest} of statistics that were read too.
     """
+    statistics = {path: str(digest) for path, digest in (statistics or {}).items()}
+    if isinstance(manifest, ContributionManifest):
+        casts = new_casts(manifest.leaves, manifest.casts, slices[""], found[""])
+        changes = {"statistics": statistics} if statistics else {}
+        return manifest.but(leaves={**found[""], **manifest.leaves}, casts=casts, **changes)
+    published: dict[str, tuple[dict[str, str], Casts]]
+    published = {"": (manifest.shared, manifest.casts), **{e.name: (e.leaves, e.casts) for e in manifest.experts}}
+    casts = {group: new_casts(*before, slices[group], found[group]) for group, before in published.items()}
+    of_expert = {
+        e.name: {p.removeprefix(f"{e.name}/"): d for p, d in statistics.items() if p.startswith(f"{e.name}/")}
+        for e in manifest.experts
+    }
     experts = [
-        expert.but(
-            leaves={**found[expert.name], **expert.leaves},
-            casts=new_casts(expert.leaves, expert.casts, slices[expert.name], found[expert.name]),
+        e.but(
+            leaves={**found[e.name], **e.leaves},
+            casts=casts[e.name],
+            statistics=of_expert[e.name] or e.statistics,
         )
-        for expert in manifest.experts
+        for e in manifest.experts
     ]
-    casts = new_casts(manifest.shared, manifest.casts, slices[""], found[""])
-    return manifest.but(experts=experts, shared={**found[""], **manifest.shared}, casts=casts)
+    return manifest.but(experts=experts, shared={**found[""], **manifest.shared}, casts=casts[""])
 
 
 def new_casts(
     published: Mapping[str, str], casts: Mapping[str, Cast], slices: Mapping[str, Slice], found: Mapping[str, str]
 ) -> Casts:
-    """The casts of a set of leaves after they were read as `slices` say; errors are those of `with_casts`."""
-    kept = {leaf for leaf, part in slices.items() if part.cast is None and leaf in published}
-    check_digests({leaf: found[leaf] for leaf in kept}, stored_digests(published, casts), slices)
+    """The casts of a set of leaves after they were read as `slices` say, with the digests `found`."""
     recorded: Casts = {}
     for leaf, part in sorted(slices.items()):
         # A leaf that is new, or has become again what was published, needs no record.
@@ -87,5 +111,5 @@ def new_casts(
             continue
         dtypes = casts[leaf].dtypes if leaf in casts else [part.source_dtype.name]
         after = Cast.model_construct(dtypes=[*dtypes, part.dtype.name], digest=found[leaf])
-        recorded[leaf] = casts[leaf] if leaf in kept else after
+        recorded[leaf] = casts[leaf] if part.cast is None else after
     return recorded

@@ -4,13 +4,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pydantic
 import tensorstore as ts
 from etils import epath
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.casts import Experts, check_digests, new_casts, with_casts
+from flexolmo_jax.checkpoint.casts import Experts, group_digests, with_digests
 from flexolmo_jax.checkpoint.files import FILE, Content, Names, check_files, is_system_file
 from flexolmo_jax.checkpoint.manifests import (
     MOE,
@@ -134,16 +133,31 @@ def _read(kind: type[Manifest], files: Kind, directory: epath.PathLike, strict: 
     return read_manifest(kind, directory / files.manifest)
 
 
-def split_experts(
-    tree: Mapping[str, Any], roster: Sequence[str], source: str, dtypes: Mapping[str, np.dtype] | None = None
-) -> tuple[dict[str, Slice], Experts]:
-    """Splits a model's flat tree (stored or in memory) into shared leaves and each expert's own.
+class Tree(NamedTuple):
+    """A tree to be written.
+
+    Attributes:
+      leaves: {path: content}, as `write_tree` takes them.
+      digest_name: path -> the name that enters a leaf's digest.
+    """
+
+    leaves: Mapping[str, Slice | Sequence[Slice]]
+    digest_name: Callable[[str], str] = str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        contents = ([part] if isinstance(part, Slice) else part for part in self.leaves.values())
+        return sum(part.nbytes for content in contents for part in content)
+
+
+def split_experts(tree: Mapping[str, Any], roster: Sequence[str], source: str) -> tuple[dict[str, Slice], Experts]:
+    """Splits a model's flat tree into shared leaves and each expert's own.
 
     Args:
-      tree: {path: array}.
+      tree: {path: array}, stored or in memory, or {path: slice}.
       roster: the names of the experts.
       source: names the tree in errors.
-      dtypes: {path: dtype} that leaves are cast to as they are read; by default they stay as they are.
 
     Returns:
       ({path: slice} of the shared leaves, {expert name: {leaf: slice}} in the order of the roster).
@@ -151,8 +165,7 @@ def split_experts(
     shared: dict[str, Slice] = {}
     experts: Experts = {name: {} for name in roster}
     for path, array in tree.items():
-        part = Slice(array, None, f"{source}: leaf {path}")
-        part = part.as_dtype(dtypes[path]) if dtypes else part
+        part = array if isinstance(array, Slice) else Slice(array, None, f"{source}: leaf {path}")
         if not path.startswith(MOE):
             shared[path] = part
         elif len(roster) == 1:
@@ -175,24 +188,6 @@ def stack_experts(
         else:
             leaves[f"{MOE}experts/{leaf}"] = [expert[leaf] for expert in members]
     return leaves
-
-
-def write_experts(
-    path: epath.Path,
-    shared: Mapping[str, Slice],
-    experts: Mapping[str, Mapping[str, Slice]],
-    advance: Callable[[int], None] = lambda size: None,
-) -> dict[str, dict[str, str]]:
-    """Writes the tree of a model; returns {expert: {leaf: digest}}, and under "" the shared leaves'."""
-    digests = write_tree(path, stack_experts(shared, experts), digest_name, advance)
-    found: dict[str, dict[str, str]] = {group: {} for group in ("", *experts)}
-    for leaf, values in sorted(digests.items()):
-        if not leaf.startswith(MOE):
-            found[""][leaf] = str(values)
-            continue
-        for name, digest in zip(experts, values if isinstance(values, list) else [values], strict=True):
-            found[name][digest_name(leaf)] = digest
-    return found
 
 
 def open_params(directory: epath.PathLike) -> dict[str, ts.TensorStore]:
@@ -261,8 +256,8 @@ def check_content(groups: Mapping[str, Mapping[str, Slice]], named: Mapping[str,
     with progress_bar() as progress:
         task = progress.add_task("digests", total=sum(map(len, groups.values())))
         for group, leaves in groups.items():
-            for leaf, part in leaves.items():
-                check_digests({leaf: digest_slice(part, digest_name(leaf))}, named[group], leaves)
+            for leaf, part in expecting(leaves, named[group]).items():
+                digest_slice(part, digest_name(leaf))
                 progress.advance(task)
 
 
@@ -304,18 +299,8 @@ def write_model(
     Raises:
       UserError: a leaf is not what the manifest says, is not finite, or too large for its dtype; or `path` exists.
     """
-    total = sum(map(size, (shared, *experts.values())))
-    with atomic_directory(path, MODEL.manifest, MODEL.content) as directory:
-        with byte_progress(title, total) as advance:
-            found = write_experts(directory / PARAMS, shared, experts, advance)
-        manifest = with_casts(manifest, {"": shared, **experts}, found)
-        digests = write_statistics(directory, statistics or {}, manifest)
-        manifest = manifest.but(experts=[e.but(statistics=digests[e.name]) for e in manifest.experts])
-        if manifest.tuned:
-            write_merged_router(directory, merged_router or {}, manifest)
-        manifest = complete(directory, manifest) or manifest
-        write_manifest(directory / MODEL_FILE, manifest)
-    return manifest
+    trees = model_trees(manifest, shared, experts) | trees_beside(manifest, statistics or {}, merged_router or {})
+    return _write(path, MODEL, manifest, {"": shared, **experts}, trees, complete, title)
 
 
 def write_contribution(
@@ -327,58 +312,74 @@ def write_contribution(
     complete: Callable[[epath.Path, ContributionManifest], ContributionManifest | None] = lambda directory, found: None,
 ) -> ContributionManifest:
     """Writes a contribution directory, whole or not at all; arguments and errors are those of `write_model`."""
-    with atomic_directory(path, CONTRIBUTION.manifest, CONTRIBUTION.content) as directory:
-        with byte_progress("write", size(leaves)) as advance:
-            found = write_tree(directory / PARAMS, dict(sorted(leaves.items())), str, advance)
-        digests = {leaf: str(digest) for leaf, digest in found.items()}
-        casts = new_casts(manifest.leaves, manifest.casts, leaves, digests)
-        manifest = manifest.but(leaves={**digests, **manifest.leaves}, casts=casts)
-        if statistics:
-            found = write_tree(directory / STATISTICS, dict(sorted(statistics.items())), str)
-            digests = {leaf: str(digest) for leaf, digest in found.items()}
-            if manifest.statistics:
-                check_leaves(digests, manifest.statistics, str(path))
-                check_digests(digests, manifest.statistics, statistics)
-            manifest = manifest.but(statistics=digests)
+    trees = {PARAMS: Tree(dict(sorted(expecting(leaves, manifest.stored).items())))}
+    if statistics:
+        if manifest.statistics:
+            check_leaves(statistics, manifest.statistics, str(path))
+        trees[STATISTICS] = Tree(dict(sorted(expecting(statistics, manifest.statistics).items())))
+    return _write(path, CONTRIBUTION, manifest, {"": leaves}, trees, complete, "write")
+
+
+def _write(
+    path: epath.PathLike,
+    kind: Kind,
+    manifest: Manifest,
+    slices: Mapping[str, Mapping[str, Slice]],
+    trees: Mapping[str, Tree],
+    complete: Callable[[epath.Path, Manifest], Manifest | None],
+    title: str,
+) -> Manifest:
+    """Writes a directory: its trees, what `complete` adds, and last the manifest, with the digests of `slices`."""
+    with atomic_directory(path, kind.manifest, kind.content) as directory:
+        with byte_progress(title, sum(tree.nbytes for tree in trees.values())) as advance:
+            digests = {folder: write_tree(directory / folder, *tree, advance) for folder, tree in trees.items()}
+        found = group_digests(digests[PARAMS], slices)
+        manifest = with_digests(manifest, slices, found, digests.get(STATISTICS))
         manifest = complete(directory, manifest) or manifest
-        if manifest.casts:
+        if isinstance(manifest, ContributionManifest) and manifest.casts:
             document = {leaf: cast.model_dump() for leaf, cast in sorted(manifest.casts.items())}
             (directory / CASTS_FILE).write_text(json.dumps(document, indent=2) + "\n")
-        write_manifest(directory / CONTRIBUTION_FILE, manifest)
+        write_manifest(directory / kind.manifest, manifest)
     return manifest
 
 
-def write_merged_router(
-    directory: epath.Path, router: Mapping[str, Mapping[str, Slice]], manifest: ModelManifest
-) -> None:
-    """Writes what `open_merged_router` reads; raises UserError where it is not what the manifest says."""
-    found = write_experts(directory / MERGED_ROUTER, {}, router)
-    for name, leaves in router.items():
-        check_digests(found[name], manifest.stored_router[name], leaves)
+def model_trees(
+    manifest: ModelManifest, shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]
+) -> dict[str, Tree]:
+    """{folder: tree} of a model's parameters, or of some of them."""
+    stored = manifest.stored
+    parts = {name: expecting(leaves, stored[name]) for name, leaves in {"": shared, **experts}.items()}
+    return {PARAMS: Tree(stack_experts(parts.pop(""), parts), digest_name)}
 
 
-def write_statistics(
-    directory: epath.Path, statistics: Mapping[str, Mapping[str, Slice]], manifest: ModelManifest
-) -> dict[str, dict[str, str]]:
-    """Writes what `open_statistics` reads, if anything; returns {expert: {leaf: digest}}.
+def trees_beside(
+    manifest: ModelManifest,
+    statistics: Mapping[str, Mapping[str, Slice]],
+    merged_router: Mapping[str, Mapping[str, Slice]],
+) -> dict[str, Tree]:
+    """{folder: tree} of what stands beside a model's parameters: statistics, if any; of a tuned one the merged router.
 
     Raises:
-      UserError: a leaf is not what the manifest says, where it names it.
+      UserError: a leaf of the statistics is missing, or not in the manifest, where that names them.
     """
-    leaves = {
-        f"{name}/{leaf}": part for name, parts in sorted(statistics.items()) for leaf, part in sorted(parts.items())
-    }
-    digests = write_tree(directory / STATISTICS, leaves, lambda path: path.split("/", 1)[1]) if leaves else {}
-    found: dict[str, dict[str, str]] = {expert.name: {} for expert in manifest.experts}
-    for path, digest in digests.items():
-        name, leaf = path.split("/", 1)
-        found[name][leaf] = str(digest)
-    for expert in manifest.experts:
+    trees, leaves = dict[str, Tree](), dict[str, Slice]()
+    for expert in sorted(manifest.experts, key=lambda expert: expert.name):
+        parts = statistics.get(expert.name, {})
         if expert.statistics:
-            parts = statistics.get(expert.name, {})
             check_leaves(parts, expert.statistics, f"the statistics of {expert.name}")
-            check_digests(found[expert.name], expert.statistics, parts)
-    return found
+        leaves |= {f"{expert.name}/{leaf}": part for leaf, part in sorted(expecting(parts, expert.statistics).items())}
+    if leaves:
+        trees[STATISTICS] = Tree(leaves, lambda path: path.split("/", 1)[1])
+    if manifest.tuned:
+        stored = manifest.stored_router
+        router = {name: expecting(parts, stored[name]) for name, parts in merged_router.items()}
+        trees[MERGED_ROUTER] = Tree(stack_experts({}, router), digest_name)
+    return trees
+
+
+def expecting(leaves: Mapping[str, Slice], digests: Mapping[str, str]) -> dict[str, Slice]:
+    """The leaves with the digests that are named for them: each is compared as it is read."""
+    return {leaf: part._replace(digest=digests.get(leaf, part.digest)) for leaf, part in leaves.items()}
 
 
 def copy_files(source: epath.Path, directory: epath.Path) -> None:

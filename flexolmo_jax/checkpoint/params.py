@@ -104,7 +104,7 @@ class Slice(NamedTuple):
       expert: position on the expert axis, or None when there is no such axis.
       name: where it comes from, for errors.
       cast: the dtype that values are rounded to, once and to nearest even, as they are read; None: that of the source.
-      digest: of the source's content; compared when a cast slice is read whole. None: not known.
+      digest: of the source's content; compared when the slice is read whole. None: not known.
     """
 
     source: Any
@@ -137,8 +137,7 @@ class Slice(NamedTuple):
 
     def as_dtype(self, dtype: np.dtype, digest: str | None = None) -> "Slice":
         """The same leaf, cast to `dtype`; as it is where it has that dtype. `digest` is that of its content before."""
-        cast = None if self.source_dtype == dtype else np.dtype(dtype)
-        return self._replace(cast=cast, digest=digest if cast is not None else None)
+        return self._replace(cast=None if self.source_dtype == dtype else np.dtype(dtype), digest=digest)
 
     def read(self, index: Index) -> np.ndarray:
         """Reads a range, of `index` into the shape without the expert axis, in `dtype`.
@@ -190,7 +189,7 @@ def write_tree(
 
     Raises:
       UserError: a value is not finite or too large for the dtype it is cast to, a source cannot be read, or the
-        content of a cast slice is not what its digest says.
+        content of a slice is not what its digest says.
     """
     writer = TreeWriter(path)
     jobs: dict[str, list[_Copy]] = {}
@@ -278,10 +277,12 @@ class _Copy:
         """Waits until the leaf is copied, and returns its digest; raises UserError as `write_tree` does."""
         part, results = self._part, [result for job in self._jobs for result in job.result()]
         source, written = (itertools.chain.from_iterable(column) for column in zip(*results, strict=True))
-        if part.cast is not None and part.digest is not None:
-            found = leaf_digest(self._digest_name, part.source_dtype, part.shape, source)
-            check_digest(part.name, found, part.digest)
-        return leaf_digest(self._digest_name, part.dtype, part.shape, written)
+        digest = leaf_digest(self._digest_name, part.dtype, part.shape, written)
+        if part.digest is not None:
+            cast = part.cast is not None
+            before = leaf_digest(self._digest_name, part.source_dtype, part.shape, source) if cast else digest
+            check_digest(part.name, before, part.digest)
+        return digest
 
     def _copy(self, unit: Index) -> tuple[list[bytes], list[bytes]]:
         """Copies a range; returns the digests of its chunks in the source and as they are written."""

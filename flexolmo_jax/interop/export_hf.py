@@ -16,7 +16,7 @@ from etils import epath
 
 from flexolmo_jax.checkpoint import model_directory
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.checkpoint.casts import cast_router, cast_slices, check_digests, with_casts
+from flexolmo_jax.checkpoint.casts import cast_router, cast_slices, with_digests
 from flexolmo_jax.checkpoint.manifests import MOE, ModelManifest, digest_name, is_router_leaf
 from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_model, open_statistics, size
 from flexolmo_jax.checkpoint.params import Slice, digest_slice
@@ -109,7 +109,7 @@ def _resolved(source: Source) -> Source:
             for leaf, part in leaves.items():
                 found[name][leaf] = digest_slice(part, digest_name(leaf))
                 advance(part.nbytes)
-    return source._replace(manifest=with_casts(source.manifest, groups, found))
+    return source._replace(manifest=with_digests(source.manifest, groups, found))
 
 
 def export(
@@ -292,7 +292,7 @@ def _check_leaves(leaves: Mapping[str, Slice], digests: Mapping[str, str], advan
     if leaves.keys() != digests.keys():
         raise UserError(f"leaf {min(leaves.keys() ^ digests.keys())} has no place in Hugging Face's form")
     for leaf, part in leaves.items():
-        check_digests({leaf: digest_slice(part, digest_name(leaf))}, digests, leaves)
+        digest_slice(part._replace(digest=digests[leaf]), digest_name(leaf))
         advance(size({leaf: part}))
 
 

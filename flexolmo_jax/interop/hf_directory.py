@@ -15,16 +15,9 @@ import numpy as np
 from etils import epath
 
 from flexolmo_jax.checkpoint import model_directory
-from flexolmo_jax.checkpoint.casts import check_digests
 from flexolmo_jax.checkpoint.manifests import ModelManifest, write_manifest
-from flexolmo_jax.checkpoint.model_directory import (
-    open_merged_router,
-    open_statistics,
-    write_experts,
-    write_merged_router,
-    write_statistics,
-)
-from flexolmo_jax.checkpoint.params import Slice
+from flexolmo_jax.checkpoint.model_directory import model_trees, open_merged_router, open_statistics, trees_beside
+from flexolmo_jax.checkpoint.params import Slice, write_tree
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import NotFoundError, UserError
@@ -178,12 +171,9 @@ def write_sidecar(
       UserError: a leaf is not what the manifest says.
     """
     folder = directory / FOLDER
-    found = write_experts(folder / model_directory.PARAMS, {}, leaves)
-    for expert in manifest.experts:
-        check_digests(found[expert.name], expert.stored, leaves[expert.name])
-    write_statistics(folder, statistics, manifest)
-    if merged_router:
-        write_merged_router(folder, merged_router, manifest)
+    trees = model_trees(manifest, {}, leaves) | trees_beside(manifest, statistics, merged_router or {})
+    for name, tree in trees.items():
+        write_tree(folder / name, *tree)
     write_manifest(folder / model_directory.MODEL_FILE, manifest)
 
 
@@ -223,9 +213,10 @@ def restore(sidecar: Sidecar, directory: epath.Path) -> None:
     Raises:
       UserError: the router as merged, or the public sample, is not what was exported.
     """
-    if sidecar.manifest.tuned:
-        write_merged_router(directory, open_merged_router(sidecar.path, sidecar.manifest), sidecar.manifest)
-    write_statistics(directory, open_statistics(sidecar.path, sidecar.manifest), sidecar.manifest)
+    manifest, path = sidecar.manifest, sidecar.path
+    router = open_merged_router(path, manifest) if manifest.tuned else {}
+    for name, tree in trees_beside(manifest, open_statistics(path, manifest), router).items():
+        write_tree(directory / name, *tree)
     if (sidecar.path / model_directory.PUBLIC).exists():
         Corpus.open(sidecar.path / model_directory.PUBLIC).verify()
     copy_certificate_and_sample(sidecar.path, directory)

@@ -11,7 +11,6 @@ from typing import Any
 
 from etils import epath
 
-from flexolmo_jax.checkpoint.casts import check_digests
 from flexolmo_jax.checkpoint.manifests import (
     ANCHOR_NAME,
     NAME_RULE,
@@ -22,6 +21,7 @@ from flexolmo_jax.checkpoint.manifests import (
 )
 from flexolmo_jax.checkpoint.model_directory import (
     STATISTICS,
+    expecting,
     open_merged_router,
     open_model,
     open_params,
@@ -185,8 +185,7 @@ def import_contribution(
         if not merged.contribution:
             return manifest.but(card=merged.card, leaves=merged.leaves, casts=merged.casts)
         if statistics:
-            digests = write_tree(directory / STATISTICS, statistics, str)
-            check_digests({leaf: str(digest) for leaf, digest in digests.items()}, merged.statistics, statistics)
+            write_tree(directory / STATISTICS, expecting(statistics, merged.statistics), str)
         owner = ContributionManifest(**{key: x for key, x in merged.contribution.items() if key != "digest"})
         return owner.but(**({} if owner.name == expert else {"name": expert}), casts=merged.casts)
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorstore as ts
 from etils import epath
 
 from flexolmo_jax.checkpoint.manifests import (
@@ -21,9 +20,6 @@ from flexolmo_jax.checkpoint.model_directory import (
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     copy_files,
-    open_merged_router,
-    open_params,
-    open_statistics,
     split_experts,
     write_contribution,
     write_model,
@@ -70,95 +66,65 @@ def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epa
     Raises:
       UserError: a trained leaf is not finite, or too large for its dtype; or the start has changed since.
     """
-    start = publication.start
-    stored = open_params(start.path) if start else {}
-    if start and publication.expert:
-        expert = {path: leaf for path, leaf in leaves.items() if path.startswith(EXPERT)}
-        return _write_contribution(output, expert, stored, start.manifest, publication)
-    trained = {path: leaves[path] for path in publication.trainable}
-    frozen = {path: (stored or leaves)[path] for path in leaves.keys() - publication.trainable}
-    return _write_model(output, trained | frozen, stored, publication)
-
-
-def _write_contribution(
-    output: epath.Path,
-    leaves: Leaves,
-    stored: Mapping[str, ts.TensorStore],
-    anchor: ModelManifest,
-    publication: Publication,
-) -> epath.Path:
-    slices = {}
-    for path, leaf in sorted(leaves.items()):
-        dtype = stored[start_leaf(path)].dtype.numpy_dtype
-        slices[digest_name(path)] = Slice(leaf, None, f"the trained leaf {path}").as_dtype(dtype)
-    manifest = ContributionManifest(
-        name=publication.expert,
-        anchor_digest=anchor.anchor_digest,
-        architecture=anchor.architecture,
-        card=publication.card,
-        leaves={},
-    )
-    write_contribution(output, manifest, slices)
-    return output
-
-
-def _write_model(
-    output: epath.Path,
-    leaves: Mapping[str, Any],
-    stored: Mapping[str, ts.TensorStore],
-    publication: Publication,
-) -> epath.Path:
-    """Writes a model of the leaves; `stored` are those that it started from, none where they were fresh."""
-    dtypes = {path: leaf.dtype.numpy_dtype for path, leaf in stored.items()}
     start, corpus = publication.start, publication.corpus
+    manifest = _manifest(publication)
+    new = leaves.keys()
     if start:
-        before = start.manifest
-        manifest = _without_leaves(before, publication.trainable)
-        if len(before.experts) > 1:
-            trained = publication.trainable | set(before.tuned.leaves if before.tuned else ())
-            manifest = manifest.but(tuned=before.tuned_in(trained, publication.card))
-    else:
-        manifest = ModelManifest(
-            architecture=dataclasses.asdict(publication.architecture),
-            experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card=publication.card)],
-            shared={},
-            top_k=1,
-            tokenizer_digest=corpus.tokenizer_digest,
-            eos_id=corpus.eos_id,
-        )
+        new = {path for path in leaves if path.startswith(EXPERT)} if publication.expert else publication.trainable
+    slices = {path: Slice(leaves[path], None, f"the trained leaf {path}") for path in sorted(new)}
+    if start:
+        dtypes = {path: start.params[start_leaf(path)].dtype.numpy_dtype for path in slices}
+        slices = {path: part.as_dtype(dtypes[path]) for path, part in slices.items()}
 
     def complete(directory: epath.Path, written: ModelManifest) -> None:
         (corpus.path / TOKENIZER_FILE).copy(directory / TOKENIZER_FILE)
         if start:
             copy_files(start.path / TOKENIZER_FOLDER, directory / TOKENIZER_FOLDER)
-        if publication.public_documents:
-            _publish_sample(corpus, publication.public_documents, publication.seed, directory / PUBLIC)
+        if publication.public_documents:  # owners can mix them in
+            count = min(len(corpus), publication.public_documents)
+            chosen = np.random.default_rng(publication.seed).choice(len(corpus), count, replace=False)
+            copy_documents(corpus, sorted(chosen.tolist()), directory / PUBLIC)
 
-    shared, experts = split_experts(leaves, publication.roster, "the trained model", dtypes)
-    write_model(
-        output,
-        manifest,
-        shared,
-        experts,
-        statistics=open_statistics(start.path, start.manifest) if start else None,
-        merged_router=open_merged_router(start.path, start.manifest) if start else None,
-        complete=complete,
-    )
+    if isinstance(manifest, ContributionManifest):
+        write_contribution(output, manifest, {digest_name(path): part for path, part in slices.items()})
+        return output
+    frozen = {path: start.params[path] for path in leaves.keys() - slices.keys()} if start else {}
+    source = f"config.start_from={start.path}" if start else "fresh weights"
+    shared, experts = split_experts(frozen | slices, publication.roster, source)
+    beside = {"statistics": start.statistics, "merged_router": start.merged_router} if start else {}
+    write_model(output, manifest, shared, experts, complete=complete, **beside)
     return output
 
 
-def _without_leaves(manifest: ModelManifest, trained: Set[str]) -> ModelManifest:
-    """The manifest before trained leaves are written: it names neither digests nor casts of them."""
-    of_experts = {digest_name(path) for path in trained if path.startswith(MOE)}
+def _manifest(publication: Publication) -> ContributionManifest | ModelManifest:
+    """The manifest of the output before its trained leaves are written: it names neither digests nor casts of them."""
+    trained, card = publication.trainable, publication.card
+    if publication.start is None:
+        return ModelManifest(
+            architecture=dataclasses.asdict(publication.architecture),
+            experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card=card)],
+            shared={},
+            top_k=1,
+            tokenizer_digest=publication.corpus.tokenizer_digest,
+            eos_id=publication.corpus.eos_id,
+        )
+    before = publication.start.manifest
+    if publication.expert:
+        return ContributionManifest(
+            name=publication.expert,
+            anchor_digest=before.anchor_digest,
+            architecture=before.architecture,
+            card=card,
+            leaves={},
+        )
 
     def rest(values: Mapping[str, Any], leaves: Set[str]) -> dict[str, Any]:
         return {leaf: value for leaf, value in values.items() if leaf not in leaves}
 
-    experts = [e.but(leaves=rest(e.leaves, of_experts), casts=rest(e.casts, of_experts)) for e in manifest.experts]
-    return manifest.but(experts=experts, shared=rest(manifest.shared, trained), casts=rest(manifest.casts, trained))
-
-
-def _publish_sample(corpus: Corpus, count: int, seed: int, out: epath.Path) -> None:
-    """Ships some of the public documents with the anchor, so that owners can mix them in."""
-    chosen = np.random.default_rng(seed).choice(len(corpus), min(count, len(corpus)), replace=False)
-    copy_documents(corpus, sorted(chosen.tolist()), out)
+    of_experts = {digest_name(path) for path in trained if path.startswith(MOE)}
+    experts = [e.but(leaves=rest(e.leaves, of_experts), casts=rest(e.casts, of_experts)) for e in before.experts]
+    manifest = before.but(experts=experts, shared=rest(before.shared, trained), casts=rest(before.casts, trained))
+    if len(before.experts) == 1:
+        return manifest
+    since_merge = trained | set(before.tuned.leaves if before.tuned else ())
+    return manifest.but(tuned=before.tuned_in(since_merge, card))

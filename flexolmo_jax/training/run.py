@@ -207,6 +207,9 @@ def _decoder(config: ConfigDict, start: Start | None, platform: str) -> Decoder:
 
 def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[jax.Device]) -> Program:
     model = _decoder(config, start, sharding.platform_of(devices[0]))
+    schedule = make_schedule(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(model, optimizer, schedule, LossWeights(**config.loss), config.data.grad_accum_steps)
     mesh = sharding.make_mesh(config.mesh, devices)
     batch_sharding = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
     batch_size, length = config.data.batch_size, config.data.sequence_length
@@ -219,9 +222,6 @@ def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[jax
         raise ArgumentError("config.data.batch_size", batch_size, problem)
     batch = dict.fromkeys(ARRAYS, jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding))
     shardings = sharding.leaf_shardings(model.abstract(), model.logical_axes(), mesh, config.sharding_rules)
-    schedule = make_schedule(config.optimizer, config.steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    step = make_train_step(model, optimizer, schedule, LossWeights(**config.loss), config.data.grad_accum_steps)
     trainable = trainable_paths(shardings, config.partition, required_prefix=EXPERT if config.expert else "")
     leaves, frozen = abstract_leaves(model, shardings, trainable, config.compute.frozen_dtype)
     return Program(model, trainable, mesh, optimizer, step, abstract_state(leaves, optimizer, mesh), frozen, batch)

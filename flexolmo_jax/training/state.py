@@ -1,5 +1,7 @@
 """The leaves that a run begins with, which of them it trains, and the train state around these."""
 
+import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +16,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from flexolmo_jax.checkpoint.casts import Experts
 from flexolmo_jax.checkpoint.manifests import MOE, ROUTER, ModelManifest
-from flexolmo_jax.checkpoint.model_directory import open_params
+from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_params, open_statistics
 from flexolmo_jax.checkpoint.params import read_leaf
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import Architecture
@@ -29,11 +32,27 @@ TRAINABLE, FROZEN = "trainable", "frozen"
 AbstractLeaves = dict[str, jax.ShapeDtypeStruct]
 
 
-class Start(NamedTuple):
-    """The model directory that a run starts from."""
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The model directory that a run starts from; its leaves are opened once, when they are first asked for."""
 
     path: epath.Path
     manifest: ModelManifest
+
+    @functools.cached_property
+    def params(self) -> dict[str, ts.TensorStore]:
+        """{path: leaf} of its parameters."""
+        return open_params(self.path)
+
+    @functools.cached_property
+    def statistics(self) -> Experts:
+        """{expert: {leaf: slice}} of its owners' statistics."""
+        return open_statistics(self.path, self.manifest)
+
+    @functools.cached_property
+    def merged_router(self) -> Experts:
+        """{expert: {leaf: slice}} of its router as the merge made it."""
+        return open_merged_router(self.path, self.manifest)
 
 
 class Initialization(NamedTuple):
@@ -143,12 +162,11 @@ def initial_leaves(
         leaves = jax.jit(model.init_flat, out_shardings=shardings)(jax.random.key(initialization.seed))
         leaves["embedding"] *= initialization.options.embedding_stddev / INIT_STDDEV
         return split(leaves, trainable)
-    stored = open_params(start.path)
     new = _new_expert(model.architecture, initialization) if initialization.expert else {}
 
     def initial(abstract: AbstractLeaves) -> Leaves:
         return {
-            path: jax.device_put(new[path], leaf.sharding) if path in new else _read(path, leaf, start, stored)
+            path: jax.device_put(new[path], leaf.sharding) if path in new else _read(path, leaf, start)
             for path, leaf in abstract.items()
         }
 
@@ -183,9 +201,9 @@ def abstract_state(
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), abstract, state)
 
 
-def _read(path: str, like: jax.ShapeDtypeStruct, start: Start, stored: Mapping[str, ts.TensorStore]) -> jax.Array:
+def _read(path: str, like: jax.ShapeDtypeStruct, start: Start) -> jax.Array:
     """Reads one leaf of the start, a new expert's from the anchor's."""
-    source = start_leaf(path)
+    source, stored = start_leaf(path), start.params
     label = f"config.start_from={start.path}: leaf {source}"
     if source not in stored or tuple(stored[source].shape) != like.shape:
         raise UserError(f"{label} is missing or misshapen; copy the model again from its source")
