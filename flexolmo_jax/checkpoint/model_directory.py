@@ -378,8 +378,8 @@ def trees_beside(
 
 
 def expecting(leaves: Mapping[str, Slice], digests: Mapping[str, str]) -> dict[str, Slice]:
-    """The leaves with the digests that are named for them: each is compared as it is read."""
-    return {leaf: part._replace(digest=digests.get(leaf, part.digest)) for leaf, part in leaves.items()}
+    """The leaves, those without a digest with the one that is named for them: each is compared as it is read."""
+    return {leaf: part._replace(digest=part.digest or digests.get(leaf)) for leaf, part in leaves.items()}
 
 
 def copy_files(source: epath.Path, directory: epath.Path) -> None:
