@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
-import operator
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from flexolmo_jax.benchmark import machine
-from flexolmo_jax.benchmark.worker import Spec
+from flexolmo_jax.benchmark.worker import Step
 from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, ExpertRecord, ModelManifest
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import Model
@@ -21,42 +22,50 @@ from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.flops import decode_step_flops, train_step_flops
 from flexolmo_jax.model.leaves import INIT_STDDEV
 from flexolmo_jax.training.run import build_model, make_program
-from flexolmo_jax.training.state import split
+from flexolmo_jax.training.state import Initialization, initial_leaves
 from flexolmo_jax.training.step import Batch, Leaves, Program, compile_step, initial_state
 
 _NO_TOKEN = -1  # for EOS, so that no continuation ends early
+_READ_BYTES = 400_000_000  # far beyond caches
 
 
-class TrainStep:
-    """A `worker.Step`: forward and backward pass, and optimizer."""
+class JaxStep(Step):
+    """A step of this program."""
 
-    def __init__(self, spec: Spec):
-        """Reads the configuration; nothing is computed yet."""
-        self._config = machine.restored(spec.config)
+    def device_memory(self) -> int | None:
+        """Peak bytes in use on the first device."""
+        statistics = jax.local_devices()[0].memory_stats()
+        return statistics["peak_bytes_in_use"] if statistics else None
+
+    def _built(self, **metrics: Any) -> dict[str, Any]:
+        device = jax.devices()[0]
+        devices = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
+        return {**devices, **metrics}
+
+
+class TrainStep(JaxStep):
+    """Forward and backward pass, and optimizer."""
 
     def build(self) -> dict[str, Any]:
         """Compiles the step and takes it once."""
-        config = self._config
-        program = make_program(config)
+        program = make_program(self._config)
         model = program.model
         with jax.set_mesh(program.mesh):
-            trainable, self._frozen = random_leaves(program, config.seed)
+            trainable, self._frozen = random_leaves(program, self._config)
             self._state = initial_state(trainable, program.optimizer, program.state)
-            self._batch = random_batch(program, config.seed)
+            self._batch = random_batch(program, self._config.seed)
             start = time.perf_counter()
             self._step = compile_step(program.step, self._state, self._frozen, self._batch)
             compile_seconds = time.perf_counter() - start
         self.step()
         self.wait()
-        batch, length = config.data.batch_size, config.data.sequence_length
-        return {
-            **machine.devices(),
-            "compile_seconds": compile_seconds,
-            "tokens": batch * length,
-            "flops": train_step_flops(model.architecture, model.layout, program.trainable, batch, length),
-            "limit_of": f"{config.compute.dtype} matmul",
-            "temporary_bytes": self._step.memory_analysis().temp_size_in_bytes,
-        }
+        shape = self._batch_size, self._length
+        return self._built(
+            compile_seconds=compile_seconds,
+            tokens=math.prod(shape),
+            flops=train_step_flops(model.architecture, model.layout, program.trainable, *shape),
+            limit_of=f"{self._config.compute.dtype} matmul",
+        )
 
     def step(self) -> None:
         """Dispatches a step, to which the state of the one before is donated."""
@@ -68,50 +77,38 @@ class TrainStep:
 
     def limit(self) -> float:
         """FLOP/s of a large matmul in the dtype of the step."""
-        return machine.matmul_rate(self._config.compute.dtype)
-
-    def device_memory(self) -> int | None:
-        """Peak bytes in use on the first device."""
-        return machine.device_memory()
+        return matmul_rate(self._config.compute.dtype)
 
 
-class Decoding:
-    """A `worker.Step`: a generation, prefill included, from prompts of half a sequence to a whole one."""
-
-    def __init__(self, spec: Spec):
-        """Reads the configuration; nothing is computed yet."""
-        self._config = machine.restored(spec.config)
-        self._batch, self._length = self._config.data.batch_size, self._config.data.sequence_length
-        self._new = self._length // 2
-        self._timed = math.ceil(self._new * 3 / 4)
+class Decoding(JaxStep):
+    """A generation, prefill included, from prompts of half a sequence to a whole one."""
 
     def build(self) -> dict[str, Any]:
         """Makes a model and generates once."""
+        self._new = self._length // 2
+        self._timed = math.ceil(self._new * 3 / 4)
         decoder, _ = build_model(self._config)
         self._model = random_model(decoder, self._config)
-        shape = (self._batch, self._length - self._new)
+        shape = self._batch_size, self._length - self._new
         self._prompts = np.random.default_rng(self._config.seed).integers(0, self._config.model.vocab_size, shape)
-        start = time.perf_counter()
-        self.step()
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        self.step()
+        first, second = self._seconds(), self._seconds()
         positions = self._length - self._timed / 2
-        return {
-            **machine.devices(),
-            "compile_seconds": first - (time.perf_counter() - start),
-            "tokens": self._batch * self._new,
-            "flops": decode_step_flops(decoder.architecture, decoder.layout, self._batch, positions),
-            "bytes": decode_step_bytes(decoder, self._model.params, self._batch, positions),
-            "limit_of": "memory, read",
-        }
+        return self._built(
+            compile_seconds=first - second,
+            tokens=self._batch_size * self._new,
+            flops=decode_step_flops(decoder.architecture, decoder.layout, self._batch_size, positions),
+            bytes=decode_step_bytes(decoder, self._model.params, self._batch_size, positions),
+            limit_of="memory, read",
+        )
+
+    def _seconds(self) -> float:
+        start = time.perf_counter()
+        self.step()
+        return time.perf_counter() - start
 
     def step(self) -> None:
         """Generates."""
         self._started().step(self._new)
-
-    def wait(self) -> None:
-        """Nothing is left to wait for."""
 
     def token(self) -> float:
         """Seconds in which one token is decoded for every sequence, over the last three quarters of them."""
@@ -123,29 +120,20 @@ class Decoding:
 
     def limit(self) -> float:
         """Bytes per second at which memory is read."""
-        return machine.read_rate()
-
-    def device_memory(self) -> int | None:
-        """Peak bytes in use on the first device."""
-        return machine.device_memory()
+        return read_rate()
 
     def _started(self) -> Engine:
         """An engine that has read the prompts."""
-        engine = Engine(self._model, slots=self._batch)
+        engine = Engine(self._model, slots=self._batch_size)
         engine.add([Request(prompt, self._new) for prompt in self._prompts.tolist()])
         return engine
 
 
-def random_leaves(program: Program, seed: int) -> tuple[Leaves, Leaves]:
+def random_leaves(program: Program, config: ConfigDict) -> tuple[Leaves, Leaves]:
     """Fresh leaves as (trainable, frozen), with the shardings and dtypes of a run."""
     abstract = program.state.trainable, program.frozen
-    dtypes, shardings = (jax.tree.map(operator.attrgetter(name), abstract) for name in ("dtype", "sharding"))
-
-    def draw(key: jax.Array) -> tuple[Leaves, Leaves]:
-        leaves = split(program.model.init_flat(key), program.trainable)
-        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), leaves, dtypes)
-
-    return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+    fresh = initial_leaves(program.model, *abstract, None, Initialization(config.seed, "", config.init))
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fresh, abstract)
 
 
 def random_batch(program: Program, seed: int) -> Batch:
@@ -196,3 +184,37 @@ def decode_step_bytes(decoder: Decoder, params: dict[str, jax.Array], batch: int
     itemsize = params["embedding"].itemsize
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * itemsize
     return weights + batch * (positions * cache + looked_up * arch.d_model * itemsize)
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of a large matmul that is sharded over all devices."""
+    size, repeats = (2048, 4) if jax.default_backend() == "cpu" else (8192, 100)
+    count = jax.device_count()
+    mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    # Random numbers: a GPU spends less power on others, and runs at a higher clock.
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2), out_shardings=sharded)
+    x = draw(jax.random.key(0), (count * size, size), dtype)
+    y = jax.device_put(draw(jax.random.key(1), (count * size, size), dtype)[:size] * size**-0.5, replicated)
+    matmul = jax.jit(jnp.dot, out_shardings=sharded)
+    x = matmul(x, y).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        x = matmul(x, y)
+    x.block_until_ready()
+    return repeats * 2 * count * size**3 / (time.perf_counter() - start)
+
+
+def read_rate() -> float:
+    """Bytes per second at which the first device, or all cores of the host, read a large array."""
+    if jax.default_backend() == "cpu":
+        chunks = np.array_split(np.ones(_READ_BYTES // 4, np.float32), os.cpu_count() or 1)
+        with ThreadPoolExecutor(len(chunks)) as pool:
+            start = time.perf_counter()
+            list(pool.map(np.sum, chunks))
+            return _READ_BYTES / (time.perf_counter() - start)
+    x, total, repeats = jnp.ones(_READ_BYTES // 4, jnp.float32), jax.jit(jnp.sum), 20
+    total(x).block_until_ready()
+    start = time.perf_counter()
+    jax.block_until_ready([total(x) for _ in range(repeats)])
+    return repeats * _READ_BYTES / (time.perf_counter() - start)

@@ -1,9 +1,14 @@
-"""Tables of what a benchmark measured."""
+"""What a benchmark measured, as tables, and where."""
 
 import itertools
+import os
+import platform
 import statistics
 from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
 
+import psutil
 from rich.table import Table
 from rich.text import Text
 
@@ -75,3 +80,19 @@ def _memory_columns(results: Sequence[Metrics]) -> dict[str, str]:
 
 def _rate(value: float, unit: str) -> str:
     return f"{value / 1e12:,.1f} T{unit}" if value >= 1e12 else f"{value / 1e9:,.1f} G{unit}"
+
+
+def description() -> dict[str, Any]:
+    """This machine and the versions of what runs on it; no device is touched."""
+    packages = {"flexolmo-jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers"}
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    return {
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: installed[name] for name in packages & set(installed)},
+    }

@@ -2,13 +2,12 @@
 
 import contextlib
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs.base import PARTITIONS
 from flexolmo_jax.benchmark.worker import Spec, Worker
@@ -59,8 +58,8 @@ def benchmark(
     return [_measure(sides, runs, begin) for sides in specs]
 
 
-def prepared(config: ConfigDict, step: str) -> dict[str, Any]:
-    """The configuration with which a step is measured, as JSON gives it back; raises UserError if none fits."""
+def prepared(config: ConfigDict, step: str) -> FrozenConfigDict:
+    """The configuration with which a step is measured; raises UserError if none fits."""
     for key in ("start_from", "expert"):
         if config[key]:
             raise ArgumentError(f"config.{key}", config[key], "a benchmark takes fresh weights; leave it empty")
@@ -74,27 +73,28 @@ def prepared(config: ConfigDict, step: str) -> dict[str, Any]:
         config.data.grad_accum_steps = 1  # of training steps alone
     config.partition = PARTITIONS.get(step, PARTITIONS["joint"])
     build_model(config, ANY_PLATFORM)  # to check it; the devices are for the workers
-    return json.loads(config.to_json())
+    return FrozenConfigDict(config)
 
 
-def _specs(step: str, config: dict[str, Any], versus: bool) -> dict[str, Spec]:
+def _specs(step: str, config: FrozenConfigDict, versus: bool) -> dict[str, Spec]:
     """What to measure, by name; this program first.
 
     With `data.grad_accum_steps` above 1, transformers takes the batch at once, and uncompiled in as many micro-batches
     too; with all that is compiled besides, the processes would take twice the memory.
     """
     specs = {FLEXOLMO: Spec(FLEXOLMO, step, config)}
-    if versus:
-        accumulate = config["data"]["grad_accum_steps"]
-        at_once = {**config, "data": {**config["data"], "grad_accum_steps": 1}}
-        is_dense = step == "anchor" or (step == "decode" and config["moe"]["num_experts"] == 1)
-        variants = DENSE if is_dense else VARIANTS
-        for experts, compiled in variants:
-            name = (experts or "dense") + (", compiled" if compiled else "")
-            specs[name] = Spec("transformers", step, at_once, experts, compiled)
-        for experts, compiled in variants:
-            if accumulate > 1 and not compiled:
-                specs[f"{experts or 'dense'}, {accumulate} micro-batches"] = Spec("transformers", step, config, experts)
+    if not versus:
+        return specs
+    count, at_once = config.data.grad_accum_steps, ConfigDict(config)
+    at_once.data.grad_accum_steps = 1
+    is_dense = step == "anchor" or (step == "decode" and config.moe.num_experts == 1)
+    variants = [(experts or "dense", experts, compiled) for experts, compiled in (DENSE if is_dense else VARIANTS)]
+    for name, experts, compiled in variants:
+        name += ", compiled" * compiled
+        specs[name] = Spec("transformers", step, FrozenConfigDict(at_once), experts, compiled)
+    for name, experts, compiled in variants:
+        if count > 1 and not compiled:
+            specs[f"{name}, {count} micro-batches"] = Spec("transformers", step, config, experts)
     return specs
 
 
@@ -104,47 +104,47 @@ def _measure(specs: Mapping[str, Spec], runs: int, begin: Callable[[str], None])
     On the host this program takes turns with one implementation of transformers after another, so that two at most hold
     memory; a device is held by one at a time.
     """
-    step, sides, left_out = specs[FLEXOLMO].step, {}, {}
-    with contextlib.ExitStack() as stack:
-        beside: dict[str, Worker] = {}
+    specs = dict(specs)
+    spec = specs.pop(FLEXOLMO)
+    sides: dict[str, Metrics] = {}
+    left_out = {}
+    begin(f"{spec.step}: {FLEXOLMO}")
+    with contextlib.ExitStack() as until_measured:
+        ours = Worker(spec)
+        until_measured.callback(ours.close)
+        # Memory right then, before what is measured of the machine takes some.
+        sides[FLEXOLMO] = reference = ours.ask("begin") | ours.ask("memory")
+        workers = {FLEXOLMO: ours}
+        _take_turns(workers, sides, runs)
+        if reference["platform"] != "cpu":
+            workers.pop(FLEXOLMO).close()
         for name, spec in specs.items():
-            begin(f"{step}: {name}")
-            worker = Worker(spec)
-            stack.callback(worker.close)
-            try:
-                # Memory right then, before what is measured of the machine takes some.
-                built = worker.ask("build", None if name == FLEXOLMO else PATIENCE) | worker.ask("memory")
-                if name != FLEXOLMO:
+            begin(f"{spec.step}: {name}")
+            with contextlib.closing(Worker(spec)) as worker:
+                try:
+                    built = worker.ask("begin", PATIENCE) | worker.ask("memory")
                     _check_pace(built, worker, [side for other, side in sides.items() if other != FLEXOLMO])
-            except UserError as error:
-                if name == FLEXOLMO:
-                    raise
-                worker.close()
-                left_out[name] = str(error)
-                continue
-            sides[name] = built
-            _take_turns({**beside, name: worker}, sides, runs)
-            if name != FLEXOLMO:
-                built["seconds_of_ours"] = sides[FLEXOLMO]["seconds"][-runs:]
-            if name == FLEXOLMO and built["platform"] == "cpu":
-                beside[name] = worker
-            else:
-                worker.close()
-    return {"step": step, "sides": {name: _summary(side) for name, side in sides.items()}, "left_out": left_out}
+                except UserError as error:
+                    left_out[name] = str(error)
+                    continue
+                sides[name] = built
+                _take_turns({**workers, name: worker}, sides, runs)
+            built["seconds_of_ours"] = reference["seconds"][-runs:]
+    return {"step": spec.step, "sides": {name: _summary(side) for name, side in sides.items()}, "left_out": left_out}
 
 
 def _check_pace(built: Metrics, worker: Worker, others: Sequence[Metrics]) -> None:
     """Raises UserError if a step takes so much longer than others' that measuring it would be a waste of time."""
     longest = HOPELESS * min((side["first_seconds"] for side in others), default=float("inf"))
     # Twice, so that a machine that was busy for a moment leaves nothing out.
-    if built["first_seconds"] > longest and worker.ask("step") > longest:
+    if built["first_seconds"] > longest and worker.ask("seconds") > longest:
         raise UserError(f"more than {HOPELESS} times as slow as another")
 
 
 def _take_turns(workers: Mapping[str, Worker], sides: Mapping[str, Metrics], runs: int) -> None:
     """Asks workers in turns, and adds their answers to the metrics of their sides."""
     for _, (name, worker) in itertools.product(range(runs), workers.items()):
-        requests = {"step": "seconds"}
+        requests = {"seconds": "seconds"}
         if name == FLEXOLMO:
             requests = {"limit": "limit", **requests, **({"token": "token_seconds"} if "bytes" in sides[name] else {})}
         for request, key in requests.items():

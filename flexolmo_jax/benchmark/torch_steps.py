@@ -13,7 +13,7 @@ import psutil
 import torch
 import transformers
 
-from flexolmo_jax.benchmark.worker import Spec
+from flexolmo_jax.benchmark.worker import Spec, Step
 from flexolmo_jax.errors import UserError
 
 # What the names of the parameters that a step trains contain.
@@ -21,54 +21,24 @@ TRAINED = {"anchor": [""], "joint": [""], "expert": ["mlp."], "router": ["mlp.ga
 TRAINED_OF_LISTS = ["mlp.gate.", "proj.1"]
 
 
-class TrainStep:
-    """A `worker.Step`: forward pass, cross-entropy, backward pass, clipping and AdamW."""
+class TorchStep(Step):
+    """A step of transformers."""
 
-    def __init__(self, spec: Spec):
-        """Reads the configuration; nothing is computed yet."""
-        self._spec, self._config = spec, spec.config
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+    _device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def build(self) -> dict[str, Any]:
         """Makes a model and takes a step, which compiles it where that is asked for."""
-        data, optimizer = self._config["data"], self._config["optimizer"]
-        check_memory(self._spec, data["batch_size"] // data["grad_accum_steps"] * data["sequence_length"])
-        torch.manual_seed(self._config["seed"])
+        torch.manual_seed(self._config.seed)
         with torch.device(self._device):
-            model = random_model(self._spec).train()
-            freeze(model, self._spec)
-            shape = (data["batch_size"], data["sequence_length"])
-            self._tokens = torch.randint(self._config["model"]["vocab_size"], shape)
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._trained,
-            lr=optimizer["learning_rate"],
-            betas=(optimizer["beta1"], optimizer["beta2"]),
-            eps=optimizer["epsilon"],
-            weight_decay=optimizer["weight_decay"],
-            fused=True,
-        )
-        self._forward = torch.compile(model) if self._spec.compiled else model
-        return self._first_step(tokens=self._tokens.numel())
-
-    def _first_step(self, tokens: int) -> dict[str, Any]:
-        """Takes a step; returns what `build` does."""
+            tokens = self._make()
         start = time.perf_counter()
         self.step()
         self.wait()
         return {"platform": self._device, "compile_seconds": time.perf_counter() - start, "tokens": tokens}
 
-    def step(self) -> None:
-        """Takes a step."""
-        dtype, count = getattr(torch, self._config["compute"]["dtype"]), self._config["data"]["grad_accum_steps"]
-        for tokens in self._tokens.chunk(count):
-            with torch.autocast(self._device, dtype, enabled=dtype != torch.float32):
-                loss = self._forward(input_ids=tokens, labels=tokens, use_cache=False).loss
-            (loss / count).backward()
-        if self._config["optimizer"]["clip_norm"]:
-            torch.nn.utils.clip_grad_norm_(self._trained, self._config["optimizer"]["clip_norm"])
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+    def _make(self) -> int:
+        """Makes what a step takes; returns its tokens."""
+        raise NotImplementedError
 
     def wait(self) -> None:
         """Waits for the device."""
@@ -80,21 +50,51 @@ class TrainStep:
         return torch.cuda.max_memory_allocated() if self._device == "cuda" else None
 
 
-class Generation(TrainStep):
-    """A `worker.Step`: greedy `generate`, from prompts of half a sequence to a whole one."""
+class TrainStep(TorchStep):
+    """Forward pass, cross-entropy, backward pass, clipping and AdamW."""
 
-    def build(self) -> dict[str, Any]:
-        """Makes a model and generates once, which compiles it where that is asked for."""
-        batch, length = self._config["data"]["batch_size"], self._config["data"]["sequence_length"]
-        check_memory(self._spec, batch * length)
-        torch.manual_seed(self._config["seed"])
-        self._new = length // 2
-        with torch.device(self._device):
-            self._model = random_model(self._spec).to(getattr(torch, self._config["compute"]["dtype"])).eval()
-            self._prompts = torch.randint(self._config["model"]["vocab_size"], (batch, length - self._new))
+    def _make(self) -> int:
+        options = self._config.optimizer
+        check_memory(self._spec, self._batch_size // self._config.data.grad_accum_steps * self._length)
+        model = random_model(self._spec).train()
+        freeze(model, self._spec)
+        self._tokens = torch.randint(self._config.model.vocab_size, (self._batch_size, self._length))
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._trained,
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.epsilon,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self._forward = torch.compile(model) if self._spec.compiled else model
+        return self._tokens.numel()
+
+    def step(self) -> None:
+        """Takes a step."""
+        dtype, count = getattr(torch, self._config.compute.dtype), self._config.data.grad_accum_steps
+        for tokens in self._tokens.chunk(count):
+            with torch.autocast(self._device, dtype, enabled=dtype != torch.float32):
+                loss = self._forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+            (loss / count).backward()
+        if self._config.optimizer.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self._trained, self._config.optimizer.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+class Generation(TorchStep):
+    """Greedy `generate`, from prompts of half a sequence to a whole one."""
+
+    def _make(self) -> int:
+        check_memory(self._spec, self._batch_size * self._length)
+        self._new = self._length // 2
+        self._model = random_model(self._spec).to(getattr(torch, self._config.compute.dtype)).eval()
+        self._prompts = torch.randint(self._config.model.vocab_size, (self._batch_size, self._length - self._new))
         if self._spec.compiled:
             self._model.forward = torch.compile(self._model.forward)
-        return self._first_step(tokens=batch * self._new)
+        return self._batch_size * self._new
 
     def step(self) -> None:
         """Generates."""
@@ -104,34 +104,32 @@ class Generation(TrainStep):
             self._model.generate(self._prompts, attention_mask=torch.ones_like(self._prompts), **length, **cache)
 
 
-def random_model(spec: Spec) -> transformers.PreTrainedModel:
+def random_model(spec: Spec) -> Any:
     """With fresh weights: a dense OLMo-2 for the anchor, a FlexOlmo for all else."""
-    model, mixture = spec.config["model"], spec.config["moe"]
+    model = spec.config.model
     sizes = dict(
-        vocab_size=model["vocab_size"],
-        hidden_size=model["d_model"],
-        intermediate_size=model["d_ff"],
-        num_hidden_layers=model["num_layers"],
-        num_attention_heads=model["num_heads"],
-        num_key_value_heads=model["num_kv_heads"],
-        rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
-        rms_norm_eps=model["norm_eps"],
-        tie_word_embeddings=model["tied_embeddings"],
-        max_position_embeddings=spec.config["data"]["sequence_length"],
-        bos_token_id=None,
-        pad_token_id=None,
-        eos_token_id=None,
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        intermediate_size=model.d_ff,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=model.tied_embeddings,
+        max_position_embeddings=spec.config.data.sequence_length,
+        **dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id")),
     )
     if not spec.experts:
         return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**sizes))
-    experts, top_k = (2, 2) if spec.step == "expert" else (mixture["num_experts"], mixture["top_k"])
-    sizes |= dict(num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=model["norm_topk_prob"])
+    experts, top_k = (2, 2) if spec.step == "expert" else (spec.config.moe.num_experts, spec.config.moe.top_k)
+    sizes |= dict(num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=model.norm_topk_prob)
     built = transformers.FlexOlmoForCausalLM(transformers.FlexOlmoConfig(**sizes))
     built.set_experts_implementation(spec.experts)
     return built
 
 
-def freeze(model: transformers.PreTrainedModel, spec: Spec) -> None:
+def freeze(model: Any, spec: Spec) -> None:
     """Leaves what the step trains trainable, and nothing else."""
     trained = TRAINED[spec.step]
     if spec.step == "expert" and spec.experts == "eager":
@@ -141,7 +139,7 @@ def freeze(model: transformers.PreTrainedModel, spec: Spec) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(substring in name for substring in trained))
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, spec.config["compute"]["frozen_dtype"]))
+            parameter.data = parameter.data.to(getattr(torch, spec.config.compute.frozen_dtype))
 
 
 def _split_experts(experts: torch.nn.Module) -> None:
@@ -156,8 +154,8 @@ def check_memory(spec: Spec, tokens: int) -> None:
 
     The copies of all layers are kept for the backward pass; generation keeps those of one layer.
     """
-    model, top_k = spec.config["model"], 2 if spec.step == "expert" else spec.config["moe"]["top_k"]
-    layers = 1 if spec.step == "decode" else model["num_layers"]
-    needed = 4 * layers * tokens * top_k * 3 * model["d_model"] * model["d_ff"]
+    model, top_k = spec.config.model, 2 if spec.step == "expert" else spec.config.moe.top_k
+    layers = 1 if spec.step == "decode" else model.num_layers
+    needed = 4 * layers * tokens * top_k * 3 * model.d_model * model.d_ff
     if spec.experts == "batched_mm" and needed > psutil.virtual_memory().available / 2:
         raise UserError(f"would copy {needed / 2**30:.0f} GiB of kernels")

@@ -1,51 +1,49 @@
-"""Measures one step in a process of its own, since peak memory is a property of a process.
+"""Measures one step in a process of its own, since peak memory is a property of a process."""
 
-The process answers lines of standard input with lines of JSON. The first line is a `Spec`, as JSON; each of the others
-names a method of `Measurement`. The answer is {"value": what it returns}; or {"error": one line}, and the process ends.
-"""
-
-import dataclasses
-import json
+import contextlib
+import functools
 import math
+import multiprocessing
 import os
 import re
 import resource
-import select
-import subprocess
+import signal
 import sys
-import tempfile
 import time
-from typing import Any, Protocol
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
 
 import psutil
+from ml_collections import FrozenConfigDict
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, first_line
 
-MODULE = "flexolmo_jax.benchmark.worker"
-# Memory in huge pages for both sides, as users are told to run this program (docs/performance.md), unless the caller's
-# environment says otherwise, for both.
-_DEFAULTS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-_COMPILING = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # the time it takes is measured
 _LEAST_SECONDS = 0.3  # to time at once: short steps are repeated
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """What a worker measures."""
 
     side: str  # "flexolmo" or "transformers"
     step: str  # "anchor", "expert", "joint", "router" or "decode"
-    config: dict[str, Any]  # as JSON gives it back
+    config: FrozenConfigDict
     experts: str = ""  # transformers' `experts_implementation`; "" for a model without experts
     compiled: bool = False  # whether transformers' model goes through `torch.compile`
 
 
-class Step(Protocol):
-    """A step that can be taken again and again.
+class Step:
+    """A step that can be taken again and again, and what is asked of it.
 
     Those of this program also have `limit`, the FLOP/s or bytes/s that this machine can reach, and decoding has
     `token`, the seconds in which one token is decoded for every sequence.
     """
+
+    def __init__(self, spec: Spec):
+        """Notes the memory that libraries take; nothing is computed yet."""
+        self._spec, self._config, self._repeats = spec, spec.config, 1
+        self._batch_size, self._length = spec.config.data.batch_size, spec.config.data.sequence_length
+        self._libraries = psutil.Process().memory_info().rss
 
     def build(self) -> dict[str, Any]:
         """Makes weights, compiles, and takes a step; returns "platform", "tokens" of a step and "compile_seconds".
@@ -53,97 +51,98 @@ class Step(Protocol):
         Those of this program also return "device", "devices", "flops", "limit_of" and, if bound by memory, the "bytes"
         that a step must read.
         """
-        ...
+        raise NotImplementedError
 
-    def step(self) -> None: ...  # may return before its work is done
+    def step(self) -> None:
+        """Takes a step, and may return before its work is done."""
+        raise NotImplementedError
 
-    def wait(self) -> None: ...  # until it is
+    def wait(self) -> None:
+        """Returns when it is done."""
 
-    def device_memory(self) -> int | None: ...  # peak bytes in use on a device; None if the device is the host
+    def device_memory(self) -> int | None:
+        """Peak bytes in use on a device; None if the device is the host."""
+        raise NotImplementedError
+
+    def begin(self) -> dict[str, Any]:
+        """What `build` returns, and "first_seconds", of the first step that is timed."""
+        built = self.build()
+        first = self.seconds()
+        self._repeats = math.ceil(_LEAST_SECONDS / first)
+        return {**built, "first_seconds": first}
+
+    def seconds(self) -> float:
+        """Seconds of a step, after one that is not timed, so that caches and memory hold nothing of other processes."""
+        self.step()
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(self._repeats):
+            self.step()
+        self.wait()
+        return (time.perf_counter() - start) / self._repeats
+
+    def memory(self) -> dict[str, int]:
+        """Peak bytes of the process so far, the same without libraries, and of a device if there is one."""
+        host, device = peak_memory(), self.device_memory()
+        memory = {"peak_bytes": host, "peak_bytes_above_libraries": host - self._libraries}
+        return memory if device is None else {**memory, "device_peak_bytes": device}
 
 
 class Worker:
     """The process, as seen by the one that starts it; to be closed in the end."""
 
     def __init__(self, spec: Spec):
-        """Starts it; it takes some seconds to import what it needs."""
-        self._label = f"{spec.step}: {spec.side}"
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  what libraries print; its last line tells of a failure
-        pipe, environment = subprocess.PIPE, {**_DEFAULTS, **os.environ, **_COMPILING}
-        command = [sys.executable, "-m", MODULE]
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, env=environment)
-        self._send(json.dumps(dataclasses.asdict(spec)))
+        """Starts it."""
+        self._spec = spec
+        # Memory in huge pages for both sides, as users are told to run this program (docs/performance.md), unless the
+        # caller's environment says otherwise, for both.
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare)
+        self.pid = self._pool.submit(os.getpid).result()
 
     def close(self) -> None:
         """Ends it; nothing happens if it has ended."""
-        if not self._log.closed:
-            self._process.kill()
-            self._process.communicate()
-            self._log.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self._pool.shutdown()
 
     def ask(self, request: str, patience: float | None = None) -> Any:
-        """The answer to the name of a method, for which it waits `patience` seconds at most.
+        """What the step's method with this name returns, for which it waits `patience` seconds at most.
 
         Raises:
           UserError: the worker refuses what it is to measure, fails (for want of memory, say), or takes too long.
         """
-        self._send(request)
-        if not select.select([self._process.stdout], [], [], patience)[0]:
-            raise UserError(f"{self._label}: no answer in {patience:.0f} seconds")
-        answer = json.loads(self._process.stdout.readline() or "{}")
-        if "value" in answer:
-            return answer["value"]
-        raise UserError(answer.get("error") or f"{self._label}: {self._failure()}")
-
-    def _send(self, line: str) -> None:
+        label = f"{self._spec.step}: {self._spec.side}"
         try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has failed, and `ask` finds no answer
+            future = self._pool.submit(_answer, self._spec, request)
+            error = future.exception(patience)
+        except TimeoutError:
+            raise UserError(f"{label}: no answer in {patience:.0f} seconds") from None
+        except BrokenProcessPool as broken:
+            error = broken
+        if error is None:
+            return future.result()
+        if isinstance(error, UserError):
+            raise error
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(f"{label}: its process was killed, perhaps for want of memory") from None
+        raise UserError(f"{label}: {type(error).__name__}: {first_line(error)}") from error
 
-    def _failure(self) -> str:
-        """Why the process ended: the last line it printed, or the signal that ended it."""
-        status = self._process.wait()
-        self._log.seek(0)
-        lines = self._log.read().strip().splitlines() or ["it printed nothing"]
-        return f"ended by signal {-status}" if status < 0 else lines[-1]
+
+def _prepare() -> None:
+    """Drops what libraries print: errors travel as exceptions. JAX compiles anew: the time it takes is measured."""
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
 
 
-class Measurement:
-    """Answers requests about one step."""
-
-    def __init__(self, step: Step):
-        """Notes the memory that libraries take."""
-        self._step, self._repeats = step, 1
-        self._libraries = psutil.Process().memory_info().rss
-
-    def build(self) -> dict[str, Any]:
-        """What the step's `build` returns, and "first_seconds", of the first step that is timed."""
-        built = self._step.build()
-        first = self.step()
-        self._repeats = math.ceil(_LEAST_SECONDS / first)
-        return {**built, "first_seconds": first}
-
-    def step(self) -> float:
-        """Seconds of a step, after one that is not timed, so that caches and memory hold nothing of other processes."""
-        self._step.step()
-        self._step.wait()
-        start = time.perf_counter()
-        for _ in range(self._repeats):
-            self._step.step()
-        self._step.wait()
-        return (time.perf_counter() - start) / self._repeats
-
-    def memory(self) -> dict[str, int]:
-        """Peak bytes of the process so far, the same without libraries, and of a device if there is one."""
-        host, device = peak_memory(), self._step.device_memory()
-        memory = {"peak_bytes": host, "peak_bytes_above_libraries": host - self._libraries}
-        return memory if device is None else {**memory, "device_peak_bytes": device}
-
-    def __getattr__(self, name: str) -> Any:
-        """All else (`limit`, `token`) is a method of the step."""
-        return getattr(self._step, name)
+def _answer(spec: Spec, request: str) -> Any:
+    """Runs in the worker."""
+    try:
+        return getattr(make_step(spec), request)()
+    except (UserError, RuntimeError) as error:  # not every subclass can be unpickled
+        raise (UserError if isinstance(error, UserError) else RuntimeError)(str(error)) from None
 
 
 def peak_memory() -> int:
@@ -156,6 +155,7 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@functools.cache  # a process has one
 def make_step(spec: Spec) -> Step:
     """The step of a spec; imports the libraries of its side alone."""
     if spec.side == "transformers":
@@ -165,19 +165,3 @@ def make_step(spec: Spec) -> Step:
     from flexolmo_jax.benchmark import jax_steps
 
     return jax_steps.Decoding(spec) if spec.step == "decode" else jax_steps.TrainStep(spec)
-
-
-def main() -> None:
-    """Answers the lines of standard input until it ends."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
-    try:
-        measurement = Measurement(make_step(Spec(**json.loads(sys.stdin.readline()))))
-        for line in sys.stdin:
-            answers.write(json.dumps({"value": getattr(measurement, line.strip())()}) + "\n")
-    except UserError as error:
-        answers.write(json.dumps({"error": str(error)}) + "\n")
-
-
-if __name__ == "__main__":
-    main()

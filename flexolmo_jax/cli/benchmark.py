@@ -33,8 +33,7 @@ def run() -> None:
     import importlib.util
     import json
 
-    from flexolmo_jax.benchmark.machine import description
-    from flexolmo_jax.benchmark.results import limit_notes, steps_table, versus_table
+    from flexolmo_jax.benchmark.results import description, limit_notes, steps_table, versus_table
     from flexolmo_jax.benchmark.run import benchmark
     from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.errors import UserError

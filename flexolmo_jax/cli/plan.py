@@ -20,7 +20,6 @@ _TOPOLOGY = flags.DEFINE_string(
     "Kind and shape of a TPU slice, or kind and number of a node's GPUs: v5e:4x4, v5p:2x4x4, h200:8, ...",
     required=True,
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "Number of such TPU slices, joined by the data center's network.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 flags.mark_flags_as_required(["config"])
 KEEPS_COMPILED = False  # it reads the compiled program, which a cache does not keep
@@ -38,8 +37,8 @@ def run() -> None:
     from flexolmo_jax.tables import show
 
     with progress_bar("{task.description}") as bar:
-        task = bar.add_task("", total=None)
-        made = plan(_CONFIG.value, _TOPOLOGY.value, _SLICES.value, say=lambda what: bar.update(task, description=what))
+        bar.add_task(f"compiling for {_TOPOLOGY.value}", total=None)
+        made = plan(_CONFIG.value, _TOPOLOGY.value)
     made = made._replace(advice=[as_flags(sentence) for sentence in made.advice])
     print(display.heading(made))
     show(display.memory_table(made))

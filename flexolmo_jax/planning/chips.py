@@ -3,11 +3,11 @@
 Sources, as of 2026:
 
 - [cloud] The pages of each TPU in Google Cloud's documentation, docs.cloud.google.com/tpu/docs/ and v4, v5e, v5p, v6e
-  or tpu7x: FLOP/s, HBM, HBM bandwidth, torus, network of the data center.
+  or tpu7x: FLOP/s, HBM, HBM bandwidth, torus.
 - [book] "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus: bandwidth of a link, where a torus wraps around.
 - [libtpu] What libtpu 0.0.42 says is available when a program does not fit: HBM that a program can use.
 - [nvidia] NVIDIA's data sheets of H100 SXM, H200 SXM and of systems with eight of them (DGX, HGX): FLOP/s of dense
-  matrices, HBM bandwidth, NVLink, network. Of the HBM, what PyTorch reports as a card's capacity: 79.1 and 139.8 GiB.
+  matrices, HBM bandwidth, NVLink. Of the HBM, what PyTorch reports as a card's capacity: 79.1 and 139.8 GiB.
 
 [cloud] gives a chip's interconnect over all its links and in both directions: 400 (v5e), 800 (v6e) or 1200 (v5p, TPU7x)
 GB/s, thus 50 or 100 GB/s for each direction of each of 4 or 6 links; [book] gives 45 or 90, which are used here.
@@ -35,7 +35,6 @@ class Chip(NamedTuple):
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s, one way; a chip has two links for each dimension of the torus, a GPU one
     torus_dimensions: int  # 2, or 3 with slices of cubes of 4 x 4 x 4 chips; 0 for GPUs
-    dcn_bandwidth: float  # bytes/s that a device sends to other slices
 
     @property
     def is_gpu(self) -> bool:
@@ -43,19 +42,19 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    # [cloud] 275 TFLOP/s, 32 GiB, 1200 GB/s; [book] DCN. Two cores are one device (libtpu's chip config "megacore").
-    "v4": Chip("TPU v4", 1, 275e12, int(30.75 * _GIB), 1200e9, 45e9, 3, 6.25e9),
-    # [cloud] 197 TFLOP/s, 16 GB, 819 GB/s; 2 x 100 Gbit/s for a host of 8 chips.
-    "v5e": Chip("TPU v5 lite", 1, 197e12, int(15.75 * _GIB), 819e9, 45e9, 2, 3.125e9),
-    # [cloud] 459 TFLOP/s, 95 GiB, 2765 GB/s; 50 Gbit/s for a chip.
-    "v5p": Chip("TPU v5", 1, 459e12, int(95.74 * _GIB), 2765e9, 90e9, 3, 6.25e9),
-    # [cloud] 918 TFLOP/s, 32 GB, 1638 GB/s; 100 Gbit/s for a chip.
-    "v6e": Chip("TPU v6 lite", 1, 918e12, int(31.25 * _GIB), 1638e9, 90e9, 2, 12.5e9),
-    # [cloud] 2307 TFLOP/s, 192 GiB, 7380 GB/s; 100 Gbit/s for a chip. Each of its two chiplets is a device.
-    "tpu7x": Chip("TPU7x", 2, 2307e12 / 2, int(94.75 * _GIB), 7380e9 / 2, 90e9 / 2, 3, 12.5e9 / 2),
-    # [nvidia] 989 TFLOP/s, 3.35 or 4.8 TB/s; NVLink 900 GB/s; 400 Gbit/s for a GPU.
-    "h100": Chip("NVIDIA H100 80GB HBM3", 1, 989e12, int(GPU_MEMORY_FRACTION * 79.1 * _GIB), 3350e9, 450e9, 0, 50e9),
-    "h200": Chip("NVIDIA H200", 1, 989e12, int(GPU_MEMORY_FRACTION * 139.8 * _GIB), 4800e9, 450e9, 0, 50e9),
+    # [cloud] 275 TFLOP/s, 32 GiB, 1200 GB/s. Two cores are one device (libtpu's chip config "megacore").
+    "v4": Chip("TPU v4", 1, 275e12, int(30.75 * _GIB), 1200e9, 45e9, 3),
+    # [cloud] 197 TFLOP/s, 16 GB, 819 GB/s.
+    "v5e": Chip("TPU v5 lite", 1, 197e12, int(15.75 * _GIB), 819e9, 45e9, 2),
+    # [cloud] 459 TFLOP/s, 95 GiB, 2765 GB/s.
+    "v5p": Chip("TPU v5", 1, 459e12, int(95.74 * _GIB), 2765e9, 90e9, 3),
+    # [cloud] 918 TFLOP/s, 32 GB, 1638 GB/s.
+    "v6e": Chip("TPU v6 lite", 1, 918e12, int(31.25 * _GIB), 1638e9, 90e9, 2),
+    # [cloud] 2307 TFLOP/s, 192 GiB, 7380 GB/s. Each of its two chiplets is a device.
+    "tpu7x": Chip("TPU7x", 2, 2307e12 / 2, int(94.75 * _GIB), 7380e9 / 2, 90e9 / 2, 3),
+    # [nvidia] 989 TFLOP/s, 3.35 or 4.8 TB/s; NVLink 900 GB/s.
+    "h100": Chip("NVIDIA H100 80GB HBM3", 1, 989e12, int(GPU_MEMORY_FRACTION * 79.1 * _GIB), 3350e9, 450e9, 0),
+    "h200": Chip("NVIDIA H200", 1, 989e12, int(GPU_MEMORY_FRACTION * 139.8 * _GIB), 4800e9, 450e9, 0),
 }
 
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+){0,2})")
@@ -75,15 +74,15 @@ def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     name, shape = found[1], tuple(int(size) for size in found[2].split("x"))
     if name not in CHIPS:
         raise ArgumentError("topology", topology, f"no chip {name} is known; use one of {', '.join(CHIPS)}")
-    dimensions = CHIPS[name].torus_dimensions
-    if CHIPS[name].is_gpu and (len(shape) != 1 or not 0 < shape[0] <= GPUS_OF_A_NODE):
+    chip = CHIPS[name]
+    if chip.is_gpu and (len(shape) != 1 or not 0 < shape[0] <= GPUS_OF_A_NODE):
         problem = f"a node has 1 to {GPUS_OF_A_NODE} GPUs, as in {name}:8; several are not planned"
         raise ArgumentError("topology", topology, problem)
-    if not CHIPS[name].is_gpu and (len(shape) != dimensions or 0 in shape):
-        example = f"{name}:{'4x4' if dimensions == 2 else '2x2x4'}"
-        problem = f"a slice of {name} has {dimensions} sizes above 0, as in {example}"
+    if not chip.is_gpu and (len(shape) != chip.torus_dimensions or 0 in shape):
+        example = f"{name}:{'4x4' if chip.torus_dimensions == 2 else '2x2x4'}"
+        problem = f"a slice of {name} has {chip.torus_dimensions} sizes above 0, as in {example}"
         raise ArgumentError("topology", topology, problem)
-    return CHIPS[name], shape
+    return chip, shape
 
 
 def wraps(chip: Chip, torus: Sequence[int]) -> tuple[bool, ...]:

@@ -1,14 +1,11 @@
 """A plan, as tables and lines for the terminal."""
 
-import math
-
 from rich.table import Table
 from rich.text import Text
 
 from flexolmo_jax.planning.chips import GPU_MEMORY_FRACTION
-from flexolmo_jax.planning.collectives import DCN
 from flexolmo_jax.planning.plan import Plan
-from flexolmo_jax.tables import MISSING, plain_table
+from flexolmo_jax.tables import MISSING, plain_table, scaled
 
 _ASSUMPTIONS = (
     "Arithmetic: matmuls alone, at the chip's bfloat16 rate; a mixture's experts are chosen equally often. MFU (model "
@@ -26,10 +23,9 @@ _GPU_MEMORY = (
 
 def heading(plan: Plan) -> str:
     """A line that says what was planned for what."""
-    slices = f"{plan.slices} slices of " if plan.slices > 1 else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     return (
-        f"{plan.parameters:,} parameters on {slices}{plan.topology}: {plan.devices} device{'s' * (plan.devices > 1)} "
+        f"{plan.parameters:,} parameters on {plan.topology}: {plan.devices} device{'s' * (plan.devices > 1)} "
         f"({plan.chip.device_kind}), mesh {mesh}; {plan.tokens:,} tokens a step; "
         f"compiled in {plan.compile_seconds:.0f} s"
     )
@@ -55,12 +51,10 @@ def memory_table(plan: Plan) -> Table:
 
 def collectives_table(plan: Plan) -> Table:
     """What a device sends in a step, by kind of collective and the mesh axes it goes along."""
-    table = plain_table("collective", ["along", "network", "runs", "sent", "time"])
+    table = plain_table("collective", ["along", "runs", "sent", "time"])
     for total in plan.collectives or ():
-        between = total.network == DCN
-        axes = Text(" x ".join(total.axes) or ("slices" if between else MISSING))
         cells = (f"{total.runs:,}", scaled(total.bytes_sent, "B"), scaled(total.seconds, "s"))
-        table.add_row(total.kind, axes, "data center" if between else "links", *cells)
+        table.add_row(total.kind, Text(" x ".join(total.axes) or MISSING), *cells)
     return table
 
 
@@ -72,15 +66,11 @@ def roofline_table(plan: Plan) -> Table:
     share = f", {line.recomputed_flops / flops:.0%} recomputed" if line.recomputed_flops else ""
     amount, rate = scaled(flops, "FLOP") + share, scaled(chip.peak_flops, "FLOP/s")
     table.add_row("arithmetic", amount, rate, scaled(line.compute_seconds, "s"))
-    if line.hbm_bytes is not None and line.hbm_seconds is not None:
-        rate = scaled(chip.hbm_bandwidth, "B/s")
-        table.add_row("HBM", scaled(line.hbm_bytes, "B"), rate, scaled(line.hbm_seconds, "s"))
-    if line.sent_bytes is not None and line.network_seconds is not None:
-        links = scaled(chip.link_bandwidth, "B/s") + " a link"
-        links += f", {scaled(chip.dcn_bandwidth, 'B/s')} between slices" if plan.slices > 1 else ""
-        table.add_row("interconnect", scaled(line.sent_bytes, "B"), links, scaled(line.network_seconds, "s"))
     estimates = {"at best": line.at_best}
-    if line.hbm_seconds is not None:  # else what the program moves is not known
+    if line.hbm_bytes is not None and line.sent_bytes is not None:  # else what the program moves is not known
+        hbm, link = scaled(chip.hbm_bandwidth, "B/s"), scaled(chip.link_bandwidth, "B/s") + " a link"
+        table.add_row("HBM", scaled(line.hbm_bytes, "B"), hbm, scaled(line.limits["HBM"], "s"))
+        table.add_row("interconnect", scaled(line.sent_bytes, "B"), link, scaled(line.limits["interconnect"], "s"))
         estimates["at worst"] = line.at_worst
     for name, seconds in estimates.items():
         share = f"{line.flops / seconds / chip.peak_flops:.0%} MFU"
@@ -100,14 +90,3 @@ def run_line(plan: Plan) -> str:
 def assumptions(plan: Plan) -> tuple[str, ...]:
     """What the numbers of a plan rest on, a paragraph each."""
     return (*_ASSUMPTIONS, _GPU_MEMORY) if plan.chip.is_gpu else _ASSUMPTIONS
-
-
-def scaled(value: float, unit: str, base: int = 1000) -> str:
-    """A quantity with the prefix that suits it: "1.05 TB" in powers of 1000, "15.75 GiB" in those of 1024."""
-    prefixes = {-3: "n", -2: "u", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}
-    power = math.floor(math.log(value, base) + 1e-9) if value else 0
-    power = min(max(power, -3 if base == 1000 else 0), 5)
-    number = value / base**power
-    decimals = 2 if base == 1024 or number < 10 else 1 if number < 100 else 0
-    prefix = prefixes[power].upper() + "i" if base == 1024 and power else prefixes[power]
-    return f"{number:,.{decimals}f} {prefix}{unit}"

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 _LOGGER = logging.getLogger(__name__)
 
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _CALLS = {"async-start", "call", "call-start"}  # they run a computation, perhaps in the background
 # Instructions that move nothing themselves.
 _FREE = _CALLS | {
     *("after-all", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier"),
-    *("parameter", "partition-id", "recv", "replica-id", "send", "tuple"),
+    *("parameter", "partition-id", "replica-id", "tuple"),
 }
 _SLICES = ("dynamic-slice", "gather", "slice")  # they read no more of their first operand than they return
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they replace in their first operand what this operand gives
@@ -106,7 +106,7 @@ def _visit(module: Module, name: str, runs: int, is_fused: bool) -> Iterator[Exe
     computation = module.computations[name]
     for instruction in computation.values():
         if instruction.opcode == "while":
-            trips = trip_count(module, computation, instruction)
+            trips = trip_count(module, instruction)
             names = [called(instruction, key)[0] for key in ("condition", "body")]
             inside = [each for name in names for each in _visit(module, name, runs * (trips or 1), is_fused)]
             if trips is None and _collective_bytes(inside):
@@ -126,9 +126,6 @@ def _visit(module: Module, name: str, runs: int, is_fused: bool) -> Iterator[Exe
 def _collective_bytes(branch: list[Execution]) -> int:
     collectives = (each for each in branch if each.instruction.opcode.removesuffix("-start") in COLLECTIVES)
     return sum(each.runs * array_bytes(each.instruction.shape) for each in collectives)
-
-
-# Bytes.
 
 
 def array_bytes(shape: str, hbm_only: bool = False) -> int:
@@ -218,45 +215,12 @@ def elements(shape: str) -> list[str]:
     return found
 
 
-# Loops.
-
-
-def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """Trips of a `while` that adds a constant to a counter until it reaches a limit; None for other loops.
-
-    Programs for TPUs do not state them.
-    """
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """Trips of a `while` that counts from 0 to a constant, as loops of JAX do; None for other loops."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
-    condition, body = (module.computations[called(loop, key)[0]] for key in ("condition", "body"))
-    initial = computation[loop.operands[0]]
-    test, result = (next(each for each in part.values() if each.is_root) for part in (condition, body))
-    if [test.opcode, initial.opcode, result.opcode] != ["compare", "tuple", "tuple"]:
-        return None
-    counter = _source(condition, test.operands[0])
-    if counter.opcode != "get-tuple-element":
-        return None
-    index = int(re.search(r"index=(\d+)", counter.attributes)[1])
-    change = _source(body, result.operands[index])
-    if change.opcode != "add":
-        return None
-    start, limit = _constant(computation, initial.operands[index]), _constant(condition, test.operands[1])
-    steps = [step for name in change.operands if (step := _constant(body, name))]
-    forward = "direction=LT" in test.attributes
-    if start is None or limit is None or len(steps) != 1 or not (forward or "direction=GT" in test.attributes):
-        return None
-    return len(range(start, limit, steps[0])) if (steps[0] > 0) == forward else None
-
-
-def _source(computation: Computation, name: str) -> Instruction:
-    """The instruction that a value comes from, past copies of it."""
-    while computation[name].opcode in ("bitcast", "copy"):
-        name = computation[name].operands[0]
-    return computation[name]
-
-
-def _constant(computation: Computation, name: str) -> int | None:
-    source = _source(computation, name)
-    return (
-        int(source.operands[0]) if source.opcode == "constant" and re.fullmatch(r"-?\d+", source.operands[0]) else None
-    )
+    condition = module.computations[called(loop, "condition")[0]]
+    test = next(each for each in condition.values() if each.is_root)  # programs for TPUs say no more
+    limit = condition.get(test.operands[-1], test)
+    is_counted = (test.opcode, limit.opcode) == ("compare", "constant") and "direction=LT" in test.attributes
+    return int(limit.operands[0]) if is_counted and limit.operands[0].isdigit() else None

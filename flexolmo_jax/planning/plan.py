@@ -1,33 +1,19 @@
 """Plans a run: its train step compiled for devices that need not be there, and an estimate of its time."""
 
 import time
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from flexolmo_jax.errors import ArgumentError
 from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
 from flexolmo_jax.planning import hlo
 from flexolmo_jax.planning.advice import advice
-from flexolmo_jax.planning.chips import Chip, group_bandwidth, parse_topology
-from flexolmo_jax.planning.collectives import ICI, axes_of, collectives
-from flexolmo_jax.planning.compilation import Memory, compile_program
-from flexolmo_jax.planning.topology import topology_devices
+from flexolmo_jax.planning.chips import Chip, parse_topology
+from flexolmo_jax.planning.collectives import CollectiveTotal, collective_totals
+from flexolmo_jax.planning.compilation import Memory, compile_program, topology_devices
 from flexolmo_jax.training.run import make_program
 from flexolmo_jax.training.step import Program
-
-
-class CollectiveTotal(NamedTuple):
-    """Collectives of a kind along the same mesh axes: their runs in a step, and what a device sends for them."""
-
-    kind: str
-    network: str
-    axes: tuple[str, ...]
-    runs: int
-    bytes_sent: float
-    seconds: float
 
 
 class Roofline(NamedTuple):
@@ -45,22 +31,27 @@ class Roofline(NamedTuple):
     network_seconds: float | None  # at the bandwidth of the links that each collective takes, without latency
 
     @property
+    def limits(self) -> dict[str, float]:
+        """{what may bind a step: its seconds}."""
+        seconds = (self.compute_seconds, self.hbm_seconds or 0.0, self.network_seconds or 0.0)
+        return dict(zip(("arithmetic", "HBM", "interconnect"), seconds, strict=True))
+
+    @property
     def at_best(self) -> float:
         """Seconds of a step if computing, reading and sending overlap perfectly."""
-        return max(self.compute_seconds, self.hbm_seconds or 0.0, self.network_seconds or 0.0)
+        return max(self.limits.values())
 
     @property
     def at_worst(self) -> float:
         """Seconds of a step at these rates if nothing overlaps."""
-        return self.compute_seconds + (self.hbm_seconds or 0.0) + (self.network_seconds or 0.0)
+        return sum(self.limits.values())
 
 
 class Plan(NamedTuple):
     """What is known of a step on a slice."""
 
     topology: str  # name of the slice, or of the node of GPUs
-    slices: int
-    devices: int  # JAX devices of all slices
+    devices: int  # JAX devices
     chip: Chip
     mesh: dict[str, int]  # {axis: devices along it}
     tokens: int  # of a step
@@ -84,37 +75,33 @@ class Plan(NamedTuple):
         }
 
 
-def plan(config: ConfigDict, topology: str, slices: int = 1, say: Callable[[str], None] = lambda _: None) -> Plan:
+def plan(config: ConfigDict, topology: str) -> Plan:
     """Compiles the train step of a configuration for a slice, and reads off what it needs.
 
     Args:
       config: the configuration, as `train` takes it; without `start_from`, of fresh weights.
       topology: kind and shape of a slice, such as "v5e:4x4", or kind and number of a node's GPUs: "h200:8".
-      slices: number of slices, joined by the data center's network.
-      say: called with what is being done.
 
     Raises:
       UserError: the configuration makes no sense or does not fit the devices' number, there is no such slice or node,
         or its compiler is missing.
     """
-    kind, torus = parse_topology(topology)
-    if slices < 1:
-        raise ArgumentError("slices", slices, "must be at least 1")
-    devices = topology_devices(topology, slices)
-    program = make_program(config, devices)
-    say(f"compiling for {len(devices)} devices")
+    chip, torus = parse_topology(topology)
+    program = make_program(config, topology_devices(topology))
     start = time.perf_counter()
-    compiled, memory = compile_program(program, kind.hbm_bytes)
+    compiled, memory = compile_program(program, chip.hbm_bytes)
     compile_seconds = time.perf_counter() - start
-    module = None if compiled is None else hlo.parse(compiled.as_text())
-    totals = None if module is None else collective_totals(module, program, kind, torus, slices)
-    line = roofline(config, program, kind, None if module is None else hlo.hbm_bytes(module), totals)
+    moved = totals = None
+    if compiled is not None:
+        module = hlo.parse(compiled.as_text() or "")
+        moved, totals = hlo.hbm_bytes(module), collective_totals(module, program.mesh, chip, torus)
+    line = roofline(config, program, chip, moved, totals)
     mesh = dict(program.mesh.shape)
+    bound = max(line.limits, key=line.limits.__getitem__)
     return Plan(
         topology=topology,
-        slices=slices,
-        devices=len(devices),
-        chip=kind,
+        devices=program.mesh.size,
+        chip=chip,
         mesh=mesh,
         tokens=config.data.batch_size * config.data.sequence_length,
         steps=config.steps,
@@ -123,40 +110,20 @@ def plan(config: ConfigDict, topology: str, slices: int = 1, say: Callable[[str]
         memory=memory,
         collectives=totals,
         roofline=line,
-        advice=advice(config, mesh, slices, program.model.layout, memory, line),
+        advice=advice(config, mesh, program.model.layout, memory, bound),
     )
 
 
 def roofline(
-    config: ConfigDict, program: Program, kind: Chip, hbm_bytes: int | None, totals: list[CollectiveTotal] | None
+    config: ConfigDict, program: Program, chip: Chip, hbm_bytes: int | None, totals: list[CollectiveTotal] | None
 ) -> Roofline:
     """Estimates a step from what its compiled program moves; without these, from its FLOPs alone."""
     architecture, layout = program.model.architecture, program.model.layout
     shape, devices = (config.data.batch_size, config.data.sequence_length), program.mesh.size
     needed = train_step_flops(architecture, layout, program.trainable, *shape) / devices
     recomputed = recomputed_flops(architecture, layout, config.compute.remat, *shape) / devices
-    compute_seconds = (needed + recomputed) / kind.peak_flops
+    compute_seconds = (needed + recomputed) / chip.peak_flops
     if hbm_bytes is None or totals is None:
         return Roofline(needed, recomputed, None, None, compute_seconds, None, None)
     sent, seconds = sum(total.bytes_sent for total in totals), sum(total.seconds for total in totals)
-    hbm_seconds = hbm_bytes / kind.hbm_bandwidth
-    return Roofline(needed, recomputed, hbm_bytes, sent, compute_seconds, hbm_seconds, seconds)
-
-
-def collective_totals(
-    module: hlo.Module, program: Program, kind: Chip, torus: Sequence[int], slices: int
-) -> list[CollectiveTotal]:
-    """Collectives of a program, added up by kind and mesh axes; those that send most come first."""
-    devices = program.mesh.devices.flat
-    within_slice = dict(program.mesh.shape)
-    within_slice["data"] //= slices  # a program is that of one slice
-    totals: dict[tuple, CollectiveTotal] = {}
-    for found in collectives(module):
-        bandwidth = kind.dcn_bandwidth
-        if found.network == ICI:
-            bandwidth = group_bandwidth(kind, torus, [devices[place] for place in found.group])
-        key = (found.kind, found.network, axes_of(found.group, within_slice))
-        _, _, _, runs, sent, seconds = totals.get(key, CollectiveTotal(*key, 0, 0.0, 0.0))
-        more = found.runs * found.bytes_sent
-        totals[key] = CollectiveTotal(*key, runs + found.runs, sent + more, seconds + more / bandwidth)
-    return sorted(totals.values(), key=lambda total: (-total.bytes_sent, total))
+    return Roofline(needed, recomputed, hbm_bytes, sent, compute_seconds, hbm_bytes / chip.hbm_bandwidth, seconds)

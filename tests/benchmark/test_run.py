@@ -24,7 +24,7 @@ def asked(monkeypatch):
         platform, fails = "cpu", ()
 
         def __init__(self, spec):
-            count = spec.config["data"]["grad_accum_steps"]
+            count = spec.config.data.grad_accum_steps
             self.name = spec.experts or spec.side
             is_divided = count > 1 and spec.side != "flexolmo"
             self.name += ", compiled" * spec.compiled + f", {count} micro-batches" * is_divided
@@ -43,8 +43,8 @@ def asked(monkeypatch):
             this_program = {"device": "d", "devices": 1, "flops": 8e9, "limit_of": "float32 matmul"}
             built = {"platform": self.platform, "first_seconds": seconds, "tokens": 100, "compile_seconds": 3.0}
             return {
-                "build": built | (this_program if self.name == "flexolmo" else {}),
-                "step": seconds,
+                "begin": built | (this_program if self.name == "flexolmo" else {}),
+                "seconds": seconds,
                 "limit": 1e10,
                 "memory": {"peak_bytes": 2**30, "peak_bytes_above_libraries": 2**29},
             }[request]
@@ -65,10 +65,10 @@ def measure(accumulate=1):
 def test_on_the_host_this_program_takes_turns_with_each_other_side(asked):
     log, _ = asked
     result = measure()
-    this_program = [("flexolmo", "limit"), ("flexolmo", "step")]
+    this_program = [("flexolmo", "limit"), ("flexolmo", "seconds")]
     for name in ("eager", "grouped_mm"):
         first = log.index((name, "memory")) + 1
-        assert log[first : first + 7] == [*this_program, (name, "step")] * 2 + [(name, "close")]
+        assert log[first : first + 7] == [*this_program, (name, "seconds")] * 2 + [(name, "close")]
     assert result["sides"]["flexolmo"]["seconds"] == [1.0] * 6
     assert result["sides"]["flexolmo"]["share_of_limit"] == 0.8
     assert {name for name, request in log if request == "close"} == set(SECONDS)
@@ -81,7 +81,7 @@ def test_a_ratio_compares_runs_that_took_turns(asked, monkeypatch):
 
     def slowing(self, request, patience=None):
         answer = ask(self, request, patience)
-        slow = request == "step" and ("grouped_mm", "start") in log and ("grouped_mm", "close") not in log
+        slow = request == "seconds" and ("grouped_mm", "start") in log and ("grouped_mm", "close") not in log
         return 3 * answer if slow else answer
 
     monkeypatch.setattr(process, "ask", slowing)
@@ -134,7 +134,7 @@ def test_micro_batches_are_compared_with_the_batch_at_once_and_with_as_many(aske
 def test_decoding_needs_no_batch_that_divides_into_micro_batches():
     config = config_file.get_config()
     config.data.batch_size, config.data.grad_accum_steps = 1, 2
-    assert run.prepared(config, "decode")["data"]["grad_accum_steps"] == 1
+    assert run.prepared(config, "decode").data.grad_accum_steps == 1
     with pytest.raises(UserError, match="grad_accum_steps=2: must divide"):
         run.prepared(config, "joint")
 
@@ -188,9 +188,9 @@ def test_this_process_leaves_the_devices_to_its_workers():
     code = """
 import jax._src.xla_bridge
 from configs import benchmark
-from flexolmo_jax.benchmark import machine, results, run
+from flexolmo_jax.benchmark import results, run
 run.prepared(benchmark.get_config(), "expert")
-machine.description()
+results.description()
 print(jax._src.xla_bridge.backends_are_initialized())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,11 +1,11 @@
 """The steps of transformers do the same work: they train what the step names, and nothing else, on the same loss."""
 
-import json
-
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+from ml_collections import FrozenConfigDict  # noqa: E402
 
 from configs import benchmark as config_file  # noqa: E402
 from flexolmo_jax.benchmark.torch_steps import Generation, TrainStep, check_memory, random_model  # noqa: E402
@@ -25,7 +25,7 @@ def spec(step, experts="", **overrides):
         "data.batch_size": 2,
     }
     config.update_from_flattened_dict({**sizes, **overrides})
-    return Spec("transformers", step, json.loads(config.to_json()), experts)
+    return Spec("transformers", step, FrozenConfigDict(config), experts)
 
 
 def changed(step, experts):

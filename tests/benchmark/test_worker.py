@@ -1,13 +1,22 @@
 """The process that measures: its time, its peak memory, and its environment."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-from unittest import mock
 
 import numpy as np
+import psutil
+import pytest
 
+from configs import benchmark as config_file
 from flexolmo_jax.benchmark import worker
-from flexolmo_jax.benchmark.worker import Measurement, Spec, Worker
+from flexolmo_jax.benchmark.run import prepared
+from flexolmo_jax.benchmark.worker import Spec, Step, Worker
+from flexolmo_jax.errors import UserError
+
+SPEC = Spec("flexolmo", "expert", prepared(config_file.get_config("64"), "expert"))
 
 PEAK = "from flexolmo_jax.benchmark.worker import peak_memory; {}; print(peak_memory())"
 
@@ -24,7 +33,7 @@ def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it()
     assert peak(f"import numpy; numpy.ones({before.nbytes}, 'uint8')") > small + before.nbytes
 
 
-class AfterAPause:
+class AfterAPause(Step):
     """Its first step after a measurement takes 100 seconds of a clock that it moves, each other one 2."""
 
     now, rested = 0.0, True
@@ -33,34 +42,36 @@ class AfterAPause:
         self.now += 100 if self.rested else 2
         self.rested = False
 
-    def wait(self):
-        pass
-
     def limit(self):
         self.rested = True
 
-    token = limit
-
 
 def test_the_first_step_after_a_pause_is_not_timed(monkeypatch):
-    step = AfterAPause()
+    step = AfterAPause(SPEC)
     monkeypatch.setattr(worker.time, "perf_counter", lambda: step.now)
-    measured = Measurement(step)
     for _ in range(2):
-        assert measured.step() == 2
-        measured.limit()
+        assert step.seconds() == 2
+        step.limit()
 
 
 def test_both_sides_have_the_same_allocator(monkeypatch):
     """Huge pages, which the docs advise for training; what the caller asks for instead holds for both."""
 
-    def allocators():
-        with mock.patch("subprocess.Popen") as started:
-            for side in ("flexolmo", "transformers"):
-                Worker(Spec(side, "expert", {}))
-        return [call.kwargs["env"]["GLIBC_TUNABLES"] for call in started.call_args_list]
+    def allocator():
+        with contextlib.closing(Worker(SPEC)) as started:
+            return psutil.Process(started.pid).environ()["GLIBC_TUNABLES"]
 
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert allocators() == ["glibc.malloc.hugetlb=1"] * 2
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=0")
-    assert allocators() == ["glibc.malloc.mmap_max=0"] * 2
+    assert allocator() == "glibc.malloc.mmap_max=0"
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert allocator() == "glibc.malloc.hugetlb=1"
+
+
+def test_a_worker_that_is_killed_or_too_slow_says_so():
+    with contextlib.closing(Worker(SPEC)) as started:
+        with pytest.raises(UserError, match="expert: flexolmo: no answer in 0 seconds"):
+            started.ask("begin", patience=0)
+        os.kill(started.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="expert: flexolmo: its process was killed"):
+            started.ask("seconds")
+    assert not psutil.pid_exists(started.pid)

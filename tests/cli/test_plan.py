@@ -20,10 +20,7 @@ CONFIG = "--config=configs/expert.py:tiny"
         ((CONFIG, "--topology=v5e"), "--topology=v5e: not a chip and the shape of its slice"),
         ((CONFIG, "--topology=v9:2x4"), "no chip v9 is known; use one of v4, v5e"),
         ((CONFIG, "--topology=v5p:2x4"), "a slice of v5p has 3 sizes above 0"),
-        ((CONFIG, "--topology=v5e:2x4", "--slices=0"), "--slices=0: must be at least 1"),
-        ((CONFIG, "--topology=v5e:2x4", "--slices=two"), "--slices"),
         ((CONFIG, "--topology=h200:9"), "--topology=h200:9: a node has 1 to 8 GPUs, as in h200:8"),
-        ((CONFIG, "--topology=h200:8", "--slices=2"), "--slices=2: GPUs are planned for one node"),
         (("--config=configs/expert.py:huge", "--topology=v5e:2x4"), "unknown size 'huge'"),
     ],
 )

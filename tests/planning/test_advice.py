@@ -7,7 +7,6 @@ import pytest
 from flexolmo_jax.model.architecture import ANCHOR, PAIR, Layout
 from flexolmo_jax.planning.advice import advice
 from flexolmo_jax.planning.compilation import Memory
-from flexolmo_jax.planning.plan import Roofline
 from flexolmo_jax.sharding import MESH_AXES
 from tests.support import planned
 
@@ -20,7 +19,6 @@ def advise(
     temporaries=1.0,
     bound="arithmetic",
     mesh=None,
-    slices=1,
     layout=PAIR,
     batch=64,
     frozen=0.0,
@@ -33,9 +31,7 @@ def advise(
     mesh = dict.fromkeys(MESH_AXES, 1) | (mesh or {"fsdp": 8})
     sizes = [round(GIB * size) for size in (state - frozen, frozen, 0, 0, temporaries)]
     memory = Memory(*sizes, peak=sum(sizes), available=10 * GIB)
-    seconds = [3.0 if name == bound else 1.0 for name in ("arithmetic", "HBM", "interconnect")]
-    line = Roofline(1.0, 1.0, 1.0, 1.0, *seconds)
-    return config, mesh, advice(config, mesh, slices, layout, memory, line)
+    return config, mesh, advice(config, mesh, layout, memory, bound)
 
 
 @pytest.mark.parametrize(
@@ -67,19 +63,12 @@ def advise(
             dict(temporaries=12, batch=1, mesh={"tensor": 8}, remat="full"),
             "13.00 of 10.00 GiB; try more devices",
         ),
-        # Replicas of the parameters are split first, but those of slices.
+        # Replicas of the parameters are split first.
         (
             dict(state=9, temporaries=3, mesh={"data": 4, "fsdp": 2}, remat="full", batch=8),
             "12.00 of 10.00 GiB; try config.mesh.data=1 config.mesh.fsdp=8",
         ),
-        (
-            dict(state=9, temporaries=3, mesh={"data": 4, "fsdp": 2}, slices=2, remat="full", batch=8),
-            "12.00 of 10.00 GiB; try config.mesh.data=2 config.mesh.fsdp=4",
-        ),
-        (
-            dict(state=9, temporaries=3, mesh={"data": 2, "fsdp": 4}, slices=2),
-            "12.00 of 10.00 GiB; try 16 devices",
-        ),
+        (dict(state=9, temporaries=3), "12.00 of 10.00 GiB; try 16 devices"),
         (dict(state=30, temporaries=3), "33.00 of 10.00 GiB; try 64 devices"),
         (
             dict(state=30, temporaries=3, frozen=20, frozen_dtype="float32"),

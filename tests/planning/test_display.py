@@ -5,15 +5,15 @@ import json
 import pytest
 
 from flexolmo_jax.planning.chips import CHIPS
-from flexolmo_jax.planning.collectives import DCN, ICI
+from flexolmo_jax.planning.collectives import CollectiveTotal
 from flexolmo_jax.planning.compilation import Memory
-from flexolmo_jax.planning.display import collectives_table, heading, memory_table, roofline_table, run_line, scaled
-from flexolmo_jax.planning.plan import CollectiveTotal, Plan, Roofline
+from flexolmo_jax.planning.display import collectives_table, heading, memory_table, roofline_table, run_line
+from flexolmo_jax.planning.plan import Plan, Roofline
+from flexolmo_jax.tables import scaled
 
 MIB = 2**20
 PLAN = Plan(
     topology="v5e:2x4",
-    slices=2,
     devices=16,
     chip=CHIPS["v5e"],
     mesh={"data": 2, "fsdp": 8},
@@ -23,9 +23,9 @@ PLAN = Plan(
     compile_seconds=3.4,
     memory=Memory(100 * MIB, 50 * MIB, 200 * MIB, 1024, 649 * MIB, 1000 * MIB, 2000 * MIB),
     collectives=[
-        CollectiveTotal("all-gather", ICI, ("fsdp", "tensor"), 1200, 4.5e9, 0.1),
-        CollectiveTotal("all-reduce", DCN, (), 1, 1e6, 3.2e-4),
-        CollectiveTotal("collective-permute", ICI, (), 1, 1e3, 1e-8),
+        CollectiveTotal("all-gather", ("fsdp", "tensor"), 1200, 4.5e9, 0.1),
+        CollectiveTotal("all-reduce", (), 1, 1e6, 3.2e-4),
+        CollectiveTotal("collective-permute", (), 1, 1e3, 1e-8),
     ],
     roofline=Roofline(197e12, 197e12 / 3, 819e9, 9e9, 4 / 3, 1.0, 0.2),
     advice=["fits"],
@@ -65,10 +65,10 @@ def test_quantities_get_a_prefix(value, unit, base, text):
 
 def test_the_heading_names_model_and_devices():
     assert heading(PLAN) == (
-        "1,234,567 parameters on 2 slices of v5e:2x4: 16 devices (TPU v5 lite), mesh data 2, fsdp 8; "
+        "1,234,567 parameters on v5e:2x4: 16 devices (TPU v5 lite), mesh data 2, fsdp 8; "
         "2,000,000 tokens a step; compiled in 3 s"
     )
-    assert " on v5e:1x1: 1 device (" in heading(PLAN._replace(topology="v5e:1x1", slices=1, devices=1))
+    assert " on v5e:1x1: 1 device (" in heading(PLAN._replace(topology="v5e:1x1", devices=1))
 
 
 def test_memory_is_a_size_and_a_share_of_what_is_available():
@@ -83,11 +83,11 @@ def test_memory_is_a_size_and_a_share_of_what_is_available():
     }
 
 
-def test_collectives_have_their_axes_and_network():
+def test_collectives_have_their_axes():
     assert cells(collectives_table(PLAN)) == {
-        "all-gather": ["fsdp x tensor", "links", "1,200", "4.50 GB", "100 ms"],
-        "all-reduce": ["slices", "data center", "1", "1.00 MB", "320 us"],
-        "collective-permute": ["-", "links", "1", "1.00 kB", "10.0 ns"],
+        "all-gather": ["fsdp x tensor", "1,200", "4.50 GB", "100 ms"],
+        "all-reduce": ["-", "1", "1.00 MB", "320 us"],
+        "collective-permute": ["-", "1", "1.00 kB", "10.0 ns"],
     }
     assert cells(collectives_table(PLAN._replace(collectives=None))) == {}
 
@@ -96,14 +96,13 @@ def test_the_roofline_has_rates_tokens_and_mfu():
     assert cells(roofline_table(PLAN)) == {
         "arithmetic": ["263 TFLOP, 25% recomputed", "197 TFLOP/s", "1.33 s"],
         "HBM": ["819 GB", "819 GB/s", "1.00 s"],
-        "interconnect": ["9.00 GB", "45.0 GB/s a link, 3.12 GB/s between slices", "200 ms"],
+        "interconnect": ["9.00 GB", "45.0 GB/s a link", "200 ms"],
         "at best": ["1,500,000 tokens/s", "75% MFU", "1.33 s"],
         "at worst": ["789,474 tokens/s", "39% MFU", "2.53 s"],
     }
     unknown = dict.fromkeys(("hbm_bytes", "sent_bytes", "hbm_seconds", "network_seconds"))
     too_large = PLAN._replace(roofline=PLAN.roofline._replace(**unknown))
     assert list(cells(roofline_table(too_large))) == ["arithmetic", "at best"]
-    assert "45.0 GB/s a link" in cells(roofline_table(PLAN._replace(slices=1)))["interconnect"]
 
 
 def test_the_run_takes_hours_and_chip_hours():
@@ -121,7 +120,6 @@ def test_json_has_what_the_tables_show():
     assert made["chip"]["device_kind"] == "TPU v5 lite"
     assert made["collectives"][0] == {
         "kind": "all-gather",
-        "network": "ici",
         "axes": ["fsdp", "tensor"],
         "runs": 1200,
         "bytes_sent": 4.5e9,

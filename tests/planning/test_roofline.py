@@ -10,10 +10,10 @@ import pytest
 
 from configs.base import PARTITIONS
 from flexolmo_jax.planning.chips import CHIPS
-from flexolmo_jax.planning.collectives import DCN, ICI
+from flexolmo_jax.planning.collectives import CollectiveTotal, collective_totals
 from flexolmo_jax.planning.compilation import compile_program, device_bytes
 from flexolmo_jax.planning.hlo import array_bytes, executions, hbm_bytes, parse
-from flexolmo_jax.planning.plan import CollectiveTotal, Roofline, collective_totals, roofline
+from flexolmo_jax.planning.plan import Roofline, roofline
 from flexolmo_jax.training.run import make_program
 from tests.support import planned
 
@@ -60,7 +60,7 @@ def test_time_is_amount_over_rate(pair):
     config, step, line, module = pair
     assert line.compute_seconds == (line.flops + line.recomputed_flops) / 197e12
     assert (line.hbm_bytes, line.hbm_seconds) == (hbm_bytes(module), line.hbm_bytes / 819e9)
-    totals = [CollectiveTotal("all-reduce", DCN, (), 2, 3e6, 0.5), CollectiveTotal("all-gather", ICI, (), 1, 1e6, 0.25)]
+    totals = [CollectiveTotal("all-reduce", (), 2, 3e6, 0.5), CollectiveTotal("all-gather", (), 1, 1e6, 0.25)]
     line = roofline(config, step, CHIPS["v5e"], 10, totals)
     assert (line.sent_bytes, line.network_seconds) == (4e6, 0.75)
     unknown = roofline(config, step, CHIPS["v5e"], None, None)
@@ -96,7 +96,7 @@ def test_collectives_take_the_links_of_their_group(groups, axes, links):
         f"ENTRY %main (p: f32[256]) -> f32[256] {{\n  %p = f32[256]{{0}} parameter(0)\n  %q = {call}\n"
         f"  ROOT %r = {call}\n}}\n"
     )
-    (total,) = collective_totals(parse(text), SimpleNamespace(mesh=mesh), CHIPS["v5e"], (2, 4), 1)
+    (total,) = collective_totals(parse(text), mesh, CHIPS["v5e"], (2, 4))
     n = len(re.findall(r"\d", groups.split("}")[0])) or 8
     sent = 2 * 2 * 1024 * (n - 1) / n
     assert (total.kind, total.axes, total.runs, total.bytes_sent) == ("all-reduce", axes, 2, sent)
