@@ -131,7 +131,7 @@ class Decoding(JaxStep):
 
 def random_leaves(program: Program, config: ConfigDict) -> tuple[Leaves, Leaves]:
     """Fresh leaves as (trainable, frozen), with the shardings and dtypes of a run."""
-    abstract = program.state.trainable, program.frozen
+    abstract: tuple[Any, Any] = (program.state.trainable, program.frozen)
     fresh = initial_leaves(program.model, *abstract, None, Initialization(config.seed, "", config.init))
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fresh, abstract)
 

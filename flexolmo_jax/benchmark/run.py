@@ -88,13 +88,13 @@ def _specs(step: str, config: FrozenConfigDict, versus: bool) -> dict[str, Spec]
     count, at_once = config.data.grad_accum_steps, ConfigDict(config)
     at_once.data.grad_accum_steps = 1
     is_dense = step == "anchor" or (step == "decode" and config.moe.num_experts == 1)
-    variants = [(experts or "dense", experts, compiled) for experts, compiled in (DENSE if is_dense else VARIANTS)]
-    for name, experts, compiled in variants:
-        name += ", compiled" * compiled
-        specs[name] = Spec("transformers", step, FrozenConfigDict(at_once), experts, compiled)
-    for name, experts, compiled in variants:
-        if count > 1 and not compiled:
-            specs[f"{name}, {count} micro-batches"] = Spec("transformers", step, config, experts)
+    variants = DENSE if is_dense else VARIANTS
+    for is_divided, (experts, compiled) in itertools.product((False, True), variants):
+        if is_divided and (compiled or count == 1):
+            continue
+        name = (experts or "dense") + ", compiled" * compiled + f", {count} micro-batches" * is_divided
+        chosen = config if is_divided else FrozenConfigDict(at_once)
+        specs[name] = Spec("transformers", step, chosen, experts, compiled)
     return specs
 
 

@@ -107,7 +107,7 @@ class Generation(TorchStep):
 def random_model(spec: Spec) -> Any:
     """With fresh weights: a dense OLMo-2 for the anchor, a FlexOlmo for all else."""
     model = spec.config.model
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         intermediate_size=model.d_ff,

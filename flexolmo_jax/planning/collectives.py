@@ -113,7 +113,7 @@ def _group(module: Module, instruction: Instruction) -> tuple[int, ...]:
     sizes = {name: int(size) for name, size in re.findall(r"('[^']+')=(\d+)", found[1])}
     devices = _devices(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
     along = tuple(slice(None) if name in found[3] else 0 for name in sizes)
-    return tuple(devices.reshape(tuple(sizes.values()))[along].flat)
+    return tuple(devices.reshape(tuple(sizes.values()))[along].flatten().tolist())
 
 
 def _devices(text: str) -> np.ndarray:

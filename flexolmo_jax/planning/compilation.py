@@ -12,6 +12,7 @@ from jax.extend import backend
 
 from flexolmo_jax.errors import ArgumentError, first_line
 from flexolmo_jax.planning.chips import Chip, parse_topology
+from flexolmo_jax.sharding import Device
 from flexolmo_jax.training.step import Program, compile_step
 
 # libtpu asks the machine it is on which TPU it has. These answer in its place, and keep its logs off the disk.
@@ -51,7 +52,7 @@ _TEMPORARIES = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def topology_devices(name: str) -> list[jax.Device]:
+def topology_devices(name: str) -> list[Device]:
     """The devices of a TPU slice or a node of GPUs, to compile for; programs cannot run on them.
 
     To be called before JAX has looked for devices: the process computes on its CPU alone.
@@ -67,7 +68,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     return _gpus(name, kind, shape[0]) if kind.is_gpu else _tpus(name)
 
 
-def _gpus(name: str, kind: Chip, count: int) -> list[jax.Device]:
+def _gpus(name: str, kind: Chip, count: int) -> list[Device]:
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         problem = "needs JAX's plugin for GPUs, which is not installed; pip install 'flexolmo-jax[cuda]'"
         raise ArgumentError("topology", name, problem)
@@ -88,7 +89,7 @@ def _gpus(name: str, kind: Chip, count: int) -> list[jax.Device]:
     return devices
 
 
-def _tpus(name: str) -> list[jax.Device]:
+def _tpus(name: str) -> list[Device]:
     if not importlib.util.find_spec("libtpu"):
         problem = "needs libtpu, the TPU compiler, which is not installed; pip install 'flexolmo-jax[plan]'"
         raise ArgumentError("topology", name, problem)
@@ -135,16 +136,18 @@ def compile_program(program: Program, available: int) -> tuple[jax.stages.Compil
       (the compiled step, or None if it does not fit; the memory that it needs).
     """
     arguments = (program.state.trainable, program.frozen, program.state.optimizer, program.batch)
-    sizes = [device_bytes(arrays) for arrays in arguments]
+    trained, frozen, optimizer, batch = map(device_bytes, arguments)
+    held = trained + frozen + optimizer + batch
     try:
         with jax.set_mesh(program.mesh):
             compiled = compile_step(program.step, program.state, program.frozen, program.batch)
-        peak = compiled.memory_analysis().peak_memory_in_bytes
+        analysis: Any = compiled.memory_analysis()
+        peak = analysis.peak_memory_in_bytes
     except jax.errors.JaxRuntimeError as error:
-        compiled, peak = None, bytes_needed(str(error), sum(sizes))
+        compiled, peak = None, bytes_needed(str(error), held)
         if peak is None:
             raise
-    return compiled, Memory(*sizes, max(0, peak - sum(sizes)), peak, available)
+    return compiled, Memory(trained, frozen, optimizer, batch, max(0, peak - held), peak, available)
 
 
 def bytes_needed(message: str, arguments: int) -> int | None:
