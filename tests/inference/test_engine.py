@@ -178,14 +178,14 @@ def finish_one(model, request, max_steps=8):
 def test_why_a_request_ended(model):
     assert finish_one(model, REQUESTS[0]).finish_reason == "length"
     first = finish_one(model, REQUESTS[0]).token_ids[0]
-    ending = Model(dataclasses.replace(model.manifest, eos_id=first), model.params, model.tokenizer)
+    ending = Model(model.manifest.but(eos_id=first), model.params, model.tokenizer)
     found = finish_one(ending, REQUESTS[0])
     assert (found.token_ids, found.text, found.finish_reason) == ([], "", "stop")
     assert sum(found.experts.values()) == pytest.approx(1)
     # EOS is not kept, but was written after all tokens that are.
     second = finish_one(model, REQUESTS[2]).token_ids
     later = next(i for i in range(1, len(second)) if second[i] not in second[:i])
-    ending = Model(dataclasses.replace(model.manifest, eos_id=second[later]), model.params, model.tokenizer)
+    ending = Model(model.manifest.but(eos_id=second[later]), model.params, model.tokenizer)
     found = finish_one(ending, REQUESTS[2])
     assert found.token_ids == second[:later]
     same_tokens_read = finish_one(model, dataclasses.replace(REQUESTS[2], max_new_tokens=later + 1))
@@ -347,7 +347,7 @@ def test_a_token_that_ends_the_text_is_told_too_but_not_kept(model, alone):
     tokens = alone[2].token_ids
     later = next(i for i in range(1, len(tokens)) if tokens[i] not in tokens[:i])
     stopping = dataclasses.replace(REQUESTS[2], stop_token_ids=(259, tokens[later]), logprobs=1)
-    ending = Model(dataclasses.replace(model.manifest, eos_id=tokens[later]), model.params, model.tokenizer)
+    ending = Model(model.manifest.but(eos_id=tokens[later]), model.params, model.tokenizer)
     by_token, by_eos = finish_one(model, stopping), finish_one(ending, dataclasses.replace(REQUESTS[2], logprobs=1))
     for found in (by_token, by_eos):
         assert (found.token_ids, found.finish_reason) == (tokens[:later], "stop")

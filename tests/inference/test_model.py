@@ -211,12 +211,12 @@ def test_the_command_prints_each_continuation_and_its_shares(home, model):
 def test_the_command_takes_every_way_to_choose_tokens(home, model):
     options = {"min_p": 0.05, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25}
     flags = [f"--{name}={value}" for name, value in options.items()]
-    flags += ["--stop_token_ids=1", "--stop_token_ids=2", "--ignore_eos", "--temperature=1", "--max_new_tokens=9"]
+    flags += ["--stop_token_ids=1", "--stop_token_ids=2", "--ignore_eos", "--temperature=1", "--max_new_tokens=40"]
     result = flexolmo("generate", f"--model={home}/merged", "--prompt=hello", *flags)
     options |= {"stop_token_ids": [1, 2], "ignore_eos": True, "temperature": 1.0}
-    (expected,) = model.generate(["hello"], 9, **options)
+    (expected,) = model.generate(["hello"], 40, **options)
     assert result.out.startswith(f"hello{expected.text}\n[")
-    assert expected.token_ids != model.generate(["hello"], 9, temperature=1.0)[0].token_ids
+    assert expected.token_ids != model.generate(["hello"], 40, temperature=1.0)[0].token_ids
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_text_is_what_all_tokens_decode_to_without_the_prompts(kind, wide, tmp_path):
     tokenizer = kinds.load(kind, tmp_path)
-    model = Model(dataclasses.replace(wide.manifest, eos_id=tokenizer.eos_id), wide.params, tokenizer)
+    model = Model(wide.manifest.but(eos_id=tokenizer.eos_id), wide.params, tokenizer)
     prompts = ["", "the quick", kinds.ids(tokenizer, kinds.TEXTS[3])[:-1] or [5]]
     if kind != "wordpiece_without_unknown":
         prompts.append("A naïve café, 日本")
