@@ -39,6 +39,6 @@ cd "$root"
 ruff check
 ruff format --check
 lint-imports
-python launch/check_terms.py >/dev/null || true  # until all packages use the terms; then: python launch/check_terms.py
+python launch/check_terms.py
 [ -z "$types" ] || basedpyright
 exec python -m pytest -n 2 --dist=worksteal ${selection[@]+"${selection[@]}"} "$@"

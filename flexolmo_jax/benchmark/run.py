@@ -110,11 +110,11 @@ def _measure(specs: Mapping[str, Spec], runs: int, begin: Callable[[str], None])
     left_out = {}
     begin(f"{spec.step}: {FLEXOLMO}")
     with contextlib.ExitStack() as until_measured:
-        ours = Worker(spec)
-        until_measured.callback(ours.close)
+        reference_worker = Worker(spec)
+        until_measured.callback(reference_worker.close)
         # Memory right then, before what is measured of the machine takes some.
-        sides[FLEXOLMO] = reference = ours.ask("begin") | ours.ask("memory")
-        workers = {FLEXOLMO: ours}
+        sides[FLEXOLMO] = reference = reference_worker.ask("begin") | reference_worker.ask("memory")
+        workers = {FLEXOLMO: reference_worker}
         _take_turns(workers, sides, runs)
         if reference["platform"] != "cpu":
             workers.pop(FLEXOLMO).close()

@@ -12,7 +12,7 @@ from flexolmo_jax.errors import UserError
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. It isn't lazy, is it?",
     "Pack my box with five dozen liquor jugs; then walk away, quietly.",
-    "A naïve café owner — 20 years old! — said: 'don't', and we do not.",
+    "A naïve café owner — 20 years old! — says: 'don't', and we do not.",
     "the end of the document . the end of the other document , too",
     "Hello , world ! Hello, you there ( and there ).",
 )

@@ -142,7 +142,7 @@ class Runs:
         return write_words(self.root / "corpora" / "public", 0)
 
     @functools.cached_property
-    def own(self) -> Corpus:
+    def private(self) -> Corpus:
         return write_words(self.root / "corpora" / "own", 1)
 
     @functools.cached_property
@@ -181,7 +181,7 @@ class Runs:
     def anchor_values(self) -> dict:
         return {
             "data__train": str(self.public.path),
-            "evaluation__data": f"{self.held_out.path},{self.own.path}",
+            "evaluation__data": f"{self.held_out.path},{self.private.path}",
             "evaluation__every": 8,
             "publish__public_documents": 20,
         }
@@ -191,7 +191,7 @@ class Runs:
         return {
             "start_from": str(self.anchor.output),
             "expert": "news",
-            "data__train": str(self.own.path),
+            "data__train": str(self.private.path),
             "evaluation__data": str(self.held_out.path),
             "evaluation__every": 6,
         }

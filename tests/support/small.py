@@ -41,7 +41,7 @@ from flexolmo_jax.training.state import Start
 ARCHITECTURE = Architecture(
     vocab_size=260, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, d_ff=24, rope_theta=10_000.0, norm_eps=1e-6
 )
-TEXTS = ("the first document", "a second one", "naïve", "and the last of them, which is longer than a row")
+TEXTS = ("the first document", "a second one", "naïve", "and the last of them, which is longer than a pen")
 ROUTER = tuple(f"{manifests.MOE}experts/router/{leaf}" for leaf in ("weight", "bias"))
 
 

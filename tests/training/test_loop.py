@@ -94,7 +94,7 @@ def test_evaluation_is_due_every_so_many_steps_and_at_the_end(made):
 
 def test_evaluation_while_training_is_that_of_the_published_model(made):
     model = flexolmo_jax.load(made.anchor.output)
-    corpora = {"held_out": made.held_out, "corpora/own": made.own}
+    corpora = {"held_out": made.held_out, "corpora/own": made.private}
     expected = evaluate(model, corpora, length=32, batch_size=8)
     line = runs.read_metrics(made.anchor.workdir)[-1]
     assert line == {"step": 12, **{f"evaluation/{label}": line[f"evaluation/{label}"] for label in corpora}}
@@ -114,7 +114,9 @@ def test_evaluation_can_stop_after_some_batches(made):
     loss_step = jax.jit(lambda params, batch: {"tokens": jnp.float32(4), "cross_entropy": 1.0 * batch["tokens"].sum()})
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = loop._evaluate(run, loss_step, device, {})
-    first_two = [batch["tokens"].sum() for _, batch in zip(range(2), evaluation_batches(made.own, 32, 8), strict=False)]
+    first_two = [
+        batch["tokens"].sum() for _, batch in zip(range(2), evaluation_batches(made.private, 32, 8), strict=False)
+    ]
     assert found["corpora/own"] == sum(first_two) / 8
 
 
@@ -253,12 +255,12 @@ def alter(corpus, folder, token=3):
 
 
 def test_damaged_data_gives_no_output_even_once_it_is_repaired(made, tmp_path):
-    alter(made.own, tmp_path / "own")
+    alter(made.private, tmp_path / "own")
     config = runs.make_config("expert", **made.expert_values | {"data__train": f"{tmp_path}/own", "steps": 3})
     with pytest.raises(UserError, match=r"tokens-00000\.npy: differs from the digest .* gives no output") as caught:
         loop.train(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "own")
-    shutil.copytree(made.own.path, tmp_path / "own")
+    shutil.copytree(made.private.path, tmp_path / "own")
     with pytest.raises(UserError, match=re.escape(str(caught.value))):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "contribution").exists()
@@ -276,7 +278,7 @@ def test_verify_finds_damage_before_anything_else(made, tmp_path, which):
 
 
 def test_an_id_outside_the_vocabulary_never_reaches_a_step(made, tmp_path):
-    shutil.copytree(made.own.path, tmp_path / "own")
+    shutil.copytree(made.private.path, tmp_path / "own")
     tokens = np.memmap(tmp_path / "own" / "tokens-00000.npy", "<u2", "r+")
     tokens[::2][tokens[::2] != 256] = 300  # the model has 320 ids, the tokenizer 257
     tokens.flush()

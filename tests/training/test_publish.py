@@ -102,8 +102,8 @@ def test_a_contribution_says_what_it_is(made):
     assert contribution.card == {
         "description": "",
         "license": "",
-        "documents": len(made.own),
-        "tokens": made.own.tokens,
+        "documents": len(made.private),
+        "tokens": made.private.tokens,
         "sequence_length": 32,
         "trained_tokens": 12 * 8 * 32,
         "public_share": 0.5,

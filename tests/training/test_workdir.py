@@ -50,7 +50,7 @@ def edit_record(workdir, change):
 
 def copies(made, folder):
     """The paths of the run, of copies of what it reads."""
-    for name, path in (("own", made.own.path), ("held_out", made.held_out.path), ("anchor", made.anchor.output)):
+    for name, path in (("own", made.private.path), ("held_out", made.held_out.path), ("anchor", made.anchor.output)):
         shutil.copytree(path, folder / name)
     shutil.move(folder / "anchor" / "public", folder / "public")
     return {
@@ -66,8 +66,8 @@ def test_paths_may_change_where_their_content_does_not(made, run, tmp_path):
 
 
 def test_a_path_may_be_relative(made, run, monkeypatch):
-    monkeypatch.chdir(made.own.path.parent)
-    assert resume(made, run, data__train=made.own.path.name) == run / "contribution"
+    monkeypatch.chdir(made.private.path.parent)
+    assert resume(made, run, data__train=made.private.path.name) == run / "contribution"
 
 
 def test_a_file_of_a_router_weight_is_known_by_its_content(made, tmp_path):
@@ -92,10 +92,10 @@ def test_another_start_and_another_eos_are_other_runs(made, run, tmp_path):
     edit_record(run, lambda record: record.update({"content of start_from": "0" * 64}))
     with pytest.raises(UserError, match=r"differs in: content of start_from\)"):
         resume(made, run)
-    shutil.copytree(made.own.path, tmp_path / "corpus")
+    shutil.copytree(made.private.path, tmp_path / "corpus")
     description = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
     (tmp_path / "corpus" / "corpus.json").write_text(json.dumps(description | {"eos_id": 32}))
-    assert Corpus.open(tmp_path / "corpus").digest != made.own.digest
+    assert Corpus.open(tmp_path / "corpus").digest != made.private.digest
 
 
 def test_a_key_that_came_after_the_run_has_its_default(made, run):
