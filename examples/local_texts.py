@@ -158,7 +158,7 @@ def public_documents() -> Iterator[Document]:
     paths = packages()
     for path in paths:
         if path.name == "METADATA" and not path.parent.name.startswith("flexolmo"):
-            yield Document(prose(email.message_from_string(read(path)).get_payload()), str(path))
+            yield Document(prose(str(email.message_from_string(read(path)).get_payload())), str(path))
         elif path.name.lower().startswith("readme"):
             yield Document(prose(read(path)), str(path))
     for path in paths:
@@ -321,7 +321,7 @@ def print_table(found: dict[str, dict[str, list[Document]]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Gathers, writes and says what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, help="folder to write DOMAIN.SPLIT.jsonl to")
     parser.add_argument("--train_bytes", type=int, default=2_500_000, help="at most, a domain")
     parser.add_argument("--heldout_bytes", type=int, default=48_000, help="at most, a domain")

@@ -13,6 +13,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from etils import epath
 
@@ -118,7 +119,7 @@ class _Compression:
     name: str
     suffixes: tuple[str, ...]
     magic: re.Pattern[bytes]
-    decompress: Callable[[io.BufferedIOBase], io.BufferedIOBase]
+    decompress: Callable[[Any], io.BufferedIOBase]
 
 
 class _Zstandard(io.RawIOBase):
@@ -219,7 +220,8 @@ def open_decompressed(file: epath.Path) -> Iterator[io.BufferedReader]:
     """
     suffix = split_suffix(file.name)[1]
     with file.open("rb") as opened:
-        packed = io.BufferedReader(opened, _BUFFER_BYTES)
+        raw: Any = opened
+        packed = io.BufferedReader(raw, _BUFFER_BYTES)
         head = packed.peek()
         found = next((c for c in _COMPRESSIONS if c.magic.match(head)), None)
         named = next((c for c in _COMPRESSIONS if suffix in c.suffixes), None)

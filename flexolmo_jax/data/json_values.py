@@ -105,7 +105,8 @@ class _Scanner:
     def at_end(self) -> bool:
         """Passes white space; returns whether nothing follows."""
         while True:
-            self._place = _SPACE.match(self._buffer, self._place).end()
+            space = _SPACE.match(self._buffer, self._place)
+            self._place = space.end() if space else self._place
             if self._place < len(self._buffer):
                 return False
             if not self._read(1):

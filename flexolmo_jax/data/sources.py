@@ -11,7 +11,7 @@ import json
 import re
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from flexolmo_jax.data.bad_records import BadRecordError
 from flexolmo_jax.data.json_values import BOM, are_json_lines, is_array, looks_like_json, read_values
@@ -72,7 +72,10 @@ class Source(abc.ABC):
 SOURCES: dict[str, Source] = {}
 
 
-def register(source: type[Source]) -> type[Source]:
+_Format = TypeVar("_Format", bound=Source)
+
+
+def register(source: type[_Format]) -> type[_Format]:
     """Adds a format to `SOURCES`; a class decorator."""
     SOURCES[source.name] = source()
     return source

@@ -57,7 +57,7 @@ class Tokenizer:
     @functools.cached_property
     def plain(self) -> tokenizers.Tokenizer:
         """The tokenizer that encodes and decodes: the same ids, but special tokens' names are plain text."""
-        return without_special_tokens(self.backend, self.backend.id_to_token(self.eos_id))
+        return without_special_tokens(self.backend, str(self.backend.id_to_token(self.eos_id)))
 
     @functools.cached_property
     def unknown_id(self) -> int | None:
@@ -316,7 +316,8 @@ def unknown_token(backend: tokenizers.Tokenizer) -> str | None:
 
 def may_come_from_text(backend: tokenizers.Tokenizer, name: str) -> bool:
     """Whether encoding plain text can give the token of that name, which is in the vocabulary."""
-    added = backend.get_added_tokens_decoder().get(backend.token_to_id(name))
+    id = backend.token_to_id(name)
+    added = None if id is None else backend.get_added_tokens_decoder().get(id)
     if added and not added.special:
         return True
     if backend.model.token_to_id(name) is None:
@@ -371,7 +372,7 @@ def _renamed(model: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     if model["type"] != "BPE":
         return renamed
     prefix = len(model["continuing_subword_prefix"] or "")
-    merges = [pair for pair in model["merges"] if not _concerns(*pair, prefix, names.keys())]
+    merges = [pair for pair in model["merges"] if not _concerns(pair[0], pair[1], prefix, names.keys())]
     return renamed | {"merges": merges, "dropout": None}
 
 

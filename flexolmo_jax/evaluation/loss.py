@@ -104,7 +104,7 @@ def evaluate(
     for label, corpus in corpora.items():
         if corpus.tokenizer_digest != model.manifest.tokenizer_digest:
             raise UserError(f"{corpus.path}: its tokenizer is not the model's; tokenize the text with that one")
-        if corpus.vocab_size > model.manifest.architecture["vocab_size"]:
+        if corpus.vocab_size > int(model.manifest.architecture["vocab_size"]):
             raise UserError(f"{corpus.path}: its tokenizer has more tokens than the model; import the model again")
         sums = []
         for batch in evaluation_batches(corpus, length, batch_size):
@@ -173,7 +173,7 @@ def evaluate_models(
     results = {}
     for label, directory in directories.items():
         model = load(directory, dtype)
-        options = {"length": length, "batch_size": batch_size}
+        options: dict[str, Any] = {"length": length, "batch_size": batch_size}
         losses = evaluate_shown(model, corpora, title=label, **options)
         contributed = model.roster[1:] if len(model.roster) > 2 else []
         without = {

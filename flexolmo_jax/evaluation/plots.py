@@ -9,6 +9,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,7 +29,7 @@ LINE_STYLES = tuple((colour, dashes) for dashes in ("solid", "dashed", "dotted")
 _SHARE = "#7d62cf"
 _WIDTH = 760  # of a plot, in CSS pixels
 _INK, _RULE = "#010101", "#020202"  # placeholders of the page's own colours
-_RC = {
+_RC: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK),
     **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _RULE),
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.labelsize"), 13),
@@ -136,7 +137,7 @@ def _heat_map(
     figure = Figure(figsize=(width / 72, bottom / 72))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(bottom, 0))
     axes.set_axis_off()
-    centred = {"ha": "center", "va": "center"}
+    centred: dict[str, Any] = {"ha": "center", "va": "center"}
     axes.text((left + width) / 2, 12, "held-out corpus", **centred)
     axes.text(12, (top + bottom) / 2, label, rotation=90, **centred)
     starts = {column: left + cell * i + gap * (column == AVERAGE) for i, column in enumerate(columns)}

@@ -116,7 +116,8 @@ def write_report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
     )
     environment.filters |= {"number": _number, "bits": format_bits}
-    template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
+    source = resources.files("flexolmo_jax.evaluation").joinpath("report.html")
+    template = environment.from_string(source.read_text("utf-8"))
     page = template.render(
         title=title,
         introduction=introduction,

@@ -60,7 +60,7 @@ def routing_table(roster: Sequence[str], layers_LxE: np.ndarray) -> Table:
     return table
 
 
-def opt_out_table(scores: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Table:
+def opt_out_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     """One line for the full model and for each variant without some experts, one column per metric of a task.
 
     Args:

@@ -221,7 +221,7 @@ def _measure_dropping(source: Source) -> dict[str, parity.Difference]:
 
 def _samples(source: Source) -> dict[str, np.ndarray]:
     """{name: token ids [BATCH, LENGTH]}: random ones, and text: the model's public sample, or `SAMPLE_TEXT`."""
-    samples = {"random tokens": parity.random_tokens(source.manifest.architecture["vocab_size"])}
+    samples = {"random tokens": parity.random_tokens(int(source.manifest.architecture["vocab_size"]))}
     tokenizer = source.path / model_directory.TOKENIZER_FILE
     if (source.path / model_directory.PUBLIC).exists():
         corpus = Corpus.open(source.path / model_directory.PUBLIC)
@@ -280,6 +280,8 @@ def _check(directory: epath.Path, source: Source, kind: HuggingFaceArchitecture)
     path, manifest = pathlib.Path(directory), source.manifest
     opened = open_directory(path, label=source.label)
     sidecar = open_sidecar(opened)
+    if sidecar is None:
+        raise UserError(f"{directory}: lost the folder that it was written with; is another program at work there?")
     with byte_progress("compare", size(source.shared) + sum(map(size, source.experts.values()))) as advance:
         _check_leaves(opened.shared, manifest.stored[""], advance)
         for expert, leaves in zip(manifest.experts, opened.experts, strict=True):

@@ -7,9 +7,10 @@ expert left out.
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tokenizers
@@ -102,7 +103,8 @@ class FlexOlmoLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.model.tokenizer.eos_id
+        tokenizer = self.model.tokenizer
+        return self.model.manifest.eos_id if tokenizer is None else tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -176,7 +178,8 @@ class FlexOlmoLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that continues each context, up to EOS, the first of its stop strings, or its last token."""
         each_seed = seeds(self._seed, len(requests))
-        asked = [self._request(*request.args, seed) for request, seed in zip(requests, each_seed, strict=True)]
+        arguments = (cast(tuple[Any, ...], request.args) for request in requests)
+        asked = [self._request(args[0], args[1], seed) for args, seed in zip(arguments, each_seed, strict=True)]
         order = sorted(range(len(asked)), key=lambda i: -len(asked[i].token_ids))
         engine = Engine(self.model, slots=min(bucket(max(len(asked), 1), 1), self.batch_size))
         texts = [""] * len(asked)
@@ -191,7 +194,7 @@ class FlexOlmoLM(TemplateLM):
 
     def _request(self, context: str, gen_kwargs: dict[str, Any], seed: int) -> Request:
         """The engine's request for a context and the generation arguments of its task."""
-        kwargs = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         until, max_gen_toks = kwargs.pop("until"), kwargs.pop("max_gen_toks")
         if kwargs.get("num_beams") == 1:
             del kwargs["num_beams"]
@@ -265,14 +268,14 @@ def evaluate_tasks(
     if include_path is not None and not epath.Path(include_path).is_dir():
         raise NotFoundError(f"{include_path}: no such directory; give one with task files (.yaml)")
     left_out = [without] if without else [(), *([name] for name in model.roster[1:])]
-    manager = TaskManager(include_path=include_path)
+    manager = _TaskManager(include_path=None if include_path is None else os.fspath(include_path))
     names = _match(manager, tasks)
     matrix = {}
     for experts in left_out:
-        lm = FlexOlmoLM(model, without=experts, batch_size=batch_size, max_length=max_length)
+        lm = _FlexOlmoLM(model, without=experts, batch_size=batch_size, max_length=max_length)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # the harness prints, and a table is to come
-                results = simple_evaluate(
+                results = _evaluate(
                     lm,
                     tasks=names,
                     task_manager=manager,
@@ -286,6 +289,12 @@ def evaluate_tasks(
             raise ArgumentError("tasks", ",".join(tasks), str(error)) from error
         matrix[_label(experts)] = _estimates(results)
     return matrix
+
+
+# Decorators of the harness hide their arguments from type checkers.
+_evaluate: Any = simple_evaluate
+_TaskManager: Any = TaskManager
+_FlexOlmoLM: Any = FlexOlmoLM
 
 
 def _label(without: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ imported again without a loss. transformers and vLLM do not look into it.
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -283,7 +283,8 @@ def export_tokenizer(model: epath.Path, directory: epath.Path, manifest: ModelMa
 def _settings(directory: epath.Path, manifest: ModelManifest) -> dict[str, str]:
     """{file: text} as made from the manifest, and from the tokenizer.json in `directory` where there is one."""
     # A document begins and ends with EOS, which pads as well.
-    documents = {"generation_config.json": {f"{role}_token_id": manifest.eos_id for role in ("bos", "eos", "pad")}}
+    generation = {f"{role}_token_id": manifest.eos_id for role in ("bos", "eos", "pad")}
+    documents: dict[str, dict[str, Any]] = {"generation_config.json": generation}
     file = directory / model_directory.TOKENIZER_FILE
     if file.exists():
         eos = load_tokenizer(file, eos_id=manifest.eos_id, label=str(file)).backend.id_to_token(manifest.eos_id)

@@ -98,7 +98,7 @@ def import_model(
         """Compares what was written with the source; gives back the exported manifest where nothing has changed."""
         changes = _changes(manifest, sidecar.manifest) if sidecar else []
         restored = sidecar is not None and not changes
-        if restored:
+        if sidecar is not None and restored:
             manifest = sidecar.manifest
             restore(sidecar, directory)
         import_tokenizer(opened.path, directory, manifest)

@@ -123,7 +123,7 @@ def in_memory(
     for path, content in stack_experts(shared, experts).items():
         stacked = not isinstance(content, Slice)
         values = np.stack([_whole(part) for part in content], axis=1) if stacked else _whole(content)
-        for name, leaf in separate_layers({path: values}, manifest.architecture["num_layers"]).items():
+        for name, leaf in separate_layers({path: values}, int(manifest.architecture["num_layers"])).items():
             params[name] = jnp.asarray(leaf, jnp.float32)
     return Model(manifest, params)
 
@@ -158,7 +158,7 @@ def compare_logits(
     reason = too_large(shared, experts) if transformers_installed() else NOT_INSTALLED
     if reason:
         return reason
-    tokens = random_tokens(manifest.architecture["vocab_size"], min(LENGTH, manifest.context_length))
+    tokens = random_tokens(int(manifest.architecture["vocab_size"]), min(LENGTH, manifest.context_length))
     expected = _transformers_logits(directory, tokens)
     gc.collect()
     difference = compare(expected, our_logits(in_memory(manifest, shared, experts), tokens))
@@ -209,9 +209,10 @@ def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray) -> np.ndar
 
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(directory), dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
+            model, info = loaded
     except Exception as error:  # transformers raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{directory}: transformers cannot load it ({reason}); version 5 or newer is needed") from error

@@ -198,22 +198,21 @@ class LazyLeaf:
         """
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
         self._layered, self._read = layered, read
-        self._layer, self._values = None, None
+        self._layer: int | None = None
+        self._values: np.ndarray | None = None
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         if not self._layered:
             return self._block(0, index, self.shape)
         layers = range(*index[0].indices(self.shape[0]))
-        values = None
+        block = [len(range(*along.indices(size))) for along, size in zip(index[1:], self.shape[1:], strict=True)]
+        values = np.empty((len(layers), *block), self.dtype)
         for i, layer in enumerate(layers):
-            block = self._block(layer, index[1:], self.shape[1:])
-            if values is None:
-                values = np.empty((len(layers), *block.shape), self.dtype)
-            values[i] = block
+            values[i] = self._block(layer, index[1:], self.shape[1:])
         return values
 
     def _block(self, layer: int, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-        if self._layer != layer:
+        if self._layer != layer or self._values is None:
             self._layer, self._values = layer, self._read(layer)
         block = self._values[index]
         if all(along.indices(length)[1] == length for along, length in zip(index, shape, strict=True)):

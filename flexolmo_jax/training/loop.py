@@ -128,7 +128,7 @@ def _placed(batches: Iterable[Batch], batch_sharding: NamedSharding) -> Iterator
     """Global batches on the devices, each made when it is asked for; each device takes its own sequences."""
     for batch in batches:
         with jax.transfer_guard("allow"):
-            placed = {
+            placed: dict[str, jax.Array] = {
                 name: jax.make_array_from_callback(array.shape, batch_sharding, array.__getitem__)
                 for name, array in batch.items()
             }

@@ -91,8 +91,15 @@ def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epa
     frozen = {path: start.params[path] for path in leaves.keys() - slices.keys()} if start else {}
     source = f"config.start_from={start.path}" if start else "fresh weights"
     shared, experts = split_experts(frozen | slices, publication.roster, source)
-    beside = {"statistics": start.statistics, "merged_router": start.merged_router} if start else {}
-    write_model(output, manifest, shared, experts, complete=complete, **beside)
+    write_model(
+        output,
+        manifest,
+        shared,
+        experts,
+        complete=complete,
+        statistics=start.statistics if start else None,
+        merged_router=start.merged_router if start else None,
+    )
     return output
 
 

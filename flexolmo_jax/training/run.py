@@ -148,7 +148,7 @@ def read_run(config: ConfigDict) -> Run:
     )
 
 
-def make_program(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Program:
+def make_program(config: ConfigDict, devices: Sequence[sharding.Device] | None = None) -> Program:
     """The train step of a configuration; of what it names, at most the manifest of its start is read.
 
     To be called outside `jax.set_mesh`, within which JAX would compute some of this on devices that need not be there.
@@ -205,7 +205,7 @@ def _decoder(config: ConfigDict, start: Start | None, platform: str) -> Decoder:
     return Decoder(architecture, layout, Compute(**compute, rules=config.sharding_rules, platform=platform))
 
 
-def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[jax.Device]) -> Program:
+def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[sharding.Device]) -> Program:
     model = _decoder(config, start, sharding.platform_of(devices[0]))
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -220,7 +220,8 @@ def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[jax
             "batch; give a multiple"
         )
         raise ArgumentError("config.data.batch_size", batch_size, problem)
-    batch = dict.fromkeys(ARRAYS, jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding))
+    array = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding)
+    batch = {name: array for name in ARRAYS}
     shardings = sharding.leaf_shardings(model.abstract(), model.logical_axes(), mesh, config.sharding_rules)
     trainable = trainable_paths(shardings, config.partition, required_prefix=EXPERT if config.expert else "")
     leaves, frozen = abstract_leaves(model, shardings, trainable, config.compute.frozen_dtype)

@@ -140,8 +140,8 @@ def abstract_leaves(
 
 def initial_leaves(
     model: Decoder,
-    trainable: AbstractLeaves,
-    frozen: AbstractLeaves,
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any],
     start: Start | None,
     initialization: Initialization,
 ) -> tuple[Leaves, Leaves]:
@@ -164,7 +164,7 @@ def initial_leaves(
         return split(leaves, trainable)
     new = _new_expert(model.architecture, initialization) if initialization.expert else {}
 
-    def initial(abstract: AbstractLeaves) -> Leaves:
+    def initial(abstract: Mapping[str, Any]) -> Leaves:
         return {
             path: jax.device_put(new[path], leaf.sharding) if path in new else _read(path, leaf, start)
             for path, leaf in abstract.items()
@@ -198,7 +198,9 @@ def abstract_state(
         abstract,
         transform_non_params=lambda scalar: like(scalar, replicated),
     )
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), abstract, state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    leaves: Any = abstract
+    return TrainState(step, leaves, state)
 
 
 def _read(path: str, like: jax.ShapeDtypeStruct, start: Start) -> jax.Array:

@@ -152,7 +152,7 @@ def make_train_step(
         metrics |= {"tokens": tokens, "gradient_norm": optax.tree.norm(gradient)}
         metrics["learning_rate"] = schedule(state.step)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
     return train_step

@@ -37,7 +37,7 @@ FLAGS = {
         *("api_key_file", "cors_origin"),
     ],
     "benchmark": ["config", "step", "runs", "versus", "json"],
-    "plan": ["config", "topology", "slices", "json"],
+    "plan": ["config", "topology", "json"],
     "convert": ["source", "anchor", "out"],
     "inspect": ["check"],
     "import-hf": ["source", "out", "expert_names", "router_weights_from", "as_contribution", "anchor", "expert"],
