@@ -29,6 +29,7 @@ def finished(tmp_path_factory):
     return cwd / "run", run("run", "--size=small", cwd=cwd)
 
 
+@pytest.mark.slow
 def test_it_ends_well_and_prints_the_table(finished):
     _, result = finished
     assert result.returncode == 0, result.stderr
@@ -37,6 +38,7 @@ def test_it_ends_well_and_prints_the_table(finished):
     assert "identical" in result.stdout
 
 
+@pytest.mark.slow
 def test_results_have_every_model_on_every_domain(finished):
     out, _ = finished
     results = json.loads((out / "results.json").read_text())
@@ -53,6 +55,7 @@ def test_results_have_every_model_on_every_domain(finished):
     assert 0.1 < results["settings"]["peak memory of a process, GiB"] < 100
 
 
+@pytest.mark.slow
 def test_every_finding_is_printed_with_its_answer(finished):
     out, result = finished
     findings = json.loads((out / "results.json").read_text())["findings"]
@@ -61,6 +64,7 @@ def test_every_finding_is_printed_with_its_answer(finished):
         assert f"{'yes' if holds else 'NO '} {finding}\n" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_output_folder_holds_everything(finished):
     out, _ = finished
     assert "<svg" in (out / "report.html").read_text()
@@ -71,6 +75,7 @@ def test_the_output_folder_holds_everything(finished):
         assert (out / "models" / model / "model.json").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_same_folder_is_refused(finished):
     out, _ = finished
     again = run(out.name, "--size=small", cwd=out.parent)

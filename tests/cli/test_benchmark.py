@@ -77,6 +77,7 @@ def test_steps_are_shown_in_a_table_and_written_as_json(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

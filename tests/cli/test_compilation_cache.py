@@ -31,6 +31,7 @@ print(json.dumps([counts["compile_requests_use_cache"], counts["cache_hits"]]), 
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path):
     small.anchor(tmp_path / "anchor")
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -54,6 +54,7 @@ def architectures(monkeypatch):
     ],
     ids=["low_rank", "cosine"],
 )
+@pytest.mark.slow
 def test_an_extension_trains_merges_opts_out_evaluates_and_generates(tmp_path, field, name, leaves):
     corpus = write_words(tmp_path / "corpus", seed=0)
     options = {"data__train": str(corpus.path), "steps": 2, "checkpoint__every": 2, "data__sequence_length": 16}

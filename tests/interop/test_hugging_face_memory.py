@@ -63,6 +63,7 @@ def source(path, layers, experts):
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     sizes, peaks = {}, {}

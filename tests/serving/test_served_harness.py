@@ -69,6 +69,7 @@ class Client(LocalCompletionsAPI):
         return LocalCompletionsAPI.parse_logprobs(outputs, **arguments)
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_model_in_this_process(home, model, served, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
