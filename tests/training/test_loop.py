@@ -267,11 +267,10 @@ def test_damaged_data_gives_no_output_even_once_it_is_repaired(made, tmp_path):
     assert loop.train(config, tmp_path / "new", verify=True) == tmp_path / "new" / "contribution"
 
 
-@pytest.mark.parametrize("which", ["own", "held_out"])
-def test_verify_finds_damage_before_anything_else(made, tmp_path, which):
-    alter(getattr(made, which), tmp_path / which)
-    changed = {"own": "data__train", "held_out": "evaluation__data"}[which]
-    config = runs.make_config("expert", **made.expert_values | {changed: f"{tmp_path}/{which}"})
+@pytest.mark.parametrize(("corpus", "key"), [("private", "data__train"), ("held_out", "evaluation__data")])
+def test_verify_finds_damage_before_anything_else(made, tmp_path, corpus, key):
+    alter(getattr(made, corpus), tmp_path / corpus)
+    config = runs.make_config("expert", **made.expert_values | {key: f"{tmp_path}/{corpus}"})
     with pytest.raises(UserError, match=r"tokens-00000\.npy: differs from the digest"):
         loop.train(config, tmp_path / "run", verify=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [workdirs.LOCK_FILE]
