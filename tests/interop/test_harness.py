@@ -30,7 +30,7 @@ def home(tmp_path_factory):
     small.corpus(home / "corpus")
     with harness_tasks.offline(home / "cache"), pytest.MonkeyPatch.context() as patch:
         # The harness's own tasks take seconds to list.
-        patch.setattr(harness, "TaskManager", lambda **options: TaskManager(include_defaults=False, **options))
+        patch.setattr(harness, "_TaskManager", lambda **options: TaskManager(include_defaults=False, **options))
         yield home
 
 
