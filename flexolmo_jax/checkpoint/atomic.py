@@ -1,8 +1,10 @@
 """Directories that are complete or absent."""
 
 import contextlib
+import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -52,6 +54,15 @@ def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection
             with contextlib.suppress(OSError):  # the first error counts; the next attempt removes the rest
                 if filled.exists():
                     filled.rmtree()
+
+
+def commit(file: epath.Path, document: Mapping[str, Any]) -> None:
+    """Writes the manifest of a directory, the last of its files, and has it stored before the directory is renamed."""
+    with file.open("w") as stream:
+        stream.write(json.dumps(document, indent=2) + "\n")
+        if "://" not in os.fspath(file):
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def _is_leftover(path: epath.Path, manifest: str, names: Collection[str]) -> bool:

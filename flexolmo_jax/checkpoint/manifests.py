@@ -5,7 +5,6 @@ name. What was published is identified by digests that stay; where a leaf was ca
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -15,6 +14,7 @@ from etils import epath
 from pydantic import AfterValidator, Field
 
 from flexolmo_jax.checkpoint import Dtype
+from flexolmo_jax.checkpoint.atomic import commit
 from flexolmo_jax.checkpoint.digests import combined_digest, document_digest
 from flexolmo_jax.errors import UserError, first_line
 
@@ -319,15 +319,10 @@ class ModelManifest(_Record):
         return {name: stored_digests(leaves, casts.get(name, {})) for name, leaves in self.merged_router.items()}
 
     @property
-    def sequence_length(self) -> int | None:
-        """Tokens in a sequence that the anchor was trained on, where its data card says so."""
-        length = self.experts[0].card.get("sequence_length")
-        return length if type(length) is int and length > 0 else None
-
-    @property
     def context_length(self) -> int:
         """Tokens that the model sees at once, at most: a sequence of the anchor's training, or `DEFAULT_LENGTH`."""
-        return self.sequence_length or DEFAULT_LENGTH
+        length = self.experts[0].card.get("sequence_length")
+        return length if type(length) is int and length > 0 else DEFAULT_LENGTH
 
     @property
     def anchor_digest(self) -> str:
@@ -345,11 +340,7 @@ Manifest = TypeVar("Manifest", ModelManifest, ContributionManifest)
 
 def write_manifest(file: epath.Path, manifest: ModelManifest | ContributionManifest) -> None:
     """Writes a manifest; once it is there, its directory is complete."""
-    with file.open("w") as stream:
-        stream.write(json.dumps(manifest.document(), indent=2) + "\n")
-        if "://" not in os.fspath(file):
-            stream.flush()
-            os.fsync(stream.fileno())
+    commit(file, manifest.document())
 
 
 def read_manifest(kind: type[Manifest], file: epath.Path) -> Manifest:
@@ -361,10 +352,10 @@ def read_manifest(kind: type[Manifest], file: epath.Path) -> Manifest:
     try:
         document = json.loads(file.read_text(), parse_constant=_refuse_constant)
         version = document.get("format") if isinstance(document, dict) else None
-        if version == 1 and version is not True:
-            raise UserError(f"{file}: format 1; convert it: flexolmo convert --source={file.parent} --out=DIR")
         if type(version) is int and version != FORMAT:
-            raise UserError(f"{file}: format {version}; this version reads format {FORMAT}")
+            convert = f"convert it: flexolmo convert --source={file.parent} --out=DIR"
+            remedy = convert if version == 1 else f"this version reads format {FORMAT}"
+            raise UserError(f"{file}: format {version}; {remedy}")
         if version is None:
             raise _damaged(file, "format: missing")
         return _checked(kind, document)
@@ -380,10 +371,8 @@ class AlteredError(Exception):
     """A manifest has not the digest that it names."""
 
 
-def _checked(kind: type[Manifest], document: Any) -> Manifest:
+def _checked(kind: type[Manifest], document: Mapping[str, Any]) -> Manifest:
     """A document as a manifest; raises pydantic.ValidationError or AlteredError."""
-    if not isinstance(document, dict):
-        return kind.model_validate(document)
     manifest = kind.model_validate({key: value for key, value in document.items() if key != "digest"})
     found, named = document_digest(document), str(document.get("digest"))
     if named != found:

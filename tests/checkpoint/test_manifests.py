@@ -260,8 +260,8 @@ def test_taking_a_model_apart_and_putting_it_together_gives_the_same(count):
     np.testing.assert_array_equal(rebuilt["head"].read(whole), tree["head"])
 
 
-@pytest.mark.parametrize(("value", "length"), [(256, 256), ("long", None), (-3, None), (True, None), (None, None)])
-def test_the_length_of_a_sequence_is_what_the_anchors_card_says(value, length):
+@pytest.mark.parametrize(("value", "length"), [(256, 256), ("long", 4096), (-3, 4096), (True, 4096), (None, 4096)])
+def test_the_context_is_a_sequence_of_the_anchors_training_where_its_card_has_the_length(value, length):
     anchor = ANCHOR.but(card={"sequence_length": value})
-    assert MERGED.but(experts=[anchor, MERGED.experts[1]]).sequence_length == length
-    assert MERGED.sequence_length is None
+    assert MERGED.but(experts=[anchor, MERGED.experts[1]]).context_length == length
+    assert MERGED.context_length == 4096
