@@ -153,10 +153,8 @@ def import_contribution(
     with byte_progress("compare", size(shared) + size(first)) as advance:
         different = parity.check_bytes(common, opened.stored, shared, [first], advance)
     if different:
-        raise UserError(
-            f"{source}: {different[0]} is not the anchor's ({len(different)} of {len(common)} shared tensors "
-            "differ); give the anchor that the pair was trained on"
-        )
+        count = f"{len(different)} of {len(common)} shared tensors differ"
+        raise _wrong_anchor(f"{source}: {different[0]} is not the anchor's ({count})")
     sidecar = open_sidecar(opened)
     _check_anchor(sidecar, base, first, source, anchor)
     without_bias = absent_leaves(opened.experts[1], opened.config.architecture, source)
@@ -353,16 +351,11 @@ def _check_anchor(
 ) -> None:
     """What no tensor says of the anchor, its bias: the sidecar has its digest, and other writers know none."""
     if sidecar and sidecar.manifest.anchor_digest != base.anchor_digest:
-        raise UserError(
-            f"{anchor}: is not the anchor of {source} ({base.anchor_digest[:12]}, and that is "
-            f"{sidecar.manifest.anchor_digest[:12]}: their {ROUTER_BIAS} differs); give the anchor that the pair was "
-            "trained on"
-        )
+        found, expected = base.anchor_digest[:12], sidecar.manifest.anchor_digest[:12]
+        reason = f"{found}, and that is {expected}: their {ROUTER_BIAS} differs"
+        raise _wrong_anchor(f"{anchor}: is not the anchor of {source} ({reason})")
     if not sidecar and first[ROUTER_BIAS].read((slice(None),)).any():
-        raise UserError(
-            f"{anchor}: its {ROUTER_BIAS} is not zero, and {source} says nothing of biases; "
-            "give the anchor that the pair was trained on"
-        )
+        raise _wrong_anchor(f"{anchor}: its {ROUTER_BIAS} is not zero, and {source} says nothing of biases")
 
 
 def _bias(sidecar: Sidecar) -> dict[str, Slice]:
@@ -384,10 +377,7 @@ def _check_architecture(opened: Opened, base: ModelManifest, anchor: epath.PathL
     found = dataclasses.replace(opened.config.architecture, norm_topk_prob=expected.norm_topk_prob)
     differing = [f.name for f in dataclasses.fields(expected) if getattr(expected, f.name) != getattr(found, f.name)]
     if differing:
-        raise UserError(
-            f"{opened.path}: has another architecture than the anchor ({', '.join(differing)} differ); "
-            "give the anchor that the pair was trained on"
-        )
+        raise _wrong_anchor(f"{opened.path}: has another architecture than the anchor ({', '.join(differing)} differ)")
 
 
 def _check_router_weights(opened: Opened, first: Mapping[str, Slice], anchor: epath.PathLike) -> None:
@@ -402,7 +392,8 @@ def _check_router_weights(opened: Opened, first: Mapping[str, Slice], anchor: ep
             f"{anchor}: its router weights are zeros, and the public expert of {opened.path} has others; import the "
             f"anchor again with router_weights_from={opened.path}"
         )
-    raise UserError(
-        f"{opened.path}: the router weights of its public expert are not those of {anchor}; "
-        "give the anchor that the pair was trained on"
-    )
+    raise _wrong_anchor(f"{opened.path}: the router weights of its public expert are not those of {anchor}")
+
+
+def _wrong_anchor(problem: str) -> UserError:
+    return UserError(f"{problem}; give the anchor that the pair was trained on")
