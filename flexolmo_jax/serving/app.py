@@ -17,9 +17,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.request import Continuation, Update
 from flexolmo_jax.serving.middleware import KeyRequired, Metered, Metrics, allow_origins
+from flexolmo_jax.serving.parsing import Completion, Served, parse, parse_chat
 from flexolmo_jax.serving.reply import ChatReply, CompletionReply, Reply
 from flexolmo_jax.serving.scheduler import Job, Scheduler
-from flexolmo_jax.serving.schema import ApiError, Completion, Served, parse, parse_chat
+from flexolmo_jax.serving.schema import ApiError
 
 BODY_LIMIT = 16 * 2**20  # bytes
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from flexolmo_jax.inference.request import Continuation, TokenLogprobs, Update
 from flexolmo_jax.serving.logprobs import TextOffsets, chat_logprobs, completion_logprobs
-from flexolmo_jax.serving.schema import Completion, Served
+from flexolmo_jax.serving.parsing import Completion, Served
 
 
 class Reply(abc.ABC):

@@ -22,8 +22,8 @@ from flexolmo_jax.serving.app import make_app
 from flexolmo_jax.serving.chat import load_chat_template
 from flexolmo_jax.serving.logprobs import TokenStrings
 from flexolmo_jax.serving.middleware import check_origins
+from flexolmo_jax.serving.parsing import Served
 from flexolmo_jax.serving.scheduler import Scheduler
-from flexolmo_jax.serving.schema import Served
 
 _GRACE = 5  # seconds that a client has to take the rest of its answer when the server ends
 

@@ -10,8 +10,8 @@ import pytest
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.inference.request import Continuation, Update
 from flexolmo_jax.serving.logprobs import TokenStrings
+from flexolmo_jax.serving.parsing import Served
 from flexolmo_jax.serving.scheduler import Scheduler
-from flexolmo_jax.serving.schema import Served
 from flexolmo_jax.serving.server import Server, address, listen
 from tests.support.fast_engine import fast_engine
 

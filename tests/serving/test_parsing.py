@@ -10,7 +10,8 @@ from flexolmo_jax.inference.model import seeds
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.serving.chat import ChatTemplate
 from flexolmo_jax.serving.logprobs import TokenStrings
-from flexolmo_jax.serving.schema import ApiError, Served, parse, parse_chat
+from flexolmo_jax.serving.parsing import Served, parse, parse_chat
+from flexolmo_jax.serving.schema import ApiError
 
 EOS = 256
 SERVED = Served(
