@@ -69,11 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next((i for i, argument in enumerate(arguments_list) if not _is_common(argument)), len(arguments_list))
     command, rest = (arguments_list[first:] or ["help"])[0], arguments_list[:first] + arguments_list[first + 1 :]
     label, shows_traceback = f"{PROGRAM} {command}", _TRACEBACK in rest
+    translate = functools.partial(_translated, command)
     if arguments is None:
         process.open_closed_outputs()
     try:
         if arguments is None and not shows_traceback:
-            process.quiet_libraries(label)
+            process.quiet_libraries(label, translate)
         _run(command, rest, owns_process=arguments is None)
         _flush()
     except KeyboardInterrupt:
@@ -86,7 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BaseException as error:  # a panic in Rust code is not an `Exception`
         if shows_traceback:
             traceback.print_exception(error)
-        translate = functools.partial(_translated, command)
         failure = failures.describe(error, _destination(), _declared(command, "MEMORY_REMEDY", ""), translate)
         _end(f"{label}: {failure.line}", failure.status)
 

@@ -7,11 +7,13 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from typing import TextIO
 
 from absl import logging as absl_logging
 
 from flexolmo_jax.cli import failures
+from flexolmo_jax.errors import UserError
 
 # Loggers whose messages a user can act on: of the server, and of JAX on unused devices.
 _SHOWN = {"flexolmo_jax": logging.WARNING, "uvicorn": logging.ERROR, "jax._src.xla_bridge": logging.WARNING}
@@ -25,7 +27,7 @@ def open_closed_outputs() -> None:
             setattr(sys, name, os.fdopen(number, "w"))
 
 
-def quiet_libraries(label: str) -> None:
+def quiet_libraries(label: str, translate: Callable[[UserError], str] = str) -> None:
     """Silences warnings and logs of libraries, except fatal errors; shows those of this package.
 
     Call it before JAX is imported. `sys.stderr` gets a new file descriptor, because `errors.rust_errors` redirects
@@ -33,6 +35,7 @@ def quiet_libraries(label: str) -> None:
 
     Args:
       label: begins each line of a log.
+      translate: returns the message of a `UserError` that is logged as a warning.
     """
     stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     sys.stderr.flush()
@@ -43,7 +46,7 @@ def quiet_libraries(label: str) -> None:
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.FATAL)
     handler = logging.StreamHandler(stderr)
-    handler.setFormatter(_OneLine(f"{label}: %(message)s"))
+    handler.setFormatter(_OneLine(f"{label}: %(message)s", translate))
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.CRITICAL)
     for name, level in _SHOWN.items():
@@ -68,8 +71,15 @@ def _report(stream: TextIO, label: str, error: BaseException | None) -> None:
 class _OneLine(logging.Formatter):
     """Formats a record and its exception as one line."""
 
+    def __init__(self, form: str, translate: Callable[[UserError], str]):
+        super().__init__(form)
+        self._translate = translate
+
     def format(self, record: logging.LogRecord) -> str:
         error = record.exc_info[1] if record.exc_info else None
-        record = logging.makeLogRecord({**record.__dict__, "exc_info": None, "exc_text": None, "stack_info": None})
+        message = self._translate(record.msg) if isinstance(record.msg, UserError) else record.msg
+        record = logging.makeLogRecord(
+            {**record.__dict__, "msg": message, "exc_info": None, "exc_text": None, "stack_info": None}
+        )
         line = " ".join(super().format(record).split())
         return line if error is None else f"{line}: {failures.describe(error).line}"

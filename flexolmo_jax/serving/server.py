@@ -25,6 +25,7 @@ from flexolmo_jax.serving.middleware import check_origins
 from flexolmo_jax.serving.parsing import Served
 from flexolmo_jax.serving.scheduler import Scheduler
 
+_LOG = logging.getLogger(__name__)
 _GRACE = 5  # seconds that a client has to take the rest of its answer when the server ends
 
 
@@ -141,7 +142,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int, has_keys: bool = False) -> socket.socket:
-    """A socket bound to that address; a line on standard error warns where other machines can reach it without a key.
+    """A socket bound to that address; logs a warning where other machines can reach it without a key.
 
     Raises:
       UserError: the address does not exist here, or is taken.
@@ -157,10 +158,8 @@ def listen(host: str, port: int, has_keys: bool = False) -> socket.socket:
         problem = f"port {port} cannot be listened on ({error}); try 127.0.0.1, port 8000"
         raise ArgumentError("host", host, problem) from error
     if not has_keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        sys.stderr.write(
-            f"flexolmo serve: --host={host}: other machines may connect, and there is no authentication; "
-            "set keys with --api_key_file\n"
-        )
+        problem = "other machines may connect, and there is no authentication; give API keys"
+        _LOG.warning(ArgumentError("host", host, problem))
     return listener
 
 
@@ -179,7 +178,7 @@ class _OneLine(logging.Filter):
         if error is not None:
             frames = traceback.extract_tb(error.__traceback__)
             place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
-            text = f"{record.getMessage()}: {type(error).__name__}: {error} ({place}); --verbose shows the traceback"
+            text = f"{record.getMessage()}: {type(error).__name__}: {error} ({place}); verbose mode shows the traceback"
             record.msg, record.args, record.exc_info, record.exc_text = " ".join(text.split()), (), None, None
         return True
 

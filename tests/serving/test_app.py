@@ -139,7 +139,7 @@ def test_a_fault_of_the_code_itself_is_told_without_its_traceback(server, monkey
 
 
 def test_a_fault_is_logged_in_one_line(running, engine, monkeypatch, caplog):
-    """Of a handler, and of the engine; the traceback is for --verbose."""
+    """Of a handler, and of the engine; the traceback is for verbose mode."""
     with running(lambda: engine) as (url, _):
         monkeypatch.setattr(app, "parse", lambda *_: 1 / 0)
         assert ask(url)[0] == 500

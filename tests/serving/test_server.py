@@ -112,9 +112,18 @@ def test_an_address_of_ipv6(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_an_address_that_others_reach_is_warned_of(capsys):
+def test_an_address_that_others_reach_is_warned_of(caplog):
+    with listen("0.0.0.0", 0, has_keys=True):
+        assert not caplog.records
     with listen("0.0.0.0", 0):
-        warning = capsys.readouterr().err
+        warning = caplog.text
     assert warning.count("\n") == 1
-    assert "--host=0.0.0.0" in warning
+    assert " host=0.0.0.0: " in warning
     assert "no authentication" in warning
+
+
+def test_the_command_warns_with_its_flag(tmp_path):
+    command = [sys.executable, "-m", "flexolmo_jax", "serve", f"--model={tmp_path}/none", "--host=0.0.0.0", "--port=0"]
+    warning, error = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()
+    assert warning.startswith("flexolmo serve: --host=0.0.0.0: other machines may connect")
+    assert f"--model={tmp_path}/none" in error
