@@ -12,12 +12,13 @@ import math
 
 from absl import flags
 
-_MODEL = flags.DEFINE_string("model", None, "Model directory.", required=True)
+from flexolmo_jax.cli import model_flags
+
+_MODEL, _DTYPE, _WITHOUT = model_flags.model(), model_flags.dtype(), model_flags.without()
 _DATA = flags.DEFINE_multi_string("data", [], "Corpus directory; give the flag once for each.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness, separated by commas (extra `eval`).")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks of your own.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Documents of each task at most, for a trial.", lower_bound=1)
-_WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
 _BASELINE = flags.DEFINE_bool("baseline", False, "Show the anchor's bits per byte of each corpus beside the model's.")
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a sequence of a corpus.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer(
@@ -27,7 +28,6 @@ _MAX_LENGTH = flags.DEFINE_integer(
     lower_bound=1,
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences computed at once.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 _VERIFY = flags.DEFINE_bool(
     "verify",
     False,

@@ -9,13 +9,13 @@ from absl import flags
 
 from flexolmo_jax.cli import model_flags
 
-_MODEL = model_flags.define()
+_MODEL, _DTYPE, _MAX_LENGTH = model_flags.model(), model_flags.dtype(), model_flags.max_length()
 _PROMPTS = flags.DEFINE_multi_string(
     "prompt",
     [],
     "Text to continue; give the flag once for each. The continuation of a single prompt is streamed.",
 )
-_WITHOUT = flags.DEFINE_multi_string("without", [], "Name of an expert to leave out; give the flag once for each.")
+_WITHOUT = model_flags.without()
 _TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
@@ -56,7 +56,7 @@ def run() -> None:
 
     if not _PROMPTS.value:
         raise UserError("--prompt: none given; give the flag once for each text to continue")
-    model = load(_MODEL.model.value, _MODEL.dtype.value)
+    model = load(_MODEL.value, _DTYPE.value)
     streaming = len(_PROMPTS.value) == 1
 
     def write(text: str) -> None:
@@ -79,7 +79,7 @@ def run() -> None:
             frequency_penalty=_FREQUENCY.value,
             stop_token_ids=_STOP_IDS.value,
             ignore_eos=_IGNORE_EOS.value,
-            max_length=_MODEL.max_length.value,
+            max_length=_MAX_LENGTH.value,
         )
     except ContextError as error:
         raise UserError(str(error).replace("max_", "--max_")) from error

@@ -5,7 +5,9 @@ flexolmo opt-out --model=runs/merged --expert=news --out=runs/without-news
 
 from absl import flags
 
-_MODEL = flags.DEFINE_string("model", None, "Model directory.", required=True)
+from flexolmo_jax.cli import model_flags
+
+_MODEL = model_flags.model()
 _EXPERTS = flags.DEFINE_multi_string("expert", [], "Name of an expert to remove; give the flag once for each.")
 _OUT = flags.DEFINE_string("out", None, "Model directory to make.", required=True)
 _KEEP = flags.DEFINE_bool(

@@ -8,6 +8,8 @@ fetches nothing.
 
 from absl import flags
 
+from flexolmo_jax.cli import model_flags
+
 _MODELS = flags.DEFINE_multi_string(
     "model", [], "Model directory, or NAME=DIR to call it NAME; give the flag once for each."
 )
@@ -21,7 +23,7 @@ _REFERENCE = flags.DEFINE_string("reference", None, "The model to compare the ot
 _TITLE = flags.DEFINE_string("title", "Evaluation report", "Title of the page.")
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a sequence.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences computed at once.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
+_DTYPE = model_flags.dtype()
 _OUT = flags.DEFINE_string("out", None, "HTML file to write.", required=True)
 MEMORY_REMEDY = "give a lower --length or --batch_size, or --dtype=bfloat16"
 

@@ -13,7 +13,7 @@ from absl import flags
 
 from flexolmo_jax.cli import model_flags
 
-_MODEL = model_flags.define()
+_MODEL, _DTYPE, _MAX_LENGTH = model_flags.model(), model_flags.dtype(), model_flags.max_length()
 _NAME = flags.DEFINE_string("name", None, "Name of the model in requests, besides the name of its directory.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0: any that is free.", lower_bound=0, upper_bound=65535)
@@ -49,14 +49,14 @@ def run() -> None:
 
     keys = read_keys(_KEYS.value, os.environ.get(_VARIABLE), _VARIABLE)
     serve(
-        _MODEL.model.value,
+        _MODEL.value,
         name=_NAME.value,
         host=_HOST.value,
         port=_PORT.value,
         slots=_SLOTS.value,
         queue=_QUEUE.value,
-        max_length=_MODEL.max_length.value,
-        dtype=_MODEL.dtype.value,
+        max_length=_MAX_LENGTH.value,
+        dtype=_DTYPE.value,
         verbose=_VERBOSE.value,
         keys=keys,
         origins=_ORIGINS.value,
