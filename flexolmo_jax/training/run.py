@@ -23,6 +23,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import ArgumentError, NotFoundError, UserError
 from flexolmo_jax.model.architecture import PAIR, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
+from flexolmo_jax.model.kernels import causal_attention, grouped_matmul
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
 from flexolmo_jax.training.publish import Publication
 from flexolmo_jax.training.state import (
@@ -36,13 +37,6 @@ from flexolmo_jax.training.state import (
 from flexolmo_jax.training.step import LossWeights, Program, make_train_step
 from flexolmo_jax.training.workdir import content_key
 
-# Kernels that compile for devices of some platforms only.
-_PLATFORMS = {
-    "cudnn": ("gpu", "hopper"),
-    "splash": ("tpu",),
-    "megablox": ("tpu",),
-    "mosaic": ("hopper",),
-}
 ANY_PLATFORM = "any"
 NEEDS_ANCHOR = "config.start_from: empty; an expert starts from an anchor, give its model directory"
 
@@ -239,9 +233,9 @@ def _check_values(config: ConfigDict, platform: str) -> None:
     if config.data.batch_size % config.data.grad_accum_steps:
         problem = f"must divide config.data.batch_size={config.data.batch_size}"
         raise ArgumentError("config.data.grad_accum_steps", config.data.grad_accum_steps, problem)
-    for name in ("attention", "dispatch"):
+    for name, kernels in (("attention", causal_attention), ("dispatch", grouped_matmul)):
         kernel = config.compute[name]
-        platforms = _PLATFORMS.get(kernel, (platform,))
+        platforms = kernels.PLATFORMS.get(kernel, (platform,))
         if platform not in (*platforms, ANY_PLATFORM):
             problem = f"has kernels for {' and '.join(platforms)}, and the devices are {platform}; leave it at auto"
             raise ArgumentError(f"config.compute.{name}", kernel, problem)

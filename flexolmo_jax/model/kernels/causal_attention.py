@@ -12,6 +12,8 @@ from flexolmo_jax.model.kernels.accelerator_attention import cudnn, masked, spla
 from flexolmo_jax.model.kernels.blockwise_attention import blockwise
 
 KERNELS = {"reference": masked, "blockwise": blockwise, "cudnn": cudnn, "splash": splash}
+# Of the kernels that do not compile everywhere: the platforms that they compile for (`sharding.platform_of`).
+PLATFORMS = {"cudnn": ("gpu", "hopper"), "splash": ("tpu",)}
 
 
 def choose(platform: str) -> str:

@@ -220,6 +220,8 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.
     "mosaic": _mosaic,
     "blocks": _blocks,
 }
+# Of the implementations that do not compile everywhere: the platforms that they compile for (`sharding.platform_of`).
+PLATFORMS = {"megablox": ("tpu",), "mosaic": ("hopper",)}
 
 
 def choose(platform: str) -> str:
