@@ -1,6 +1,7 @@
 """Directories that are complete or absent."""
 
 import contextlib
+import fnmatch
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -22,7 +23,7 @@ def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection
     Args:
       path: the directory to make.
       manifest: the file that makes a directory in an object store complete.
-      names: what such a directory holds at its top; anything else is never removed.
+      names: what such a directory holds at its top, names or patterns (`*`); anything else is never removed.
 
     Raises:
       UserError: `path` exists already.
@@ -67,7 +68,8 @@ def commit(file: epath.Path, document: Mapping[str, Any]) -> None:
 
 def _is_leftover(path: epath.Path, manifest: str, names: Collection[str]) -> bool:
     found = {entry.name for entry in path.iterdir()} if path.is_dir() else {""}
-    return bool(manifest) and manifest not in found and found <= set(names)
+    known = all(any(fnmatch.fnmatchcase(name, pattern) for pattern in names) for name in found)
+    return bool(manifest) and manifest not in found and known
 
 
 def _sync(directory: epath.Path) -> None:

@@ -1,7 +1,7 @@
 """A corpus: a directory of documents as token ids.
 
 - `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files; and the number and the first hundred
-  of the bad records that were skipped.
+  of the bad records that were skipped. It is written last: a directory without it is incomplete.
 - `tokenizer.json`: the tokenizer that made it.
 - `tokens-00000.npy`, `tokens-00001.npy`, ... (see `token_files`): the documents, each terminated by EOS. No document
   spans two files.
@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from rich.progress import SpinnerColumn, TimeElapsedColumn
 
-from flexolmo_jax.checkpoint.atomic import atomic_directory
+from flexolmo_jax.checkpoint.atomic import atomic_directory, commit
 from flexolmo_jax.checkpoint.digests import combined_digest
 from flexolmo_jax.data.bad_records import BadRecords, StoppedError
 from flexolmo_jax.data.token_files import TokenFileWriter, file_digest, find_above, find_document_ends, map_token_file
@@ -31,6 +31,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.progress import byte_progress, progress_bar
 
 FORMAT_VERSION = 1
+_MANIFEST, _TOKENIZER, _TOKENS = "corpus.json", "tokenizer.json", "tokens-*.npy"
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _TOKENS_PER_FILE = 1 << 28
 _SCAN_TOKENS = 1 << 24
@@ -91,11 +92,10 @@ class Corpus:
           UserError: it is not a corpus, or of another format version, or a token file is missing or truncated.
         """
         path = epath.Path(path)
-        if "://" in os.fspath(path):
-            raise UserError(f"{path}: a corpus is memory-mapped; copy it to a local disk or mount its bucket")
+        _check_local(path)
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; `flexolmo tokenize` makes a corpus")
-        corpus = cls(path=path, **_read_description(path / "corpus.json"))
+        corpus = cls(path=path, **_read_description(path / _MANIFEST))
         corpus._arrays  # noqa: B018  maps the files, so that a missing one is an error now
         return corpus
 
@@ -127,7 +127,7 @@ class Corpus:
         Raises:
           UserError: `tokenizer.json` is missing or is not the one that `corpus.json` names.
         """
-        file = self.path / "tokenizer.json"
+        file = self.path / _TOKENIZER
         tokenizer = load_tokenizer(file, eos_id=self.eos_id)
         if tokenizer.digest != self.tokenizer_digest:
             raise UserError(f"{file}: did not make this corpus; tokenize the text again")
@@ -232,8 +232,9 @@ def write_corpus(
     Raises:
       NoTextError: there is no document with text.
       StoppedError: the reader stopped at a bad record.
-      UserError: `out` exists.
+      UserError: `out` exists, or is not local.
     """
+    _check_local(out)
     columns = (SpinnerColumn(), "{task.description} {task.completed} documents", TimeElapsedColumn())
     with progress_bar(*columns, shown=progress) as bar:
         chunks = _chunks(bar.track(documents, description="Tokenized"), tokenizer)
@@ -242,7 +243,8 @@ def write_corpus(
             for batch in _batches(chunks)
             for chunk, ids in zip(batch, tokenizer.encode_batch([chunk.text for chunk in batch]), strict=True)
         )
-        return _write(out, _terminate_documents(encoded, tokenizer.eos_id), tokenizer, tokens_per_file, bad_records)
+        _write(out, _terminate_documents(encoded, tokenizer.eos_id), tokenizer, tokens_per_file, bad_records)
+    return Corpus.open(out)
 
 
 def unknown_text(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
@@ -258,8 +260,8 @@ def unknown_text(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
     return [f"{unknown:,} of {corpus.tokens:,} tokens ({share}) are {name!r}, unknown text"] if unknown else []
 
 
-def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) -> Corpus:
-    """Copies documents of one corpus, token by token, into a new one.
+def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) -> None:
+    """Copies documents of one corpus, token by token, into a new one, which may be remote.
 
     Raises:
       UserError: `out` exists, there are no indices, or an id is outside the vocabulary.
@@ -267,7 +269,7 @@ def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike) 
     tokenizer = source.tokenizer()
     documents = (source[index] for index in indices)
     counted = ((ids, tokenizer.count_bytes(ids[:-1]), True) for ids in _in_vocabulary(source, documents))
-    return _write(out, counted, tokenizer, _TOKENS_PER_FILE)
+    _write(out, counted, tokenizer, _TOKENS_PER_FILE)
 
 
 class _Chunk(NamedTuple):
@@ -324,12 +326,12 @@ def _write(
     tokenizer: Tokenizer,
     tokens_per_file: int,
     bad_records: BadRecords | None = None,
-) -> Corpus:
+) -> None:
     """Writes a new corpus directory of chunks: (ids, bytes of text, whether the document ends)."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     totals = {"documents": 0, "tokens": 0, "bytes": 0}
     with (
-        atomic_directory(out) as directory,
+        atomic_directory(out, _MANIFEST, (_MANIFEST, _TOKENIZER, _TOKENS)) as directory,
         contextlib.closing(TokenFileWriter(directory, _DTYPES[dtype], tokens_per_file)) as files,
     ):
         try:
@@ -354,9 +356,13 @@ def _write(
             "files": files.close(),
             **({"bad_records": bad_records.description()} if bad_records and bad_records.count else {}),
         }
-        tokenizer.save(directory / "tokenizer.json")
-        (directory / "corpus.json").write_bytes(json.dumps(description, indent=2).encode())
-    return Corpus.open(out)
+        tokenizer.save(directory / _TOKENIZER)
+        commit(directory / _MANIFEST, description)
+
+
+def _check_local(path: epath.PathLike) -> None:
+    if "://" in os.fspath(path):
+        raise UserError(f"{path}: a corpus is memory-mapped; copy it to a local disk or mount its bucket")
 
 
 def _in_vocabulary(source: Corpus, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ from etils.epath import backend, gpath
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.model_directory import read_model
+from flexolmo_jax.data.corpus import Corpus, copy_documents
 from flexolmo_jax.errors import UserError
 from tests.support import small
 
@@ -153,6 +154,20 @@ def test_a_model_in_an_object_store_is_the_local_one_and_its_manifest_is_written
     opened = [str(arguments[0]) for name, *arguments in bucket.calls if name == "open"]
     assert opened.index("gs://bucket/remote/model.json") == len(opened) - 1
     assert read_model("gs://bucket/remote", strict=True) == read_model(tmp_path / "local")
+
+
+def test_a_corpus_in_an_object_store_is_the_local_one_and_its_manifest_is_written_last(tmp_path, bucket):
+    small.corpus(tmp_path / "source")
+    source = Corpus.open(tmp_path / "source")
+    copy_documents(source, [1, 2], tmp_path / "local")
+    (tmp_path / "remote").mkdir()
+    for name in ("tokens-00000.npy", "tokens-00001.npy", "tokenizer.json"):  # of an attempt that was killed
+        (tmp_path / "remote" / name).write_text("half")
+    bucket.calls.clear()
+    copy_documents(source, [1, 2], "gs://bucket/remote")
+    assert small.files(tmp_path / "remote") == small.files(tmp_path / "local")
+    opened = [str(arguments[0]) for name, *arguments in bucket.calls if name == "open"]
+    assert opened[-1] == "gs://bucket/remote/corpus.json"
 
 
 def test_a_directory_without_its_manifest_is_no_model(tmp_path):

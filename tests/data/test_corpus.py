@@ -134,7 +134,8 @@ def test_a_reader_that_stops_leaves_nothing_and_tells_how_far_it_got(tmp_path):
 
 def test_copies_count_the_bytes_of_their_text(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "decode", None)  # whose memory is some 100 bytes for each token
-    copy = copy_documents(corpus, [1, 2, 3], tmp_path / "copy")
+    copy_documents(corpus, [1, 2, 3], tmp_path / "copy")
+    copy = Corpus.open(tmp_path / "copy")
     assert [document.tolist() for document in copy] == DOCUMENTS[1:4]
     assert copy.bytes == len("<|endoftext|>naïve 🧑".encode()) + 50
 
@@ -226,6 +227,15 @@ def test_open_needs_a_local_directory(tmp_path):
         Corpus.open(tmp_path / "missing")
     with pytest.raises(UserError, match=r"^gs://bucket/corpus: a corpus is memory-mapped"):
         Corpus.open("gs://bucket/corpus")
+
+
+def test_a_corpus_is_not_made_where_it_could_not_be_opened():
+    def texts():
+        raise AssertionError("a document is read")
+        yield ""
+
+    with pytest.raises(UserError, match=r"^gs://bucket/corpus: a corpus is memory-mapped"):
+        write_corpus("gs://bucket/corpus", texts(), byte_tokenizer())
 
 
 def test_a_wrong_eos_is_found(corpus):
