@@ -68,13 +68,20 @@ def describe(
       translate: returns the message of a `UserError`.
     """
     if isinstance(error, UserError):
-        return Failure(" ".join(translate(error).split()), USER)
+        return Failure(_one_line(translate(error)), USER)
     line = _user_line(error, destination or "standard output", memory_remedy or _MEMORY_REMEDY)
     if line is not None:
-        return Failure(" ".join(line.split()), USER)
+        return Failure(_one_line(line), USER)
     summary = f"{type(error).__name__}: {first_line(error)[:300]}".removesuffix(f": {type(error).__name__}")
     advice = "this is a fault of the program; please report it, with what --traceback shows"
-    return Failure(" ".join(f"{summary} ({_origin(error)}); {advice}".split()), PROGRAM)
+    return Failure(_one_line(f"{summary} ({_origin(error)}); {advice}"), PROGRAM)
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks; a name that it quotes from a directory cannot control the terminal."""
+    from flexolmo_jax.tables import printable  # with rich, which most commands that fail have loaded
+
+    return printable(" ".join(text.split()))
 
 
 def _user_line(error: BaseException, destination: str, memory_remedy: str) -> str | None:

@@ -45,6 +45,18 @@ def test_a_card_cannot_control_the_terminal(home, tmp_path):
     assert "a\ufffd]0;title\ufffd b\ufffdc\ufffd2J; none" in " ".join(result.out.split())
 
 
+def test_an_error_that_quotes_a_manifest_cannot_control_the_terminal(home, tmp_path):
+    def reseal(document):
+        document["architecture"]["e\x1b[31mvil"] = 1
+
+    small.contribution(tmp_path / "evil", home / "anchor", name="evil", seed=4)
+    small.reseal(tmp_path / "evil" / "contribution.json", reseal)
+    inputs = (f"--anchor={home}/anchor", f"--contribution={tmp_path}/evil", f"--out={tmp_path}/out")
+    result = flexolmo("merge", *inputs)
+    assert_refused(result, "merge", "e\ufffd[31mvil differ")
+    assert "\x1b" not in result.err
+
+
 def test_describes_several_directories(home):
     result = flexolmo("inspect", home / "news", home / "corpus")
     assert "a contribution" in result.out
