@@ -110,10 +110,14 @@ def _roster(members: list[tuple[ExpertRecord, Mapping[str, Slice]]]) -> Table:
         tokens = card.get("trained_tokens")
         trained = f"{tokens:,}" if isinstance(tokens, int) else "-"
         words = "; ".join(printable(card[key]) for key in ("description", "license") if card.get(key)) or "-"
-        name = expert.name if expert.owner_name == expert.name else f"{expert.name} (its owner's {expert.owner_name})"
         # Text: what an owner wrote is no markup.
-        table.add_row(Text(name), expert.digest[:12], f"{_parameters(leaves):,}", trained, Text(words))
+        table.add_row(Text(full_name(expert)), expert.digest[:12], f"{_parameters(leaves):,}", trained, Text(words))
     return table
+
+
+def full_name(expert: ExpertRecord) -> str:
+    """The name in the roster, and its owner's where that is another."""
+    return expert.name if expert.owner_name == expert.name else f"{expert.name} (its owner's {expert.owner_name})"
 
 
 def _dtypes(groups: Mapping[str, Mapping[str, Slice]]) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import jinja2
 
-from flexolmo_jax.checkpoint.manifests import ExpertRecord, ModelManifest
+from flexolmo_jax.checkpoint.manifests import ModelManifest
+from flexolmo_jax.combine.inspect import full_name
 from flexolmo_jax.combine.opt_out import imported_experts
 from flexolmo_jax.interop import parity
 from flexolmo_jax.interop.architectures import HuggingFaceArchitecture
@@ -48,7 +49,7 @@ def model_card(
         keep_trailing_newline=True,
         finalize=printable,
     )
-    environment.filters |= {"number": _number, "cell": _cell, "called": _called}
+    environment.filters |= {"number": _number, "cell": _cell, "full_name": full_name}
     source = resources.files("flexolmo_jax.interop").joinpath("card.md.jinja")
     return environment.from_string(source.read_text("utf-8")).render(
         is_merged=len(experts) > 1,
@@ -87,11 +88,6 @@ def _details(manifest: ModelManifest) -> list[tuple[str, str, Any]]:
         for key, value in expert.card.items()
         if key not in _COLUMNS and value not in ("", None)
     ]
-
-
-def _called(expert: ExpertRecord) -> str:
-    """The name in the roster, and its owner's where that is another."""
-    return expert.name if expert.owner_name == expert.name else f"{expert.name} (its owner's {expert.owner_name})"
 
 
 def _number(value: Any) -> str:

@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,12 +49,6 @@ class Program(NamedTuple):
     state: TrainState
     frozen: dict[str, jax.ShapeDtypeStruct]
     batch: dict[str, jax.ShapeDtypeStruct]
-
-    @property
-    def device_tokens(self) -> int:
-        """Tokens of a step on each device, of all micro-batches."""
-        tokens = self.batch["tokens"]
-        return math.prod(tokens.sharding.shard_shape(tokens.shape))
 
     def num_shards(self, axis: str) -> int:
         """Number of shards of a dimension with this logical axis."""
