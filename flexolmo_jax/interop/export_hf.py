@@ -37,11 +37,10 @@ from flexolmo_jax.interop.hf_directory import (
     write_sidecar,
 )
 from flexolmo_jax.interop.safetensors_io import write_tensors
-from flexolmo_jax.interop.tensors import Tensor, each_tensor, tensor_dtype, tensor_values
+from flexolmo_jax.interop.tensors import ROUTER_BIAS, Tensor, each_tensor, tensor_dtype, tensor_values
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.progress import byte_progress
 
-ROUTER_BIAS = "router/bias"
 SAMPLE_TEXT = (
     "An anchor is trained on public text. Each owner of closed text trains one expert on it, in private, and ships the "
     "expert alone. A coordinator merges the experts into one model, and any owner may leave it again, at any time."

@@ -25,6 +25,7 @@ from flexolmo_jax.interop.architectures import HuggingFaceArchitecture, read_con
 from flexolmo_jax.interop.config import CONFIG_FILE, Config
 from flexolmo_jax.interop.safetensors_io import Stored, open_tensors
 from flexolmo_jax.interop.tensors import (
+    ROUTER_WEIGHT,
     Tensor,
     each_tensor,
     expert_leaf_shapes,
@@ -93,7 +94,7 @@ def open_directory(path: pathlib.Path, label: str | None = None) -> Opened:
 
 def absent_leaves(leaves: Mapping[str, Slice], architecture: Architecture, label: str) -> dict[str, Slice]:
     """Zeros for the leaves of an expert that a Hugging Face directory does not hold, in the dtype of its others."""
-    dtype = leaves.get("router/weight", leaves["gate"]).dtype
+    dtype = leaves.get(ROUTER_WEIGHT, leaves["gate"]).dtype
     missing = {leaf: shape for leaf, shape in expert_leaf_shapes(architecture).items() if leaf not in leaves}
     return {leaf: Slice(np.zeros(shape, dtype), None, f"{label}: {leaf}") for leaf, shape in sorted(missing.items())}
 

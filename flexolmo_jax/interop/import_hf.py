@@ -49,10 +49,10 @@ from flexolmo_jax.interop.hf_directory import (
     same_bytes,
     unused_eos,
 )
+from flexolmo_jax.interop.tensors import ROUTER_BIAS, ROUTER_WEIGHT
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.progress import byte_progress
 
-ROUTER_WEIGHT, ROUTER_BIAS = "router/weight", "router/bias"
 Experts = dict[str, dict[str, Slice]]
 
 

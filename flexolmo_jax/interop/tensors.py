@@ -19,6 +19,8 @@ from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.moe import ROUTER, expert_leaves
 
+# Leaves of an expert that a directory may lack.
+ROUTER_WEIGHT, ROUTER_BIAS = ROUTER + "weight", ROUTER + "bias"
 # Of the leaves that are matrices: how many of their first axes are inputs.
 _INPUT_AXES = {
     "head": 1,
