@@ -1,6 +1,7 @@
 """The OLMo-2 decoder with a FlexOlmo mixture of experts in every block."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -221,14 +222,23 @@ class Decoder(nn.Module):
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the parameters, {path: leaf}, without computing them."""
-        return jax.eval_shape(self.init_flat, jax.random.key(0))
+        return {path: box.value for path, box in self._declared().items()}
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """Logical axis names of the parameters, {path: one name per dimension}."""
-        boxed = jax.eval_shape(lambda key: self.init(key, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0))
-        is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-        names = jax.tree.map(lambda leaf: nn.LogicallyPartitioned.get_partition_spec(leaf), boxed, is_leaf=is_box)
-        return {path: tuple(spec) for path, spec in _flat(names["params"]).items()}
+        return {path: tuple(box.names) for path, box in self._declared().items()}
+
+    def _declared(self) -> dict[str, nn.LogicallyPartitioned]:
+        # How a model is computed changes no leaf, and the simplest way is traced in the least time.
+        return _declared(self.architecture, self.layout, self.compute.scan_layers)
+
+
+@functools.lru_cache
+def _declared(architecture: Architecture, layout: Layout, scan_layers: bool) -> dict[str, nn.LogicallyPartitioned]:
+    """The parameters of a decoder, {path: shape and dtype, boxed with their logical axes}."""
+    decoder = Decoder(architecture, layout, Compute(scan_layers=scan_layers), parent=None)
+    variables = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return _flat(variables["params"])
 
 
 def scan_blocks(
