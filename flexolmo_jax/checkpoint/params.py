@@ -54,7 +54,7 @@ def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
         names = leaf_names(index)
     except FileNotFoundError:
         raise UserError(f"{path}: no parameters here ({METADATA} is missing); is the copy complete?") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (RecursionError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / METADATA}: damaged; copy the directory again from its source") from None
     if index.get("use_ocdbt") or not index.get("use_zarr3"):
         raise UserError(f"{path}: not in zarr3 layout without OCDBT, the only one read here")
@@ -71,7 +71,15 @@ def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
             leaves[name] = ts.open(spec, context=_context()).result()
         except ValueError as error:
             raise UserError(f"{path}: leaf {name} cannot be opened ({first_line(error)[:160]})") from None
+        _check_chunks(leaves[name], f"{path}: leaf {name}")
     return leaves
+
+
+def _check_chunks(leaf: ts.TensorStore, name: str) -> None:
+    """Raises UserError where a chunk is larger than its leaf: compressed zeros can decode to any number of bytes."""
+    shape, chunk = list(leaf.shape), [edge or 1 for edge in leaf.chunk_layout.write_chunk.shape or leaf.shape]
+    if any(edge > max(1, length) for edge, length in zip(chunk, shape, strict=True)):
+        raise UserError(f"{name}: has chunks of {chunk}, larger than the leaf, {shape}; write it anew")
 
 
 def read_block(leaf: ts.TensorStore, index: Index, name: str) -> np.ndarray:

@@ -98,7 +98,7 @@ def tree_content(folder: epath.Path) -> Names | None:
     """What the folder of a tree holds (`files.Content`): the index, and a folder for each leaf that it names."""
     try:
         names = leaf_names(json.loads((folder / METADATA).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
         return None
     content: dict[str, Content] = {METADATA: FILE, **{folder_name(name): _leaf_content for name in names}}
     return content
@@ -109,7 +109,7 @@ def _leaf_content(folder: epath.Path) -> Names | None:
         document = json.loads((folder / LEAF_METADATA).read_text())
         lengths = zip(document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"], strict=True)
         return _Chunks([-(-int(length) // int(chunk)) for length, chunk in lengths])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return None
 
 

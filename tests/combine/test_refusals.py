@@ -80,6 +80,12 @@ def manifest_altered(old, new):
     return file_with("contribution.json", lambda data: data.replace(old, new))
 
 
+def larger_chunks(data):
+    document = json.loads(data)
+    document["chunk_grid"]["configuration"]["chunk_shape"][-1] += 1
+    return json.dumps(document).encode()
+
+
 def flip(data):
     return data[:100] + bytes([data[100] ^ 1]) + data[101:]
 
@@ -113,6 +119,9 @@ REFUSED = {
     "missing file": (file_with(GATE, lambda data: None), ["--contribution=", "leaf gate", "missing"]),
     "missing index": (file_with("params/_METADATA", lambda data: None), ["bad/params", "no parameters here"]),
     "damaged index": (file_with("params/_METADATA", lambda data: data[:-9]), ["bad/params/_METADATA", "damaged"]),
+    "index nested too deeply": (file_with("params/_METADATA", lambda data: b"[" * 10**5), ["_METADATA", "damaged"]),
+    "leaf nested too deeply": (file_with("params/up/zarr.json", lambda data: b"[" * 10**5), ["bad/params", "leaf up"]),
+    "chunks larger than the leaf": (file_with("params/up/zarr.json", larger_chunks), ["leaf up", "[2, 16, 25]"]),
     "damaged leaf": (file_with("params/up/zarr.json", lambda data: data[:-9]), ["bad/params", "leaf up"]),
     "damaged manifest": (file_with("contribution.json", lambda data: data[:-9]), ["contribution.json", "damaged"]),
     "no digest": (manifest_with(leaves={}), ["--contribution=", "names no digest"]),
@@ -123,6 +132,7 @@ REFUSED = {
     ),
     "another name": (manifest_altered(b'"name": "bad"', b'"name": "good"'), ["bad/contribution.json", "altered"]),
     "another anchor by hand": (manifest_altered(b'"anchor_digest": "', b'"anchor_digest": "0'), ["altered"]),
+    "control characters": (manifest_with(anchor_digest="\x1b[2J\u202e"), ["another anchor (\ufffd[2J\ufffd"]),
     "format 1": (manifest_with(format=1), ["format 1; convert it: flexolmo convert --source=", "bad --out=DIR"]),
     "called the anchor": (manifest_with(name="anchor"), ["contribution.json", "'anchor'", "lower-case"]),
     "a corpus": (
