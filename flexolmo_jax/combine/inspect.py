@@ -81,6 +81,7 @@ def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Ta
         check_content({"expert": leaves}, {"expert": manifest.stored})
         check_content(statistics, {manifest.name: manifest.statistics})
     facts = {
+        "manifest digest": manifest.digest,
         "architecture": _architecture(manifest.architecture),
         "anchor digest": manifest.anchor_digest,
         "dtype": _dtypes({"expert": leaves}),
