@@ -69,6 +69,8 @@ class Engine:
         self._stop_BxN = np.full((slots, 1 + MAX_STOP_TOKENS), NO_TOKEN, np.int32)
         self._mask_BxE = np.zeros((slots, len(model.roster)), bool)
         self._sampling: Sampling[np.ndarray] = Sampling(*(np.full(slots, *value) for value in GREEDY))
+        # Sampling is half of the code of a decode step. It is compiled from the first request on that samples.
+        self._samples = False
 
     @property
     def free(self) -> int:
@@ -141,7 +143,7 @@ class Engine:
             self._end_B,
             self._mask_BxE,
             self._stop_BxN,
-            self._sampling,
+            self._sampling if self._samples else None,
             max_steps,
         )
         self._state = state
@@ -197,6 +199,7 @@ class Engine:
         self._position_B[slot], self._start_B[slot] = start - 1, start
         self._end_B[slot] = start + request.max_new_tokens
         self._mask_BxE[slot] = mask_E
+        self._samples |= not request.is_greedy
         stops = [*request.stop_token_ids, *(() if request.ignore_eos else (self._model.manifest.eos_id,))]
         self._stop_BxN[slot, : len(stops)] = stops
         self._set_sampling(

@@ -88,6 +88,12 @@ class Request:
             if not holds(value):
                 raise ArgumentError(field, repr(value), f"it must be {rule}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is the most likely one: no temperature and no penalties."""
+        penalties = self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty
+        return not (self.temperature or any(penalties))
+
 
 # `int` and `float` stand for NumPy's numbers too.
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax.inference.sampling import Sampling, Scored, penalize, sample, score
+from flexolmo_jax.inference.sampling import Sampling, Scored, most_likely, penalize, sample, score
 from flexolmo_jax.model.attention import KVCache
 from flexolmo_jax.model.decoder import Decoder, Output
 from flexolmo_jax.model.moe import top_k_weights
@@ -142,7 +142,7 @@ def decode(
     end_B: jax.Array,
     mask_BxE: jax.Array,
     stop_BxN: jax.Array,
-    sampling: Sampling[jax.Array],
+    sampling: Sampling[jax.Array] | None,
     max_steps: int | jax.Array,
 ) -> tuple[State, jax.Array, jax.Array]:
     """Writes one token per step into every running slot, until one of them ends.
@@ -156,7 +156,7 @@ def decode(
       end_B: int32, one beyond the last position to write; a slot with position + 1 = end is not running.
       mask_BxE: bool, the experts that each slot may use.
       stop_BxN: int32, tokens that end a slot; padded with `NO_TOKEN`.
-      sampling: how each slot samples.
+      sampling: how each slot samples; None: all are greedy.
       max_steps: maximum number of steps.
 
     Returns:
@@ -174,7 +174,10 @@ def decode(
         token_Bx1 = tokens_BxT[slots_B[:, None], positions_Bx1]
         out = decoder.apply_flat(params, token_Bx1, positions_BxS=positions_Bx1, expert_mask=mask_BxE, cache=cache)
         logits_BxV = out.logits_BxSxV[:, 0]
-        next_B = sample(penalize(logits_BxV, sampling, tokens_BxT, start_B, position_B), sampling, position_B)
+        if sampling is None:
+            next_B = most_likely(logits_BxV)
+        else:
+            next_B = sample(penalize(logits_BxV, sampling, tokens_BxT, start_B, position_B), sampling, position_B)
         if scored is not None:
             new = score(logits_BxV, next_B, scored.top_ids.shape[-1])
             scored = jax.tree.map(lambda old, new: old.at[slots_B, position_B].set(new), scored, new)

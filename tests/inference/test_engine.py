@@ -214,6 +214,28 @@ def test_lengths_of_one_bucket_share_a_compilation(model):
     assert (steps.prefill._cache_size(), steps.decode._cache_size()) == programs
 
 
+def test_an_engine_samples_from_the_first_request_on_that_does(model, monkeypatch):
+    engine, samples = Engine(model, slots=2), []
+
+    def decode(*args):
+        samples.append(args[8] is not None)
+        return steps.decode(*args)
+
+    monkeypatch.setattr(engine_module, "decode", decode)
+    for temperature in (0.0, 1.0, 0.0):
+        engine.add([Request([1, 2], 4, temperature=temperature)])
+        finish(engine)
+    assert samples == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "option", [{"temperature": 0.5}, {"repetition_penalty": 1.1}, {"presence_penalty": -1}, {"frequency_penalty": 0.1}]
+)
+def test_a_request_is_greedy_without_temperature_and_penalties(option):
+    assert Request([1], seed=3, top_k=2, top_p=0.5, min_p=0.1).is_greedy
+    assert not Request([1], **option).is_greedy
+
+
 def test_buckets_are_powers_of_two_and_three_quarters_of_them():
     assert [bucket(n, 16) for n in (1, 16, 17, 24, 25, 32, 33, 100, 4096)] == [16, 16, 24, 24, 32, 32, 48, 128, 4096]
     assert [bucket(n, 1) for n in range(1, 9)] == [1, 2, 3, 4, 6, 6, 8, 8]
