@@ -1,6 +1,7 @@
 """The steps of this program on random weights: a training step as a run takes it, and decoding by the engine."""
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -19,13 +20,12 @@ from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.model.decoder import Decoder
-from flexolmo_jax.model.flops import decode_step_flops, train_step_flops
+from flexolmo_jax.model.flops import decode_step_bytes, decode_step_flops, train_step_flops
 from flexolmo_jax.model.leaves import INIT_STDDEV
 from flexolmo_jax.training.run import build_model, make_program
 from flexolmo_jax.training.state import Initialization, initial_leaves
 from flexolmo_jax.training.step import Batch, Leaves, Program, compile_step, initial_state
 
-_NO_TOKEN = -1  # for EOS, so that no continuation ends early
 _READ_BYTES = 400_000_000  # far beyond caches
 
 
@@ -47,29 +47,27 @@ class TrainStep(JaxStep):
     """Forward and backward pass, and optimizer."""
 
     def build(self) -> dict[str, Any]:
-        """Compiles the step and takes it once."""
-        program = make_program(self._config)
-        model = program.model
+        """Makes leaves, train state and a batch, with the shardings and dtypes of a run."""
+        program = self._program = make_program(self._config)
         with jax.set_mesh(program.mesh):
             trainable, self._frozen = random_leaves(program, self._config)
             self._state = initial_state(trainable, program.optimizer, program.state)
             self._batch = random_batch(program, self._config.seed)
-            start = time.perf_counter()
-            self._step = compile_step(program.step, self._state, self._frozen, self._batch)
-            compile_seconds = time.perf_counter() - start
-        self.step()
-        self.wait()
-        shape = self._batch_size, self._length
+        model, shape = program.model, (self._batch_size, self._length)
         return self._built(
-            compile_seconds=compile_seconds,
             tokens=math.prod(shape),
             flops=train_step_flops(model.architecture, model.layout, program.trainable, *shape),
             limit_of=f"{self._config.compute.dtype} matmul",
         )
 
+    @functools.cached_property
+    def _compiled(self) -> jax.stages.Compiled:
+        with jax.set_mesh(self._program.mesh):
+            return compile_step(self._program.step, self._state, self._frozen, self._batch)
+
     def step(self) -> None:
         """Dispatches a step, to which the state of the one before is donated."""
-        self._state, self._metrics = self._step(self._state, self._frozen, self._batch)
+        self._state, self._metrics = self._compiled(self._state, self._frozen, self._batch)
 
     def wait(self) -> None:
         """Waits for the last step."""
@@ -84,27 +82,21 @@ class Decoding(JaxStep):
     """A generation, prefill included, from prompts of half a sequence to a whole one."""
 
     def build(self) -> dict[str, Any]:
-        """Makes a model and generates once."""
+        """Makes a model and prompts."""
         self._new = self._length // 2
         self._timed = math.ceil(self._new * 3 / 4)
         decoder, _ = build_model(self._config)
         self._model = random_model(decoder, self._config)
         shape = self._batch_size, self._length - self._new
         self._prompts = np.random.default_rng(self._config.seed).integers(0, self._config.model.vocab_size, shape)
-        first, second = self._seconds(), self._seconds()
-        positions = self._length - self._timed / 2
+        architecture, layout, params = decoder.architecture, decoder.layout, self._model.params
+        keys = self._length - self._timed / 2
         return self._built(
-            compile_seconds=first - second,
             tokens=self._batch_size * self._new,
-            flops=decode_step_flops(decoder.architecture, decoder.layout, self._batch_size, positions),
-            bytes=decode_step_bytes(decoder, self._model.params, self._batch_size, positions),
+            flops=decode_step_flops(architecture, layout, self._batch_size, keys),
+            bytes=decode_step_bytes(architecture, layout, params, self._batch_size, keys),
             limit_of="memory, read",
         )
-
-    def _seconds(self) -> float:
-        start = time.perf_counter()
-        self.step()
-        return time.perf_counter() - start
 
     def step(self) -> None:
         """Generates."""
@@ -154,7 +146,7 @@ def random_model(decoder: Decoder, config: ConfigDict) -> Model:
         shared={},
         top_k=decoder.layout.top_k,
         tokenizer_digest="",
-        eos_id=_NO_TOKEN,
+        eos_id=-1,  # no token, so that no continuation ends early
     )
 
     model = Model(manifest, {}, dtype=config.compute.dtype)
@@ -165,25 +157,6 @@ def random_model(decoder: Decoder, config: ConfigDict) -> Model:
         values = np.ones(leaf.shape) if is_scale else rng.standard_normal(leaf.shape, np.float32) * INIT_STDDEV
         model.params[path] = jnp.asarray(values, config.compute.dtype)
     return model
-
-
-def decode_step_bytes(decoder: Decoder, params: dict[str, jax.Array], batch: int, positions: float) -> float:
-    """Bytes that decoding one token for each sequence must read: weights, and so many positions of the cache.
-
-    Of the embedding each sequence reads one vector; of stacked experts those are read that its tokens choose, as many
-    as independent choices would reach.
-    """
-    arch, layout = decoder.architecture, decoder.layout
-    reached = 1 - (1 - layout.top_k / layout.num_experts) ** batch
-    looked_up = not arch.tied_embeddings
-    weights = sum(
-        leaf.nbytes * (reached if "/experts/" in path else 1)
-        for path, leaf in params.items()
-        if not (looked_up and path == "embedding")
-    )
-    itemsize = params["embedding"].itemsize
-    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * itemsize
-    return weights + batch * (positions * cache + looked_up * arch.d_model * itemsize)
 
 
 def matmul_rate(dtype: str) -> float:

@@ -46,7 +46,7 @@ class Step:
         self._libraries = psutil.Process().memory_info().rss
 
     def build(self) -> dict[str, Any]:
-        """Makes weights, compiles, and takes a step; returns "platform", "tokens" of a step and "compile_seconds".
+        """Makes weights and data; returns "platform" and the "tokens" of a step.
 
         Those of this program also return "device", "devices", "flops", "limit_of" and, if bound by memory, the "bytes"
         that a step must read.
@@ -54,7 +54,7 @@ class Step:
         raise NotImplementedError
 
     def step(self) -> None:
-        """Takes a step, and may return before its work is done."""
+        """Takes a step, and may return before its work is done; the first compiles."""
         raise NotImplementedError
 
     def wait(self) -> None:
@@ -65,11 +65,15 @@ class Step:
         raise NotImplementedError
 
     def begin(self) -> dict[str, Any]:
-        """What `build` returns, and "first_seconds", of the first step that is timed."""
+        """What `build` returns, "first_seconds" of a step, and "compile_seconds" that the very first takes besides."""
         built = self.build()
+        start = time.perf_counter()
+        self.step()
+        self.wait()
+        compiling = time.perf_counter() - start
         first = self.seconds()
         self._repeats = math.ceil(_LEAST_SECONDS / first)
-        return {**built, "first_seconds": first}
+        return {**built, "first_seconds": first, "compile_seconds": compiling - first}
 
     def seconds(self) -> float:
         """Seconds of a step, after one that is not timed, so that caches and memory hold nothing of other processes."""

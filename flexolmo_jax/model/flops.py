@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, counted from the sizes alone.
+"""Floating-point operations of a step, counted from the sizes alone, and bytes that decoding reads.
 
 A matmul takes 2 FLOPs for each multiply-add. Its backward pass takes as many again for each of its two operands that
 needs a gradient: a trainable leaf does, and so does an activation computed from a trainable leaf. Frozen weights need
@@ -20,7 +20,9 @@ and softmaxes.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+import jax
 
 from flexolmo_jax.checkpoint.manifests import ROUTER
 from flexolmo_jax.model.architecture import ANCHOR, Architecture, Layout
@@ -85,6 +87,27 @@ def recomputed_parts(remat: str, layout: Layout) -> set[str]:
 def decode_step_flops(architecture: Architecture, layout: Layout, batch: int, keys: float) -> float:
     """FLOPs of decoding one token for each of `batch` sequences, each of which sees `keys` positions."""
     return batch * _token(architecture, layout, (), keys)
+
+
+def decode_step_bytes(
+    architecture: Architecture, layout: Layout, params: Mapping[str, jax.Array], batch: int, keys: float
+) -> float:
+    """Bytes that decoding one token for each of `batch` sequences must read: weights, and `keys` cached positions.
+
+    Of the embedding each sequence reads one vector; of stacked experts those are read that its tokens choose, as many
+    as independent choices would reach.
+    """
+    arch = architecture
+    reached = 1 - (1 - layout.top_k / layout.num_experts) ** batch
+    looked_up = not arch.tied_embeddings
+    weights = sum(
+        leaf.nbytes * (reached if "/experts/" in path else 1)
+        for path, leaf in params.items()
+        if not (looked_up and path == "embedding")
+    )
+    itemsize = params["embedding"].itemsize
+    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * itemsize
+    return weights + batch * (keys * cache + looked_up * arch.d_model * itemsize)
 
 
 def _token(arch: Architecture, layout: Layout, trainable: Collection[str], keys: float) -> float:

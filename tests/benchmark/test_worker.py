@@ -38,6 +38,9 @@ class AfterAPause(Step):
 
     now, rested = 0.0, True
 
+    def build(self):
+        return {"tokens": 1}
+
     def step(self):
         self.now += 100 if self.rested else 2
         self.rested = False
@@ -52,6 +55,12 @@ def test_the_first_step_after_a_pause_is_not_timed(monkeypatch):
     for _ in range(2):
         assert step.seconds() == 2
         step.limit()
+
+
+def test_compiling_is_what_the_first_step_takes_besides(monkeypatch):
+    step = AfterAPause(SPEC)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: step.now)
+    assert step.begin() == {"tokens": 1, "first_seconds": 2, "compile_seconds": 98}
 
 
 def test_both_sides_have_the_same_allocator(monkeypatch):

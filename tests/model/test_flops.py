@@ -12,9 +12,9 @@ from jax.interpreters import partial_eval
 from configs.base import PARTITIONS
 from flexolmo_jax.model.architecture import Layout
 from flexolmo_jax.model.decoder import REMAT_POLICIES, Compute, Decoder
-from flexolmo_jax.model.flops import decode_step_flops, recomputed_flops, train_step_flops
+from flexolmo_jax.model.flops import decode_step_bytes, decode_step_flops, recomputed_flops, train_step_flops
 from flexolmo_jax.training.state import trainable_paths
-from tests.support.tiny import ARCHITECTURE, LAYOUTS
+from tests.support.tiny import ARCHITECTURE, LAYOUTS, STACKED, random_leaves
 
 BATCH, LENGTH = 2, 5
 TIED = dataclasses.replace(ARCHITECTURE, tied_embeddings=True)
@@ -176,3 +176,15 @@ def test_recomputed_flops_are_those_that_rematerialization_adds_to_the_gradient(
         if kind == "all chosen" and remat != "none":  # experts that see all tokens are summed by a matmul: not counted
             again -= 2 * BATCH * LENGTH * ARCHITECTURE.num_layers * layout.num_experts * ARCHITECTURE.d_model
         assert recomputed_flops(ARCHITECTURE, layout, remat, BATCH, LENGTH) == again, remat
+
+
+def test_decoding_reads_the_weights_that_its_tokens_choose():
+    params = random_leaves(Decoder(ARCHITECTURE, STACKED))
+    read = {count: decode_step_bytes(ARCHITECTURE, STACKED, params, count, 13.0) for count in (1, 2)}
+    layers, expert = 2, 4 * (3 * 32 * 24 + 32 + 1)
+    sequence = 4 * (2 * layers * 16 * 13 + 32)  # cache of two heads of 8, and embedding
+    # Of four experts one token chooses two, two tokens three; the rest is read once.
+    assert read[2] - read[1] == pytest.approx(layers * expert + sequence)
+    block = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 + 16  # attention, three norms of the width and that of keys
+    shared = layers * block + 32 + 32 * 64  # and the last norm, and the head
+    assert read[1] == pytest.approx(4 * shared + 2 * layers * expert + sequence)
