@@ -45,16 +45,16 @@ class Stages:
 
     def __init__(self, label: str, every: float = 30.0):
         """Begins each log line with `label`; log lines are at least `every` seconds apart."""
-        self._label, self._every, self._logged = label, every, float("-inf")
+        self._label, self._every, self._logged, self._start = label, every, float("-inf"), time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
         self._bar = progress_bar(*columns)
         self._task = self._bar.add_task("", total=None, left="")
 
-    def say(self, stage: str, done: int, total: int, seconds_left: float | None) -> None:
-        """Shows the current stage, that `done` of `total` stages are done, and the remaining time if it is known."""
-        left = "" if seconds_left is None else f"about {_duration(seconds_left)} left"
-        self._bar.update(self._task, description=stage, completed=done, total=total, left=left)
+    def say(self, stage: str, done: int, total: int) -> None:
+        """Shows the current stage, and that `done` of `total` are done; the others take as long on average."""
         now = time.monotonic()
+        left = f"about {_duration((now - self._start) / done * (total - done))} left" if done else ""
+        self._bar.update(self._task, description=stage, completed=done, total=total, left=left)
         if self._bar.disable and now - self._logged >= self._every:
             self._logged = now
             sys.stderr.write(f"{self._label}: {stage} ({', '.join(filter(None, [f'{done} of {total} done', left]))})\n")

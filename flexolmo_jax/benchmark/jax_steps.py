@@ -24,7 +24,7 @@ from flexolmo_jax.model.flops import decode_step_bytes, decode_step_flops, train
 from flexolmo_jax.model.leaves import INIT_STDDEV
 from flexolmo_jax.training.run import build_model, make_program
 from flexolmo_jax.training.state import Initialization, initial_leaves
-from flexolmo_jax.training.step import Batch, Leaves, Program, compile_step, initial_state
+from flexolmo_jax.training.step import Batch, Program, compile_step, initial_state
 
 _READ_BYTES = 400_000_000  # far beyond caches
 
@@ -50,7 +50,13 @@ class TrainStep(JaxStep):
         """Makes leaves, train state and a batch, with the shardings and dtypes of a run."""
         program = self._program = make_program(self._config)
         with jax.set_mesh(program.mesh):
-            trainable, self._frozen = random_leaves(program, self._config)
+            abstract: tuple[Any, Any] = (program.state.trainable, program.frozen)
+            initialization = Initialization(self._config.seed, "", self._config.init)
+            trainable, self._frozen = jax.tree.map(
+                lambda leaf, like: leaf.astype(like.dtype),
+                initial_leaves(program.model, *abstract, None, initialization),
+                abstract,
+            )
             self._state = initial_state(trainable, program.optimizer, program.state)
             self._batch = random_batch(program, self._config.seed)
         model, shape = program.model, (self._batch_size, self._length)
@@ -119,13 +125,6 @@ class Decoding(JaxStep):
         engine = Engine(self._model, slots=self._batch_size)
         engine.add([Request(prompt, self._new) for prompt in self._prompts.tolist()])
         return engine
-
-
-def random_leaves(program: Program, config: ConfigDict) -> tuple[Leaves, Leaves]:
-    """Fresh leaves as (trainable, frozen), with the shardings and dtypes of a run."""
-    abstract: tuple[Any, Any] = (program.state.trainable, program.frozen)
-    fresh = initial_leaves(program.model, *abstract, None, Initialization(config.seed, "", config.init))
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fresh, abstract)
 
 
 def random_batch(program: Program, seed: int) -> Batch:

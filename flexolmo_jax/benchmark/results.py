@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexolmo_jax.benchmark.run import FLEXOLMO, Metrics
-from flexolmo_jax.tables import plain_table
+from flexolmo_jax.tables import plain_table, scaled
 
 _GIB = 2**30
 
@@ -29,27 +29,13 @@ def steps_table(results: Sequence[Metrics]) -> Table:
             Text(result["step"]),
             f"{side['tokens_per_second']:,.1f}",
             f"{1e3 * side['step_seconds']:,.1f}",
-            _rate(side["flops_per_second"], "FLOP/s"),
+            scaled(side["flops_per_second"], "FLOP/s"),
             f"{side['share_of_limit']:.0%}",
-            f"{_rate(limit, unit)} ({side['limit_of']})",
+            f"{scaled(limit, unit)} ({side['limit_of']})",
             f"{side['compile_seconds']:.1f}",
             *(f"{side[key] / _GIB:.2f}" for key in memory.values()),
         )
     return table
-
-
-def limit_notes(results: Sequence[Metrics]) -> list[str]:
-    """A sentence for each step above its limit, which explains how it could be."""
-    reasons = {
-        True: "weights of a small model are read from caches, which are faster than the memory that the limit is of",
-        False: "the limit is a matmul in turns with the step, and the machine was less busy while the step ran",
-    }
-    sides = ((result["step"], result["sides"][FLEXOLMO]) for result in results)
-    return [
-        f"{step}: a share above 100% is no error; {reasons['bytes' in side]}."
-        for step, side in sides
-        if side["share_of_limit"] > 1
-    ]
 
 
 def versus_table(result: Metrics) -> Table:
@@ -78,14 +64,11 @@ def _memory_columns(results: Sequence[Metrics]) -> dict[str, str]:
     return {"peak memory, GiB": "peak_bytes", "above libraries, GiB": "peak_bytes_above_libraries"}
 
 
-def _rate(value: float, unit: str) -> str:
-    return f"{value / 1e12:,.1f} T{unit}" if value >= 1e12 else f"{value / 1e9:,.1f} G{unit}"
-
-
 def description() -> dict[str, Any]:
     """This machine and the versions of what runs on it; no device is touched."""
-    packages = {"flexolmo-jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers"}
+    packages = ("flexolmo-jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers")
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    versions = {name: installed[name] for name in packages if name in installed}
     return {
         "machine": {
             "system": platform.platform(),
@@ -93,6 +76,5 @@ def description() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
         },
-        "versions": {"python": platform.python_version()}
-        | {name: installed[name] for name in packages & set(installed)},
+        "versions": {"python": platform.python_version(), **versions},
     }

@@ -24,7 +24,7 @@ HOPELESS = 10  # times the fastest: what is so slow in its first step is measure
 PAUSE = 0.5  # seconds between measurements, in which the threads of the one before come to rest
 
 Metrics = dict[str, Any]
-Say = Callable[[str, int, int, float | None], None]
+Say = Callable[[str, int, int], None]
 
 
 def benchmark(
@@ -37,8 +37,7 @@ def benchmark(
       steps: some of `STEPS`.
       runs: how often each is measured.
       versus: whether to measure transformers too.
-      say: called with what is being done, how many sides are done and in all, and the seconds that the others may take
-        (None until one is done).
+      say: called with what is being done, and how many sides are done and in all.
 
     Returns:
       For each step {"step", "sides": {side: metrics}, "left_out": {side: why}}. Metrics are a worker's answers, a list
@@ -49,13 +48,8 @@ def benchmark(
       UserError: the configuration does not fit a step, or a step does not fit the machine.
     """
     specs = [_specs(step, prepared(config, step), versus) for step in steps]  # refuses before time is spent
-    done, total, start = itertools.count(), sum(map(len, specs)), time.monotonic()
-
-    def begin(what: str) -> None:
-        count = next(done)
-        say(what, count, total, (time.monotonic() - start) / count * (total - count) if count else None)
-
-    return [_measure(sides, runs, begin) for sides in specs]
+    done, total = itertools.count(), sum(map(len, specs))
+    return [_measure(sides, runs, lambda what: say(what, next(done), total)) for sides in specs]
 
 
 def prepared(config: ConfigDict, step: str) -> FrozenConfigDict:
@@ -107,7 +101,7 @@ def _measure(specs: Mapping[str, Spec], runs: int, begin: Callable[[str], None])
     specs = dict(specs)
     spec = specs.pop(FLEXOLMO)
     sides: dict[str, Metrics] = {}
-    left_out = {}
+    left_out, least = {}, float("inf")  # seconds of transformers' fastest first step
     begin(f"{spec.step}: {FLEXOLMO}")
     with contextlib.ExitStack() as until_measured:
         reference_worker = Worker(spec)
@@ -123,22 +117,15 @@ def _measure(specs: Mapping[str, Spec], runs: int, begin: Callable[[str], None])
             with contextlib.closing(Worker(spec)) as worker:
                 try:
                     built = worker.ask("begin", PATIENCE) | worker.ask("memory")
-                    _check_pace(built, worker, [side for other, side in sides.items() if other != FLEXOLMO])
+                    if built["first_seconds"] > HOPELESS * least:
+                        raise UserError(f"more than {HOPELESS} times as slow as another")
                 except UserError as error:
                     left_out[name] = str(error)
                     continue
-                sides[name] = built
+                sides[name], least = built, min(least, built["first_seconds"])
                 _take_turns({**workers, name: worker}, sides, runs)
             built["seconds_of_ours"] = reference["seconds"][-runs:]
     return {"step": spec.step, "sides": {name: _summary(side) for name, side in sides.items()}, "left_out": left_out}
-
-
-def _check_pace(built: Metrics, worker: Worker, others: Sequence[Metrics]) -> None:
-    """Raises UserError if a step takes so much longer than others' that measuring it would be a waste of time."""
-    longest = HOPELESS * min((side["first_seconds"] for side in others), default=float("inf"))
-    # Twice, so that a machine that was busy for a moment leaves nothing out.
-    if built["first_seconds"] > longest and worker.ask("seconds") > longest:
-        raise UserError(f"more than {HOPELESS} times as slow as another")
 
 
 def _take_turns(workers: Mapping[str, Worker], sides: Mapping[str, Metrics], runs: int) -> None:

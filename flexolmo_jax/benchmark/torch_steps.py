@@ -79,7 +79,7 @@ class TrainStep(TorchStep):
         self._optimizer.zero_grad()
 
 
-class Generation(TorchStep):
+class Decoding(TorchStep):
     """Greedy `generate`, from prompts of half a sequence to a whole one."""
 
     def _make(self) -> int:

@@ -118,19 +118,15 @@ class Worker:
         """
         label = f"{self._spec.step}: {self._spec.side}"
         try:
-            future = self._pool.submit(_answer, self._spec, request)
-            error = future.exception(patience)
+            return self._pool.submit(_answer, self._spec, request).result(patience)
+        except UserError:
+            raise
         except TimeoutError:
             raise UserError(f"{label}: no answer in {patience:.0f} seconds") from None
-        except BrokenProcessPool as broken:
-            error = broken
-        if error is None:
-            return future.result()
-        if isinstance(error, UserError):
-            raise error
-        if isinstance(error, BrokenProcessPool):
+        except BrokenProcessPool:
             raise UserError(f"{label}: its process was killed, perhaps for want of memory") from None
-        raise UserError(f"{label}: {type(error).__name__}: {first_line(error)}") from error
+        except Exception as error:
+            raise UserError(f"{label}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _prepare() -> None:
@@ -163,9 +159,7 @@ def peak_memory() -> int:
 def make_step(spec: Spec) -> Step:
     """The step of a spec; imports the libraries of its side alone."""
     if spec.side == "transformers":
-        from flexolmo_jax.benchmark import torch_steps
-
-        return torch_steps.Generation(spec) if spec.step == "decode" else torch_steps.TrainStep(spec)
-    from flexolmo_jax.benchmark import jax_steps
-
-    return jax_steps.Decoding(spec) if spec.step == "decode" else jax_steps.TrainStep(spec)
+        from flexolmo_jax.benchmark import torch_steps as steps
+    else:
+        from flexolmo_jax.benchmark import jax_steps as steps
+    return steps.Decoding(spec) if spec.step == "decode" else steps.TrainStep(spec)

@@ -6,7 +6,8 @@ r"""Measures what steps cost on this machine, with fresh weights and random toke
 A step trains what its name says: an anchor, the expert of a pair, all of a mixture (joint), its router; or it decodes
 tokens for a batch of prompts of half a sequence. FLOP/s count the matmuls that the step needs, and nothing that it
 recomputes (formula in flexolmo_jax/model/flops.py). The limit is that of this machine, measured in turns with the step:
-a large matmul in its dtype or, for decoding, the rate at which memory is read. Results are medians.
+a large matmul in its dtype or, for decoding, the rate at which memory is read. Results are medians. A share above 100%
+is no error: a small model's weights are read from caches, or the machine was less busy while the step ran.
 
 With --versus=transformers the same sizes run there too, in turns, with each implementation of experts it has, compiled
 and not. With data.grad_accum_steps above 1, transformers takes the batch at once and, uncompiled, in micro-batches too.
@@ -33,7 +34,7 @@ def run() -> None:
     import importlib.util
     import json
 
-    from flexolmo_jax.benchmark.results import description, limit_notes, steps_table, versus_table
+    from flexolmo_jax.benchmark.results import description, steps_table, versus_table
     from flexolmo_jax.benchmark.run import benchmark
     from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.errors import UserError
@@ -47,8 +48,6 @@ def run() -> None:
         steps = list(dict.fromkeys(_STEPS.value))
         results = benchmark(_CONFIG.value, steps, _RUNS.value, bool(_VERSUS.value), stages.say)
     show(steps_table(results))
-    for note in limit_notes(results):
-        print(note)
     for result in results:
         if len(result["sides"]) > 1:
             print()

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 from ml_collections import FrozenConfigDict  # noqa: E402
 
 from configs import benchmark as config_file  # noqa: E402
-from flexolmo_jax.benchmark.torch_steps import Generation, TrainStep, check_memory, random_model  # noqa: E402
+from flexolmo_jax.benchmark.torch_steps import Decoding, TrainStep, check_memory, random_model  # noqa: E402
 from flexolmo_jax.benchmark.worker import Spec  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
 
@@ -100,7 +100,7 @@ def test_mixed_precision_holds_frozen_parameters_as_a_run_does():
 
 
 def test_generation_writes_half_of_each_sequence():
-    subject = Generation(spec("decode", "grouped_mm"))
+    subject = Decoding(spec("decode", "grouped_mm"))
     assert subject.build()["tokens"] == 2 * 4
     generate, written = subject._model.generate, []
     subject._model.generate = lambda *args, **kwargs: written.append(generate(*args, **kwargs))
