@@ -6,7 +6,15 @@ r"""Compiles a run's train step for TPUs or GPUs that need not be there, and sho
     flexolmo plan --config=configs/expert.py:7b --topology=h200:1 --config.data.grad_accum_steps=512
 
 No anchor, data or accelerator is needed: a configuration without --config.start_from is planned with fresh weights.
-Memory and collectives are those of the compiled program; times are a roofline estimate, not a measurement.
+Memory and collectives are those of the compiled program; times are a roofline estimate, not a measurement:
+
+    arithmetic    matmuls alone, at the chip's bfloat16 rate; a mixture's experts are chosen equally often. MFU (model
+                  FLOPs utilization) leaves out what is recomputed
+    HBM           each operation of the compiled program reads its operands and writes its results once; a loop whose
+                  trips depend on data, as over blocks of tokens of one expert, counts as one trip
+    interconnect  ring algorithms without latency, at one direction of each link that a group's shape can use
+    at best       the three overlap perfectly; at worst, nothing does. Input and checkpoints are not counted
+
 Needs libtpu (extra `plan`) for TPUs, and JAX's plugin for GPUs (extra `cuda`) for these.
 """
 
@@ -45,7 +53,7 @@ def run() -> None:
     if made.collectives:
         show(display.collectives_table(made))
     show(display.roofline_table(made))
-    for sentence in (display.run_line(made), *made.advice, *display.assumptions(made)):
+    for sentence in (display.run_line(made), *made.advice, *([display.GPU_MEMORY] if made.chip.is_gpu else [])):
         print(sentence)
     if _JSON.value:
         write_json(_JSON.value, {"config": json.loads(_CONFIG.value.to_json()), **made.to_json()})

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from flexolmo_jax.model.architecture import Layout
 from flexolmo_jax.model.decoder import REMAT_POLICIES
 from flexolmo_jax.planning.compilation import Memory
 
@@ -14,20 +13,19 @@ _FULL = 0.9  # share of a device's memory that a plan should fill at most
 _POLICIES = tuple(REMAT_POLICIES)  # each keeps less than the one before it
 
 
-def advice(config: ConfigDict, mesh: Mapping[str, int], layout: Layout, memory: Memory, bound: str) -> list[str]:
+def advice(config: ConfigDict, mesh: Mapping[str, int], memory: Memory, bound: str) -> list[str]:
     """Sentences for a team that plans a run; the first says whether the step fits.
 
     Args:
       config: the configuration; changes are to its keys, as in "config.data.grad_accum_steps=2".
       mesh: {axis: devices along it}.
-      layout: how the model's experts are laid out.
       memory: what a device must hold.
       bound: "arithmetic", "HBM" or "interconnect", whichever takes longest.
     """
     sizes = f"{memory.peak / _GIB:,.2f} of {memory.available / _GIB:,.2f} GiB"
     if not memory.fits:
         return [f"does not fit: {sizes}; try {' or '.join(_to_fit(config, mesh, memory) or ['more devices'])}"]
-    changes = _to_speed_up(config, mesh, layout, memory, bound)
+    changes = _to_speed_up(config, memory, bound)
     sentences = [f"fits: {sizes}", f"bound by {bound}"]
     return sentences + (["may be faster with " + " or ".join(changes)] if changes else [])
 
@@ -56,23 +54,16 @@ def _to_fit(config: ConfigDict, mesh: Mapping[str, int], memory: Memory) -> list
     return changes
 
 
-def _to_speed_up(config: ConfigDict, mesh: Mapping[str, int], layout: Layout, memory: Memory, bound: str) -> list[str]:
+def _to_speed_up(config: ConfigDict, memory: Memory, bound: str) -> list[str]:
     """Changes that relieve what bounds a step, where memory allows."""
     accumulate, remat = config.data.grad_accum_steps, _POLICIES.index(config.compute.remat)
     if bound == "arithmetic":
         # "none" recomputes no matmul less than "dots"; each policy may keep as much again.
         return [f"config.compute.remat={_POLICIES[remat - 1]}"] if remat > 1 and _has_room(memory, 1 / 2) else []
-    changes = []
     # Weights are gathered and read once for each micro-batch, however large it is.
     if accumulate > 1 and _has_room(memory, 1 / (factor := _divisors(accumulate)[1])):
-        changes.append(f"config.data.grad_accum_steps={accumulate // factor}")
-    if bound == "interconnect":
-        if mesh["tensor"] > 1 and _sequences(config, mesh) % (factor := _divisors(mesh["tensor"])[1]) == 0:
-            changes.append(f"config.mesh.tensor={mesh['tensor'] // factor} config.mesh.fsdp={mesh['fsdp'] * factor}")
-        along = math.gcd(layout.num_experts, mesh["fsdp"])
-        if layout.kind == "stacked" and mesh["expert"] == 1 and along > 1:
-            changes.append(f"config.mesh.expert={along} config.mesh.fsdp={mesh['fsdp'] // along}")
-    return changes
+        return [f"config.data.grad_accum_steps={accumulate // factor}"]
+    return []
 
 
 def _has_room(memory: Memory, factor: float) -> bool:

@@ -7,15 +7,7 @@ from flexolmo_jax.planning.chips import GPU_MEMORY_FRACTION
 from flexolmo_jax.planning.plan import Plan
 from flexolmo_jax.tables import MISSING, plain_table, scaled
 
-_ASSUMPTIONS = (
-    "Arithmetic: matmuls alone, at the chip's bfloat16 rate; a mixture's experts are chosen equally often. MFU (model "
-    "FLOPs utilization) leaves out what is recomputed.",
-    "HBM: each operation of the compiled program reads its operands and writes its results once; a loop whose trips "
-    "depend on data, as over blocks of tokens of one expert, counts as one trip.",
-    "Interconnect: ring algorithms without latency, at one direction of each link that a group's shape can use.",
-    "At best, the three overlap perfectly; at worst, nothing does. Input and checkpoints are not counted.",
-)
-_GPU_MEMORY = (
+GPU_MEMORY = (
     f"Available: what JAX takes of a GPU with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION}; without it, 0.75. "
     "Close to it, XLA recomputes more than is counted here."
 )
@@ -65,7 +57,7 @@ def roofline_table(plan: Plan) -> Table:
     flops = line.flops + line.recomputed_flops
     share = f", {line.recomputed_flops / flops:.0%} recomputed" if line.recomputed_flops else ""
     amount, rate = scaled(flops, "FLOP") + share, scaled(chip.peak_flops, "FLOP/s")
-    table.add_row("arithmetic", amount, rate, scaled(line.compute_seconds, "s"))
+    table.add_row("arithmetic", amount, rate, scaled(line.limits["arithmetic"], "s"))
     estimates = {"at best": line.at_best}
     if line.hbm_bytes is not None and line.sent_bytes is not None:  # else what the program moves is not known
         hbm, link = scaled(chip.hbm_bandwidth, "B/s"), scaled(chip.link_bandwidth, "B/s") + " a link"
@@ -85,8 +77,3 @@ def run_line(plan: Plan) -> str:
     least, most = (f"{h:,.0f} h" if h >= 10 else f"{h:.2f} h" if h >= 1 else scaled(3600 * h, "s") for h in hours)
     cost = " to ".join(f"{h * chips:,.0f}" if h * chips >= 10 else f"{h * chips:.3g}" for h in hours)
     return f"{plan.steps:,} steps take {least} to {most}: {cost} {'GPU' if plan.chip.is_gpu else 'chip'}-hours"
-
-
-def assumptions(plan: Plan) -> tuple[str, ...]:
-    """What the numbers of a plan rest on, a paragraph each."""
-    return (*_ASSUMPTIONS, _GPU_MEMORY) if plan.chip.is_gpu else _ASSUMPTIONS

@@ -13,7 +13,12 @@ from typing import NamedTuple
 _LOGGER = logging.getLogger(__name__)
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-_CALLS = {"async-start", "call", "call-start"}  # they run a computation, perhaps in the background
+# Instructions that run computations as they are, perhaps in the background; and all attributes that name computations.
+_CALLS = {"async-start", "call", "call-start", "conditional", "while"}
+_CALLEES = (
+    *("condition", "body", "calls", "to_apply", "called_computations"),
+    *("branch_computations", "true_computation", "false_computation"),
+)
 # Instructions that move nothing themselves.
 _FREE = _CALLS | {
     *("after-all", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier"),
@@ -96,36 +101,24 @@ def called(instruction: Instruction, attribute: str) -> list[str]:
 def executions(module: Module) -> list[Execution]:
     """The instructions that a program executes, those of loops once with their number of runs.
 
-    Of the branches of a conditional the one whose collectives move most counts. A loop whose trips depend on data
-    counts as one trip, with a warning if there are collectives in it.
+    Every branch of a conditional counts. A loop whose trips depend on data counts as one trip, with a warning if there
+    are collectives in it.
     """
     return list(_visit(module, module.entry, 1, is_fused=False))
 
 
 def _visit(module: Module, name: str, runs: int, is_fused: bool) -> Iterator[Execution]:
-    computation = module.computations[name]
-    for instruction in computation.values():
-        if instruction.opcode == "while":
-            trips = trip_count(module, instruction)
-            names = [called(instruction, key)[0] for key in ("condition", "body")]
-            inside = [each for name in names for each in _visit(module, name, runs * (trips or 1), is_fused)]
-            if trips is None and _collective_bytes(inside):
-                _LOGGER.warning("the trip count of loop %s is not known; it counts as one", instruction.name)
-            yield from inside
-        elif instruction.opcode == "conditional":
-            keys = ("branch_computations", "true_computation", "false_computation")
-            names = [branch for key in keys for branch in called(instruction, key)]
-            yield from max((list(_visit(module, branch, runs, is_fused)) for branch in names), key=_collective_bytes)
-        elif not instruction.opcode.endswith(("-done", "-update")):
-            yield Execution(instruction, name, runs, is_fused)
-            for key in ("calls", "to_apply", "called_computations"):
-                for callee in called(instruction, key):
-                    yield from _visit(module, callee, runs, is_fused or instruction.opcode not in _CALLS)
-
-
-def _collective_bytes(branch: list[Execution]) -> int:
-    collectives = (each for each in branch if each.instruction.opcode.removesuffix("-start") in COLLECTIVES)
-    return sum(each.runs * array_bytes(each.instruction.shape) for each in collectives)
+    for instruction in module.computations[name].values():
+        if instruction.opcode.endswith(("-done", "-update")):
+            continue  # it counts where it starts
+        yield Execution(instruction, name, runs, is_fused)
+        trips = trip_count(module, instruction) if instruction.opcode == "while" else 1
+        is_inside_fused = is_fused or instruction.opcode not in _CALLS
+        callees = [callee for attribute in _CALLEES for callee in called(instruction, attribute)]
+        inside = [e for callee in callees for e in _visit(module, callee, runs * (trips or 1), is_inside_fused)]
+        if trips is None and any(each.instruction.opcode.removesuffix("-start") in COLLECTIVES for each in inside):
+            _LOGGER.warning("the trip count of loop %s is not known; it counts as one", instruction.name)
+        yield from inside
 
 
 def array_bytes(shape: str, hbm_only: bool = False) -> int:

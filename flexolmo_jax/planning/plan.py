@@ -19,22 +19,14 @@ from flexolmo_jax.training.step import Program
 class Roofline(NamedTuple):
     """What a device does in a step, and the seconds that takes at the rates of its chip.
 
-    What the compiled program moves is None if it does not fit.
+    Of a program that does not fit, only its arithmetic is known.
     """
 
     flops: float  # that the step needs, on this device (`model.flops`)
     recomputed_flops: float  # that the backward pass recomputes
     hbm_bytes: float | None  # that the program reads and writes
     sent_bytes: float | None  # that its collectives send to other devices
-    compute_seconds: float  # all of these FLOPs at the chip's bfloat16 rate
-    hbm_seconds: float | None  # at the bandwidth of its memory
-    network_seconds: float | None  # at the bandwidth of the links that each collective takes, without latency
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """{what may bind a step: its seconds}."""
-        seconds = (self.compute_seconds, self.hbm_seconds or 0.0, self.network_seconds or 0.0)
-        return dict(zip(("arithmetic", "HBM", "interconnect"), seconds, strict=True))
+    limits: dict[str, float]  # seconds of "arithmetic" (at the bfloat16 rate), "HBM" and "interconnect" (no latency)
 
     @property
     def at_best(self) -> float:
@@ -110,7 +102,7 @@ def plan(config: ConfigDict, topology: str) -> Plan:
         memory=memory,
         collectives=totals,
         roofline=line,
-        advice=advice(config, mesh, program.model.layout, memory, bound),
+        advice=advice(config, mesh, memory, bound),
     )
 
 
@@ -122,8 +114,9 @@ def roofline(
     shape, devices = (config.data.batch_size, config.data.sequence_length), program.mesh.size
     needed = train_step_flops(architecture, layout, program.trainable, *shape) / devices
     recomputed = recomputed_flops(architecture, layout, config.compute.remat, *shape) / devices
-    compute_seconds = (needed + recomputed) / chip.peak_flops
+    limits = {"arithmetic": (needed + recomputed) / chip.peak_flops}
     if hbm_bytes is None or totals is None:
-        return Roofline(needed, recomputed, None, None, compute_seconds, None, None)
-    sent, seconds = sum(total.bytes_sent for total in totals), sum(total.seconds for total in totals)
-    return Roofline(needed, recomputed, hbm_bytes, sent, compute_seconds, hbm_bytes / chip.hbm_bandwidth, seconds)
+        return Roofline(needed, recomputed, None, None, limits)
+    limits["HBM"] = hbm_bytes / chip.hbm_bandwidth
+    limits["interconnect"] = sum(total.seconds for total in totals)
+    return Roofline(needed, recomputed, hbm_bytes, sum(total.bytes_sent for total in totals), limits)

@@ -36,8 +36,7 @@ def program():
         x = repeat(3, repeat(4, lambda x: jnp.tile(lax.psum_scatter(x, "tensor", tiled=True), (4, 1))))(x)
         x = jnp.cos(lax.all_to_all(x, "tensor", 0, 0, tiled=True))
         x = jnp.cos(lax.ppermute(x, "data", [(0, 1), (1, 0)]))
-        half, whole = (lambda x: jnp.tile(lax.psum(x[:8], "data"), (2, 1))), (lambda x: lax.psum(jnp.cos(x), "data"))
-        return repeat(2, lambda x: lax.cond(x[0, 0] > 0, half, whole, x))(x)
+        return repeat(2, lambda x: lax.psum(jnp.cos(x), "data"))(x)
 
     return {found.kind: found for found in collectives(parse(compiled(step)))}
 
@@ -56,6 +55,12 @@ def test_counts_each_kind_with_its_runs_bytes_and_group(program, kind, runs, sen
     found = program[kind]
     assert (found.runs, found.bytes_sent, found.group) == (runs, sent, group)
     assert len(program) == 5
+
+
+def test_counts_every_branch_of_a_conditional():
+    half, whole = (lambda x: jnp.tile(lax.psum(x[:8], "data"), (2, 1))), (lambda x: lax.psum(jnp.cos(x), "data"))
+    text = compiled(repeat(2, lambda x: lax.cond(x[0, 0] > 0, half, whole, x)))
+    assert sorted((found.runs, found.bytes_sent) for found in collectives(parse(text))) == [(2, SIZE / 2), (2, SIZE)]
 
 
 def test_devices_are_numbered_by_their_place_in_the_mesh():

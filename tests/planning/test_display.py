@@ -27,7 +27,7 @@ PLAN = Plan(
         CollectiveTotal("all-reduce", (), 1, 1e6, 3.2e-4),
         CollectiveTotal("collective-permute", (), 1, 1e3, 1e-8),
     ],
-    roofline=Roofline(197e12, 197e12 / 3, 819e9, 9e9, 4 / 3, 1.0, 0.2),
+    roofline=Roofline(197e12, 197e12 / 3, 819e9, 9e9, {"arithmetic": 4 / 3, "HBM": 1.0, "interconnect": 0.2}),
     advice=["fits"],
 )
 
@@ -100,8 +100,8 @@ def test_the_roofline_has_rates_tokens_and_mfu():
         "at best": ["1,500,000 tokens/s", "75% MFU", "1.33 s"],
         "at worst": ["789,474 tokens/s", "39% MFU", "2.53 s"],
     }
-    unknown = dict.fromkeys(("hbm_bytes", "sent_bytes", "hbm_seconds", "network_seconds"))
-    too_large = PLAN._replace(roofline=PLAN.roofline._replace(**unknown))
+    unknown = PLAN.roofline._replace(hbm_bytes=None, sent_bytes=None, limits={"arithmetic": 4 / 3})
+    too_large = PLAN._replace(roofline=unknown)
     assert list(cells(roofline_table(too_large))) == ["arithmetic", "at best"]
 
 

@@ -58,20 +58,20 @@ def test_a_step_reads_its_arguments_and_writes_its_state(pair):
 
 def test_time_is_amount_over_rate(pair):
     config, step, line, module = pair
-    assert line.compute_seconds == (line.flops + line.recomputed_flops) / 197e12
-    assert (line.hbm_bytes, line.hbm_seconds) == (hbm_bytes(module), line.hbm_bytes / 819e9)
+    assert line.limits["arithmetic"] == (line.flops + line.recomputed_flops) / 197e12
+    assert (line.hbm_bytes, line.limits["HBM"]) == (hbm_bytes(module), line.hbm_bytes / 819e9)
     totals = [CollectiveTotal("all-reduce", (), 2, 3e6, 0.5), CollectiveTotal("all-gather", (), 1, 1e6, 0.25)]
     line = roofline(config, step, CHIPS["v5e"], 10, totals)
-    assert (line.sent_bytes, line.network_seconds) == (4e6, 0.75)
+    assert (line.sent_bytes, line.limits["interconnect"]) == (4e6, 0.75)
     unknown = roofline(config, step, CHIPS["v5e"], None, None)
-    assert (unknown.hbm_bytes, unknown.sent_bytes, unknown.network_seconds) == (None, None, None)
-    assert unknown.compute_seconds == line.compute_seconds
+    assert (unknown.hbm_bytes, unknown.sent_bytes) == (None, None)
+    assert unknown.limits == {"arithmetic": line.limits["arithmetic"]}
 
 
 def test_at_best_all_overlap_and_at_worst_nothing_does():
-    line = Roofline(0, 0, 0, 0, 2.0, 3.0, 5.0)
+    line = Roofline(0, 0, 0, 0, {"arithmetic": 2.0, "HBM": 3.0, "interconnect": 5.0})
     assert (line.at_best, line.at_worst) == (5.0, 10.0)
-    line = line._replace(hbm_seconds=None, network_seconds=None)
+    line = line._replace(limits={"arithmetic": 2.0})
     assert (line.at_best, line.at_worst) == (2.0, 2.0)
 
 
