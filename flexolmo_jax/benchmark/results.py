@@ -67,8 +67,7 @@ def _memory_columns(results: Sequence[Metrics]) -> dict[str, str]:
 def description() -> dict[str, Any]:
     """This machine and the versions of what runs on it; no device is touched."""
     packages = ("flexolmo-jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers")
-    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
-    versions = {name: installed[name] for name in packages if name in installed}
+    versions = {found.name: found.version for found in metadata.distributions() if found.name in packages}
     return {
         "machine": {
             "system": platform.platform(),

@@ -65,15 +65,15 @@ class Step:
         raise NotImplementedError
 
     def begin(self) -> dict[str, Any]:
-        """What `build` returns, "first_seconds" of a step, and "compile_seconds" that the very first takes besides."""
+        """What `build` returns, and "compile_seconds": what the first step takes beyond the second."""
         built = self.build()
         start = time.perf_counter()
         self.step()
         self.wait()
-        compiling = time.perf_counter() - start
-        first = self.seconds()
-        self._repeats = math.ceil(_LEAST_SECONDS / first)
-        return {**built, "first_seconds": first, "compile_seconds": compiling - first}
+        first = time.perf_counter() - start
+        later = self.seconds()
+        self._repeats = math.ceil(_LEAST_SECONDS / later)
+        return {**built, "compile_seconds": first - later}
 
     def seconds(self) -> float:
         """Seconds of a step, after one that is not timed, so that caches and memory hold nothing of other processes."""

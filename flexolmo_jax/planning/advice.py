@@ -25,9 +25,7 @@ def advice(config: ConfigDict, mesh: Mapping[str, int], memory: Memory, bound: s
     sizes = f"{memory.peak / _GIB:,.2f} of {memory.available / _GIB:,.2f} GiB"
     if not memory.fits:
         return [f"does not fit: {sizes}; try {' or '.join(_to_fit(config, mesh, memory) or ['more devices'])}"]
-    changes = _to_speed_up(config, memory, bound)
-    sentences = [f"fits: {sizes}", f"bound by {bound}"]
-    return sentences + (["may be faster with " + " or ".join(changes)] if changes else [])
+    return [f"fits: {sizes}", f"bound by {bound}"]
 
 
 def _to_fit(config: ConfigDict, mesh: Mapping[str, int], memory: Memory) -> list[str]:
@@ -40,43 +38,17 @@ def _to_fit(config: ConfigDict, mesh: Mapping[str, int], memory: Memory) -> list
     elif memory.state > 0.7 * memory.available:
         devices = math.ceil(math.log2(math.prod(mesh.values()) * memory.state / (0.5 * memory.available)))
         return [*changes, f"{2**devices} devices"]
-    accumulate, sequences = config.data.grad_accum_steps, _sequences(config, mesh)
-    factor = next((f for f in _divisors(sequences)[1:] if _has_room(memory, f)), None)
+    accumulate = config.data.grad_accum_steps
+    # Of a micro-batch, on each device.
+    sequences = config.data.batch_size // accumulate // (mesh["data"] * mesh["fsdp"] * mesh["expert"])
+    # Of more micro-batches, the gradient stays, and the other temporaries shrink.
+    room = _FULL * memory.available - memory.state - memory.batch - memory.trained
+    factors = (factor for factor in range(2, sequences + 1) if sequences % factor == 0)
+    factor = next((f for f in factors if memory.temporaries - memory.trained <= f * room), None)
     if factor:
         changes.append(f"config.data.grad_accum_steps={accumulate * factor}")
     policies = _POLICIES[_POLICIES.index(config.compute.remat) + 1 :]
     if policies:
-        is_not_enough = not factor and sequences > 1
-        both = f"config.data.grad_accum_steps={accumulate * sequences} " if is_not_enough else ""
+        both = f"config.data.grad_accum_steps={accumulate * sequences} " if not factor and sequences > 1 else ""
         changes.append(f"{both}config.compute.remat={policies[0]}")
-    if not changes and mesh["fsdp"] % 2 == 0:
-        changes.append(f"config.mesh.fsdp={mesh['fsdp'] // 2} config.mesh.tensor={2 * mesh['tensor']}")
     return changes
-
-
-def _to_speed_up(config: ConfigDict, memory: Memory, bound: str) -> list[str]:
-    """Changes that relieve what bounds a step, where memory allows."""
-    accumulate, remat = config.data.grad_accum_steps, _POLICIES.index(config.compute.remat)
-    if bound == "arithmetic":
-        # "none" recomputes no matmul less than "dots"; each policy may keep as much again.
-        return [f"config.compute.remat={_POLICIES[remat - 1]}"] if remat > 1 and _has_room(memory, 1 / 2) else []
-    # Weights are gathered and read once for each micro-batch, however large it is.
-    if accumulate > 1 and _has_room(memory, 1 / (factor := _divisors(accumulate)[1])):
-        return [f"config.data.grad_accum_steps={accumulate // factor}"]
-    return []
-
-
-def _has_room(memory: Memory, factor: float) -> bool:
-    """Whether `factor` times as many micro-batches probably fit: the gradient stays, the rest scales."""
-    rest = max(0, memory.temporaries - memory.trained)
-    return memory.state + memory.batch + memory.trained + rest / factor <= _FULL * memory.available
-
-
-def _sequences(config: ConfigDict, mesh: Mapping[str, int]) -> int:
-    """Sequences of a micro-batch that a device has."""
-    return config.data.batch_size // config.data.grad_accum_steps // (mesh["data"] * mesh["fsdp"] * mesh["expert"])
-
-
-def _divisors(number: int) -> list[int]:
-    """All divisors of a number, in ascending order."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

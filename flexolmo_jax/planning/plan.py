@@ -57,13 +57,12 @@ class Plan(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
-        best, worst = self.roofline.at_best, self.roofline.at_worst
         return {
             **self._asdict(),
             "chip": self.chip._asdict(),
             "memory": self.memory._asdict() | {"fits": self.memory.fits},
             "collectives": self.collectives and [total._asdict() for total in self.collectives],
-            "roofline": self.roofline._asdict() | {"at_best": best, "at_worst": worst},
+            "roofline": self.roofline._asdict() | dict(at_best=self.roofline.at_best, at_worst=self.roofline.at_worst),
         }
 
 
