@@ -5,7 +5,6 @@ tpu,cpu tests compute on the devices that are there, with all bits of float32.
 """
 
 import os
-import pathlib
 import tempfile
 
 _CACHE = None
@@ -38,6 +37,8 @@ FAST = (
     *("tests/test_check_terms.py", "tests/test_configs.py", "tests/test_docs.py", "tests/test_launch.py"),
     "tests/test_progress.py",
 )
+# In these folders, but longer than all others.
+LONG = ("tests/checkpoint/test_train_state.py", "tests/combine/test_dtypes.py", "tests/data/test_pipeline.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,8 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests of `FAST`."""
-    folders = [config.rootpath / path for path in FAST]
+    """Marks the tests of `FAST`, except those of `LONG`."""
+    fast, long = ([config.rootpath / path for path in paths] for paths in (FAST, LONG))
     for item in items:
-        if any(pathlib.Path(item.path).is_relative_to(path) for path in folders):
+        if any(map(item.path.is_relative_to, fast)) and item.path not in long:
             item.add_marker("fast")
