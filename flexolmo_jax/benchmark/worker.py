@@ -125,7 +125,7 @@ class Worker:
             raise UserError(f"{label}: no answer in {patience:.0f} seconds") from None
         except BrokenProcessPool:
             raise UserError(f"{label}: its process was killed, perhaps for want of memory") from None
-        except Exception as error:
+        except Exception as error:  # whatever the libraries of that side raise
             raise UserError(f"{label}: {type(error).__name__}: {first_line(error)}") from error
 
 

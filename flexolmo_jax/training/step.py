@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flexolmo_jax import sharding
 from flexolmo_jax.model.decoder import Decoder, Output
 from flexolmo_jax.model.loss import load_balancing, prediction_loss, router_z_loss, routing_shares, token_mask
 
@@ -49,10 +48,6 @@ class Program(NamedTuple):
     state: TrainState
     frozen: dict[str, jax.ShapeDtypeStruct]
     batch: dict[str, jax.ShapeDtypeStruct]
-
-    def num_shards(self, axis: str) -> int:
-        """Number of shards of a dimension with this logical axis."""
-        return sharding.num_shards(self.mesh, sharding.partition_spec((axis,), self.model.compute.rules)[0])
 
 
 class LossWeights(NamedTuple):
