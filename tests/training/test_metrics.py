@@ -59,8 +59,12 @@ def test_an_evaluation_is_written_after_the_step_it_follows(tmp_path):
     assert runs.read_metrics(tmp_path)[1] == {"step": 1, "evaluation/legal": 2.5}
 
 
-def refreshing():
-    return [thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"]
+def refreshing(timeout=0):
+    """rich's threads that still refresh a bar after `timeout` seconds."""
+    threads = [thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"]
+    for thread in threads:
+        thread.join(timeout)  # rich tells them to stop, and does not wait
+    return [thread for thread in threads if thread.is_alive()]
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_an_error_ends_the_progress_bar(tmp_path, terminal):
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
-    assert not refreshing()
+    assert not refreshing(timeout=30)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -89,7 +93,7 @@ def test_an_error_of_the_last_step_ends_the_progress_bar(tmp_path, terminal):
 
     with pytest.raises(KeyError, match="tokens"):
         fail()
-    assert not refreshing()
+    assert not refreshing(timeout=30)
 
 
 def test_the_progress_bar_is_on_standard_error_alone(tmp_path, capsys, terminal):
