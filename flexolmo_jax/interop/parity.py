@@ -159,8 +159,8 @@ def compare_logits(
     if reason:
         return reason
     tokens = random_tokens(int(manifest.architecture["vocab_size"]), min(LENGTH, manifest.context_length))
-    expected = _transformers_logits(directory, tokens)
-    gc.collect()
+    with _cycles_freed():
+        expected = _transformers_logits(directory, tokens)
     difference = compare(expected, our_logits(in_memory(manifest, shared, experts), tokens))
     # Written so that NaN fails.
     if not (difference.max_abs <= MAX_DIFFERENCE and difference.kl <= MAX_KL):
@@ -223,6 +223,17 @@ def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray) -> np.ndar
         )
     with torch.no_grad():
         return model.eval()(torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
+
+
+@contextlib.contextmanager
+def _cycles_freed() -> Iterator[None]:
+    """Frees the reference cycles made inside; to search all objects of a large process would take seconds."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
