@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.support import runs
+
+ROOT = runs.ROOT
 DOMAINS = {"public", "code", "headers", "legal"}
 
 
@@ -19,7 +21,7 @@ def run(*arguments, cwd):
     python = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
     command = script if pathlib.Path(sys.prefix) == ROOT / ".venv" else python
     # The package need not be installed. Unoptimized programs compile faster, and run only a few steps here.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**os.environ, "PYTHONPATH": runs.PYTHONPATH, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 

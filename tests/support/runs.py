@@ -31,6 +31,8 @@ from flexolmo_jax.training import loop
 from flexolmo_jax.training.metrics import Reporter
 
 ROOT = pathlib.Path(__file__).parents[2]
+# Of a process that needs the package and no torch.
+PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support" / "without_torch")))
 STEPS, EVERY = 12, 3
 
 # Over configs/*.py:tiny, as the command line would give them.
@@ -210,7 +212,7 @@ def run_program(arguments, environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, **environment, "JAX_NUM_CPU_DEVICES": str(jax.device_count()), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **environment, "JAX_NUM_CPU_DEVICES": str(jax.device_count()), "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         check=False,

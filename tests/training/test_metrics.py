@@ -60,7 +60,7 @@ def test_an_evaluation_is_written_after_the_step_it_follows(tmp_path):
 
 
 def refreshing(timeout=0):
-    """rich's threads that still refresh a bar after `timeout` seconds."""
+    """Threads of rich that still refresh a bar after `timeout` seconds."""
     threads = [thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"]
     for thread in threads:
         thread.join(timeout)  # rich tells them to stop, and does not wait
