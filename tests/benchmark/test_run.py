@@ -10,6 +10,7 @@ from flexolmo_jax.benchmark import run
 from flexolmo_jax.benchmark.results import steps_table, versus_table
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.tables import show
+from tests.support import runs, small
 
 SECONDS = {"flexolmo": 1.0, "eager": 2.0, "grouped_mm": 1.6}
 
@@ -132,6 +133,19 @@ def test_a_failure_leaves_a_side_out_unless_it_is_this_program(asked):
     with pytest.raises(UserError, match="flexolmo fails"):
         measure()
     assert log[-1] == ("flexolmo", "close")
+
+
+# ml_collections loads configuration files by a method that Python is about to lose.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_command_names_what_is_left_out(asked, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    _, process = asked
+    process.fails = ("eager",)
+    monkeypatch.chdir(runs.ROOT)
+    result = small.flexolmo("benchmark", "--config=configs/benchmark.py:300", "--step=expert", "--versus=transformers")
+    assert result.status == 0
+    assert "\nexpert: transformers, eager is left out: eager fails\n" in result.out
 
 
 def test_tables_show_medians_and_ratios_to_the_fastest_first(asked, capsys):

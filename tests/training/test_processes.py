@@ -1,13 +1,14 @@
 """Each process feeds its devices their own sequences of the global batch."""
 
-import pathlib
+import os
 import socket
 import subprocess
 import sys
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests.support import runs
+
 PROGRAM = """
 import sys
 import jax
@@ -30,9 +31,9 @@ def test_every_sequence_goes_to_one_process():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    command, environment = [sys.executable, "-c", PROGRAM, address], {**os.environ, "PYTHONPATH": runs.PYTHONPATH}
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, address, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for i in range(2)
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)
     ]
     sequences = [np.array(process.communicate(timeout=120)[0].split(), int) for process in processes]
     assert [len(indices) for indices in sequences] == [4, 4]
