@@ -22,7 +22,7 @@ from flexolmo_jax.model.routers import ROUTERS
 from tests.extensions.cosine_router import CosineRouter
 from tests.extensions.low_rank import RANK, LowRank
 from tests.support import small, tiny
-from tests.support.runs import make_config, train, write_words
+from tests.support.runs import make_config, one_device, train, write_words
 
 EXPERTS, D_MODEL, D_FF = 4, tiny.ARCHITECTURE.d_model, tiny.ARCHITECTURE.d_ff
 LOW_RANK = {
@@ -60,7 +60,8 @@ def test_an_extension_trains_merges_opts_out_evaluates_and_generates(tmp_path, f
     options = {"data__train": str(corpus.path), "steps": 2, "checkpoint__every": 2, "data__sequence_length": 16}
 
     def run(kind, directory, **values):
-        return train(make_config(kind, **options, **values), tmp_path / directory).output
+        with one_device():
+            return train(make_config(kind, **options, **values), tmp_path / directory).output
 
     anchor = run("anchor", "anchor", model__num_layers=1, **{f"model__{field}": name})
     news = run("expert", "news", start_from=str(anchor), expert="news")

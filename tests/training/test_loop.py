@@ -18,7 +18,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import flexolmo_jax
-from flexolmo_jax import sharding
 from flexolmo_jax.data.pipeline import evaluation_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
@@ -45,11 +44,8 @@ def losses_on_one_device(config, workdir, last):
         if step == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    take, make_mesh = Reporter.step, sharding.make_mesh
-    with (
-        mock.patch.object(sharding, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1])),
-        mock.patch.object(Reporter, "step", step_and_stop),
-    ):
+    take = Reporter.step
+    with runs.one_device(), mock.patch.object(Reporter, "step", step_and_stop):
         loop.train(config, workdir)
     return {line["step"]: line for line in runs.read_metrics(workdir) if "loss" in line}
 
