@@ -65,7 +65,7 @@ def test_splash_attention_is_causal_and_keeps_documents_apart(monkeypatch, expec
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("kernel", ["splash", "blockwise"])
-def test_attention_is_computed_where_rows_and_heads_are(expected, kernel):
+def test_attention_is_computed_where_sequences_and_heads_are(expected, kernel):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "expert": 1, "tensor": 2})
     with jax.set_mesh(mesh):
         heads = jax.NamedSharding(mesh, sharding.partition_spec(("batch", None, "heads", None), SHARDING_RULES))
