@@ -83,22 +83,24 @@ def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PAUSE", 0)
     out, results = measured(tmp_path / "results.json", "--step=expert", "--versus=transformers")
     (result,) = results["steps"]
-    ours, theirs = result["sides"]["flexolmo"], result["sides"]["eager"]
-    assert_metrics(ours, 2 + 2)  # alone, and in turns
+    this_program, eager = result["sides"]["flexolmo"], result["sides"]["eager"]
+    assert_metrics(this_program, 2 + 2)  # alone, and in turns
     trained = {f"blocks/moe/expert/{leaf}" for leaf in ("gate", "up", "down", "router/weight", "router/bias")}
-    assert ours["tokens"] == 32
-    assert ours["flops"] == train_step_flops(ARCHITECTURE, PAIR, trained, batch=2, length=16)
-    share = ours["flops"] / statistics.median(ours["seconds"]) / statistics.median(ours["limit"])
-    assert ours["share_of_limit"] == pytest.approx(share)
+    assert this_program["tokens"] == 32
+    assert this_program["flops"] == train_step_flops(ARCHITECTURE, PAIR, trained, batch=2, length=16)
+    share = (
+        this_program["flops"] / statistics.median(this_program["seconds"]) / statistics.median(this_program["limit"])
+    )
+    assert this_program["share_of_limit"] == pytest.approx(share)
 
-    ratio = statistics.median(theirs["seconds"]) / statistics.median(theirs["seconds_of_ours"])
-    assert len(theirs["seconds"]) == len(theirs["seconds_of_ours"]) == 2
+    ratio = statistics.median(eager["seconds"]) / statistics.median(eager["seconds_of_ours"])
+    assert len(eager["seconds"]) == len(eager["seconds_of_ours"]) == 2
     (line,) = [cells(line) for line in out.splitlines() if line.startswith("| transformers, ")]
     assert line[1:5] == [
-        f"{theirs['tokens_per_second']:,.2f}",
+        f"{eager['tokens_per_second']:,.2f}",
         f"{ratio:.2f}",
-        f"{theirs['peak_bytes'] / 2**30:.2f}",
-        f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}",
+        f"{eager['peak_bytes'] / 2**30:.2f}",
+        f"{this_program['peak_bytes'] / eager['peak_bytes']:.2f}",
     ]
 
 
