@@ -18,7 +18,8 @@ from flexolmo_jax.interop import harness
 from flexolmo_jax.interop.harness import FlexOlmoLM
 
 TASKS = ["local_choice", "local_rolling"]
-OPTIONS = {"include_path": str(harness_tasks.TASKS), "batch_size": 4, "max_length": 128}
+BATCH, MAX_LENGTH = 8, 127  # few shapes, and a text in several windows where its tokens are characters
+OPTIONS = {"include_path": str(harness_tasks.TASKS), "batch_size": BATCH, "max_length": MAX_LENGTH}
 COLUMNS = ["local_choice:acc", "local_choice:acc_norm"]
 COLUMNS += [f"local_rolling:{metric}" for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")]
 
@@ -40,7 +41,7 @@ def expected(home):
     manager = TaskManager(include_path=OPTIONS["include_path"], include_defaults=False)
     results = {}
     for label in ("merged", *(f"without-{name}" for name in harness_tasks.EXPERTS)):
-        lm = FlexOlmoLM(str(home / label), batch_size=4, max_length=128)
+        lm = FlexOlmoLM(str(home / label), batch_size=BATCH, max_length=MAX_LENGTH)
         found = simple_evaluate(lm, tasks=TASKS, task_manager=manager)["results"]
         results[label.replace("merged", "full model").replace("-", " ")] = {
             f"{task}:{metric}": (found[task][f"{metric},none"], found[task][f"{metric}_stderr,none"])

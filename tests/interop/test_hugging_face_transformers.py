@@ -22,7 +22,6 @@ from tests.support.tiny import COMPILE_FAST
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-torch.set_num_threads(1)  # threads that wait for one another on busy cores take longer than the work
 
 SIZES = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,7 +1,7 @@
 """The model of lm-evaluation-harness: its metrics, texts and tokens are those of the harness's own `hf`."""
 
+import functools
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -11,15 +11,21 @@ from tests.support import harness_tasks, small
 
 pytest.importorskip("lm_eval")
 
+import lm_eval.__main__
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 import flexolmo_jax
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.inference import engine
+from flexolmo_jax.interop import lm_eval as program
+from flexolmo_jax.interop import parity
 from flexolmo_jax.interop.harness import FlexOlmoLM
 
 EOS, MAX_LENGTH, NEW = 256, 64, 12
+BATCH = 3  # divides the number of most requests, so that few shapes are compiled
+MIN_BUCKET = engine.MIN_BUCKET
 HELLO = "hello, this is a text"
 
 
@@ -38,7 +44,7 @@ def model(home):
 
 @pytest.fixture(scope="module")
 def hf(home):
-    """Makes the harness's own model of an exported directory."""
+    """Makes the harness's own model of an exported directory, whose logits were not compared yet."""
     for package in ("torch", "transformers", "accelerate"):
         pytest.importorskip(package)
     from lm_eval.models.huggingface import HFLM
@@ -46,10 +52,12 @@ def hf(home):
     def make(name, **options):
         directory = home / f"hf-{name}"
         if not directory.exists():
-            result = small.flexolmo("export-hf", f"--model={home / name}", f"--out={directory}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(parity, "transformers_installed", lambda: False)
+                result = small.flexolmo("export-hf", f"--model={home / name}", f"--out={directory}")
             assert result.status == 0, result.err
         # Its sums of log probabilities would be rounded more coarsely than what is to be compared.
-        options = {"device": "cpu", "dtype": "float32", "softmax_dtype": "float64", "batch_size": 3} | options
+        options = {"device": "cpu", "dtype": "float32", "softmax_dtype": "float64", "batch_size": BATCH} | options
         return HFLM(str(directory), **options)
 
     return make
@@ -74,7 +82,7 @@ def requests(kind, *arguments):
 @pytest.mark.parametrize("without", [None, "news"])
 def test_metrics_and_texts_equal_those_of_hf_on_the_exported_model(model, hf, without):
     """With an expert left out, the exported model is the merge that never had it."""
-    lm = FlexOlmoLM(model, without=without or "", batch_size=4, max_length=MAX_LENGTH)
+    lm = FlexOlmoLM(model, without=without or "", batch_size=BATCH, max_length=MAX_LENGTH)
     found, expected = evaluate(lm), evaluate(hf(f"without-{without}" if without else "merged", max_length=MAX_LENGTH))
     for task in harness_tasks.NAMES:
         assert_equal_results(found["results"][task], expected["results"][task])
@@ -112,7 +120,7 @@ def test_tokens_equal_those_of_hf(model, hf, add_bos_token):
 
 def plain_score(model, context, continuation, without=()):
     """One sequence at a time, from logits, in float64; the padding is for one compilation."""
-    tokens = np.zeros((1, 2 * MAX_LENGTH), int)
+    tokens = np.zeros((1, MAX_LENGTH + 1), int)
     tokens[0, : len(context) + len(continuation)] = [*context, *continuation]
     logits_SxV = np.asarray(model.logits(tokens, without=without), np.float64)[0]
     log_probability_SxV = logits_SxV - np.log(np.exp(logits_SxV).sum(axis=-1, keepdims=True))
@@ -121,7 +129,7 @@ def plain_score(model, context, continuation, without=()):
     return score, all(logits_SxV[s].argmax() == token for s, token in zip(before_S, continuation, strict=True))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", [1, BATCH, 16])
 @pytest.mark.parametrize("without", [(), ("anchor", "news")])
 def test_loglikelihood_equals_a_plain_loop_whatever_the_batch(model, batch_size, without):
     """Contexts: none, white space, one that ends in spaces, one that is too long; answers in the order of requests."""
@@ -144,7 +152,7 @@ def test_loglikelihood_equals_a_plain_loop_whatever_the_batch(model, batch_size,
     ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("batch_size", [1, BATCH])
 def test_rolling_windows_score_each_token_once(model, batch_size):
     """A window is full, its first token the last one of the window before; the last window reaches back."""
     lm = FlexOlmoLM(model, batch_size=batch_size, max_length=MAX_LENGTH)
@@ -169,6 +177,7 @@ def test_few_shapes_are_compiled(model, monkeypatch):
 
     original = model.score
     monkeypatch.setattr(model, "score", score)
+    monkeypatch.setattr(engine, "MIN_BUCKET", MIN_BUCKET)
     lm = FlexOlmoLM(model, batch_size=8, max_length=256)
     lm._loglikelihood_tokens([(None, [1], [2] * n) for n in range(1, 257)], disable_tqdm=True)
     assert max(shapes) == (8, 257)
@@ -178,7 +187,7 @@ def test_few_shapes_are_compiled(model, monkeypatch):
     assert len(shapes) <= 15
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, BATCH])
 def test_texts_end_at_the_first_stop_string_whatever_the_batch(model, batch_size):
     lm = FlexOlmoLM(model, without="news", batch_size=batch_size, max_length=MAX_LENGTH, max_gen_toks=NEW)
     contexts = ["a", HELLO, "", "x" * 60 + "y" * 40, "another one", "<|endoftext|>and on", "1234"]
@@ -187,7 +196,7 @@ def test_texts_end_at_the_first_stop_string_whatever_the_batch(model, batch_size
 
     def plain(count):
         cut = [prompt[-(MAX_LENGTH - count) :] for prompt in prompts]
-        return [continuation.text for continuation in model.generate(cut, count, without=["news"])]
+        return [model.generate([prompt], count, without=["news"])[0].text for prompt in cut]
 
     whole, shorter = plain(NEW), plain(6)
     assert min(map(len, whole[:2])) > 3
@@ -205,14 +214,14 @@ def test_texts_end_at_the_first_stop_string_whatever_the_batch(model, batch_size
 def test_sampling_depends_on_the_seed_alone(model):
     """Repeats of a request differ, the batch changes nothing, and only a task that asks for it is sampled."""
 
-    def sample(batch_size=3, seed=0, **kwargs):
+    def sample(batch_size=BATCH, seed=0, **kwargs):
         lm = FlexOlmoLM(model, batch_size=batch_size, seed=seed, max_length=MAX_LENGTH, max_gen_toks=NEW)
         kwargs = {"until": [], "do_sample": True, "temperature": 1.0} | kwargs
         return lm.generate_until(requests("generate_until", *[(HELLO, kwargs)] * 4), disable_tqdm=True)
 
     first = sample()
     assert len(set(first)) == 4
-    assert first == sample(batch_size=2)
+    assert first == sample(batch_size=1)
     assert first != sample(seed=1)
     greedy = model.generate([[*HELLO.encode()]], NEW)[0].text
     for kwargs in ({"do_sample": False}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.0}):
@@ -273,42 +282,51 @@ def test_bad_requests_are_refused(model, home):
 
 def test_several_experts_may_be_left_out(model):
     pairs = requests("loglikelihood", ("a", HELLO))
-    found = FlexOlmoLM(model, without="code+news").loglikelihood(pairs)
-    assert found == FlexOlmoLM(model, without=["news", "code"]).loglikelihood(pairs)
-    assert found != FlexOlmoLM(model, without="news").loglikelihood(pairs)
+    found, same, other = (
+        FlexOlmoLM(model, without=names, max_length=MAX_LENGTH).loglikelihood(pairs)
+        for names in ("code+news", ["news", "code"], "news")
+    )
+    assert found == same
+    assert found != other
 
 
-# The module as a program, without the harness's own tasks, which take it half a minute to list.
-PROGRAM = """
-import functools
-from lm_eval.tasks import TaskManager
-from flexolmo_jax.interop import lm_eval
-TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
-lm_eval.main()
-"""
+@pytest.fixture
+def run_program(monkeypatch, capsys):
+    """Runs the command line in this process; returns its exit status and standard error."""
+
+    def run(*arguments):
+        tasks = ["--include_path", harness_tasks.TASKS, "--tasks", "local_choice"]
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "flexolmo", *map(str, [*tasks, *arguments])])
+        status = 0
+        try:
+            program.main()
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, capsys.readouterr().err
+
+    # The harness's own tasks take half a minute to list.
+    without_defaults = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", without_defaults)
+    monkeypatch.setattr(lm_eval.__main__, "setup_logging", lambda: None)  # it would outlive the test
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which the harness sets
+    return run
 
 
-def run_program(*arguments):
-    tasks = ["--include_path", harness_tasks.TASKS, "--tasks", "local_choice"]
-    command = [sys.executable, "-c", PROGRAM, "--model", "flexolmo", *map(str, [*tasks, *arguments])]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_as_a_program(home, model, tmp_path):
+def test_as_a_program(home, model, tmp_path, run_program):
     """The flags are those of `lm_eval`."""
     model_args = f"path={home}/merged,without=code+news,max_length={MAX_LENGTH}"
-    done = run_program("--model_args", model_args, "--batch_size", "4", "--output_path", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    status, err = run_program("--model_args", model_args, "--batch_size", f"{BATCH}", "--output_path", tmp_path / "out")
+    assert status == 0, err
     (file,) = (tmp_path / "out").rglob("results_*.json")
     written = json.loads(file.read_text())
-    lm = FlexOlmoLM(model, without="code+news", batch_size=4, max_length=MAX_LENGTH)
+    lm = FlexOlmoLM(model, without="code+news", batch_size=BATCH, max_length=MAX_LENGTH)
     expected = evaluate(lm, ["local_choice"])
     assert_equal_results(written["results"]["local_choice"], expected["results"]["local_choice"])
     assert written["config"]["without"] == ["code", "news"]
 
 
-def test_as_a_program_it_ends_with_status_2(home):
-    done = run_program("--model_args", f"path={home}/nosuch")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("lm_eval: ")
-    assert "Traceback" not in done.stderr
+def test_as_a_program_it_ends_with_status_2(home, run_program):
+    status, err = run_program("--model_args", f"path={home}/nosuch")
+    assert status == 2
+    assert err.strip().splitlines()[-1].startswith("lm_eval: ")
+    assert "Traceback" not in err

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from flexolmo_jax.combine.merge import merge
+from flexolmo_jax.inference import engine
 from tests.support import small
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,8 +33,12 @@ def write_models(home):
 
 @contextlib.contextmanager
 def offline(cache):
-    """Runs at the root of the repository, which the tasks' paths start from, with `cache` for their data."""
+    """Runs at the root of the repository, which the tasks' paths start from, with `cache` for their data.
+
+    All sequences are padded to one length, so that few programs are compiled.
+    """
     import datasets
+    from lm_eval import evaluator
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -42,4 +47,7 @@ def offline(cache):
         patch.setenv("HF_DATASETS_CACHE", str(cache))
         patch.setenv("DISABLE_MULTIPROC", "1")
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        # It lists the installed packages in another process, for a field that no test reads.
+        patch.setattr(evaluator, "add_env_info", lambda storage: None)
+        patch.setattr(engine, "MIN_BUCKET", 128)
         yield
