@@ -85,12 +85,12 @@ def test_a_tuned_export_in_another_dtype_opts_out_to_the_merge_in_that_dtype(hom
 def test_biases_are_dropped_in_another_dtype(home, tmp_path):
     trained = small.expert_leaves(home / "anchor", 3)
     small.contribution(tmp_path / "math", home / "anchor", leaves=trained)
-    merge(home / "anchor", [home / "news", tmp_path / "math"], tmp_path / "biased", top_k=2)
+    merge(home / "anchor", [home / "news", tmp_path / "math"], tmp_path / "biased", top_k=3)
     run("export-hf", f"--model={tmp_path}/biased", f"--out={tmp_path}/out", "--dtype=float16", "--drop_bias")
     run("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/back")
     run("opt-out", f"--model={tmp_path}/back", "--expert=news", f"--out={tmp_path}/without")
     (tmp_path / "without" / "certificate.json").unlink()
-    merge(home / "anchor", [tmp_path / "math"], tmp_path / "never", top_k=2, dtype="float16")
+    merge(home / "anchor", [tmp_path / "math"], tmp_path / "never", top_k=3, dtype="float16")
     assert small.files(tmp_path / "without") == small.files(tmp_path / "never")
 
 
@@ -110,13 +110,6 @@ def test_a_pair_of_another_dtype_is_a_contribution(home, tmp_path, dtype):
     if dtype == home.name:  # the merge would round it to that dtype too
         merge(home / "anchor", [home / "code", tmp_path / "news"], tmp_path / "merged", top_k=3)
         assert small.files(tmp_path / "merged") == small.files(home / "merged")
-    # An owner's trained weights that went by way of a wider dtype are the owner's again.
-    run("export-hf", f"--contribution={home}/code", pair[1], f"--out={tmp_path}/code-pair", "--dtype=float32")
-    imports[0], imports[3] = f"--source={tmp_path}/code-pair", "--expert=code"
-    run("import-hf", *imports, f"--out={tmp_path}/code")
-    merge(home / "anchor", [tmp_path / "code", home / "news"], tmp_path / "by-way", top_k=3)
-    assert small.files(tmp_path / "by-way") == small.files(home / "merged")
-    imports[0], imports[3] = f"--source={tmp_path}/pair", "--expert=news"
     if dtype == "float32":
         assert small.files(tmp_path / "news") == small.files(home / "news")
     shutil.rmtree(tmp_path / "pair" / "flexolmo")
@@ -126,6 +119,15 @@ def test_a_pair_of_another_dtype_is_a_contribution(home, tmp_path, dtype):
     found = small.read_params(tmp_path / "with-published")["blocks/moe/experts/up"][:, 2]
     expected = rounded["up"].astype(np.float32).astype(DTYPES[home.name])
     assert found.tobytes() == expected.tobytes()
+
+
+def test_a_pair_that_went_by_way_of_a_wider_dtype_is_its_owners_again(home, tmp_path):
+    anchor = f"--anchor={home}/anchor"
+    run("export-hf", f"--contribution={home}/code", anchor, f"--out={tmp_path}/pair", "--dtype=float32")
+    imports = [f"--source={tmp_path}/pair", "--as-contribution", anchor, "--expert=code"]
+    run("import-hf", *imports, f"--out={tmp_path}/code")
+    merge(home / "anchor", [tmp_path / "code", home / "news"], tmp_path / "by-way", top_k=3)
+    assert small.files(tmp_path / "by-way") == small.files(home / "merged")
 
 
 def test_a_pair_of_another_dtype_and_another_anchor_is_no_contribution(home, tmp_path):
