@@ -118,13 +118,13 @@ def too_large(shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Sl
 def in_memory(
     manifest: ModelManifest, shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]
 ) -> Model:
-    """A float32 model of these leaves."""
-    params = {}
+    """A float32 model of these leaves on the first device, where `load` puts them too."""
+    params, device = {}, jax.devices()[0]
     for path, content in stack_experts(shared, experts).items():
         stacked = not isinstance(content, Slice)
         values = np.stack([_whole(part) for part in content], axis=1) if stacked else _whole(content)
         for name, leaf in separate_layers({path: values}, int(manifest.architecture["num_layers"])).items():
-            params[name] = jnp.asarray(leaf, jnp.float32)
+            params[name] = jax.device_put(jnp.asarray(leaf, jnp.float32), device)
     return Model(manifest, params)
 
 
