@@ -60,6 +60,8 @@ class Engine:
             limit.
         """
         self._model, self._max_length = model, max_length
+        devices = {device for leaf in model.params.values() if isinstance(leaf, jax.Array) for device in leaf.devices()}
+        self._device = devices.pop() if len(devices) == 1 else None
         self._slots: list[_Slot | None] = [None] * slots
         self._ids = itertools.count()
         self._state: State | None = None
@@ -228,7 +230,9 @@ class Engine:
             decoder, batch = self._model.decoder, len(self._slots)
             if length > self._length:
                 length = bucket(max(length, min(2 * self._length, self._max_length or 2 * self._length)))
-            self._state = extend(decoder, self._state, batch, max(length, self._length), max(top, kept) if top else 0)
+            state = extend(decoder, self._state, batch, max(length, self._length), max(top, kept) if top else 0)
+            # As the results of later steps are; otherwise `prefill` is compiled for a new state and for later ones.
+            self._state = jax.device_put(state, self._device)
 
     def _collect_all(self, slots: Mapping[int, _Slot], state: State, stopped_B: np.ndarray) -> list[Update]:
         """What the last step added to these slots; `stopped_B` holds the stop token of each slot, or `NO_TOKEN`."""
