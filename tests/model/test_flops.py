@@ -1,6 +1,7 @@
 """The counts, against the matmuls in the gradient of a plain decoder written out here, layer by layer."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -75,12 +76,9 @@ def plain_loss(leaves, arch, layout, tokens):
 
 
 def dot_flops(jaxpr):
-    """[(FLOPs, whether it is of attention's [length, length] kind)] of all dots whose results are used."""
-    needed, dots = set(jaxpr.outvars), []
-    for equation in reversed(jaxpr.eqns):
-        if not needed.intersection(equation.outvars):
-            continue
-        needed.update(v for v in equation.invars if isinstance(v, jax.extend.core.Var))
+    """[(FLOPs, whether it is of attention's [length, length] kind)] of all dots."""
+    dots = []
+    for equation in jaxpr.eqns:
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             dots += dot_flops(inner)
         if equation.primitive.name == "dot_general":
@@ -92,18 +90,21 @@ def dot_flops(jaxpr):
     return dots
 
 
-def counted(arch, layout, trainable):
+@functools.cache
+def plain_gradient(arch, layout):
+    """(jaxpr of the loss and its gradient with respect to all leaves, for each output the leaf or None: the loss)."""
     leaves = Decoder(arch, layout).abstract()
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-    frozen = {path: leaf for path, leaf in leaves.items() if path not in trainable}
+    step = jax.value_and_grad(lambda leaves, tokens: plain_loss(leaves, arch, layout, tokens))
+    return jax.make_jaxpr(step)(leaves, tokens).jaxpr, [None, *sorted(leaves)]
 
-    def loss(trained, frozen, tokens):
-        return plain_loss({**frozen, **trained}, arch, layout, tokens)
 
-    step = jax.value_and_grad(loss) if trainable else loss
-    jaxpr = jax.make_jaxpr(step)({path: leaves[path] for path in trainable}, frozen, tokens).jaxpr
+def counted(arch, layout, trainable):
+    """FLOPs of the dots that the loss and the gradients of these leaves need."""
+    jaxpr, outputs = plain_gradient(arch, layout)
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [leaf is None or leaf in trainable for leaf in outputs])
     # Of LENGTH x LENGTH positions, causality leaves LENGTH (LENGTH + 1) / 2.
-    return sum(flops * (LENGTH + 1) / (2 * LENGTH) if attention else flops for flops, attention in dot_flops(jaxpr))
+    return sum(flops * (LENGTH + 1) / (2 * LENGTH) if attention else flops for flops, attention in dot_flops(needed))
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)
@@ -170,9 +171,9 @@ def test_recomputed_flops_are_those_that_rematerialization_adds_to_the_gradient(
     layout = Layout("stacked", 2, 2) if kind == "all chosen" else LAYOUTS[KIND[kind]]
     leaves = Decoder(ARCHITECTURE, layout).abstract()
     trainable = trainable_paths(leaves, PARTITIONS.get(kind, PARTITIONS["joint"]))
-    kept = gradient_flops(layout, trainable, "none")
+    flops = {remat: gradient_flops(layout, trainable, remat) for remat in REMAT_POLICIES}
     for remat in REMAT_POLICIES:
-        again = gradient_flops(layout, trainable, remat) - kept
+        again = flops[remat] - flops["none"]
         if kind == "all chosen" and remat != "none":  # experts that see all tokens are summed by a matmul: not counted
             again -= 2 * BATCH * LENGTH * ARCHITECTURE.num_layers * layout.num_experts * ARCHITECTURE.d_model
         assert recomputed_flops(ARCHITECTURE, layout, remat, BATCH, LENGTH) == again, remat
