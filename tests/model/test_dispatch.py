@@ -39,16 +39,15 @@ def test_stacked_experts_sum_as_plain_loops_do(top_k, dispatch):
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, top_k), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dispatch", HERE)
 @pytest.mark.parametrize("top_k", range(1, EXPERTS + 1))
-def test_normalised_weights_of_the_top_k_sum_to_one(top_k, dispatch):
+def test_normalised_weights_of_the_top_k_sum_to_one(top_k):
     x, kernels, weights = random_mixture()
     heaviest = np.sort(weights, axis=-1)[..., -top_k:].sum(-1, keepdims=True)
-    actual = summed(*to_float32((x, kernels, weights)), top_k, True, dispatch)
+    actual = summed(*to_float32((x, kernels, weights)), top_k, True, "all")
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights / heaviest, top_k), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("step", "steps"), [(1, 1), (1, 4), (2, 2), (3, 3), (14, 1)])
+@pytest.mark.parametrize(("step", "steps"), [(1, 1), (1, 4), (3, 3), (14, 1)])
 def test_blocks_of_any_size_sum_to_the_same(monkeypatch, step, steps):
     """Tokens are spread unevenly, so that experts have several blocks, a part of one, or none."""
     monkeypatch.setattr(expert_loop, "STEP", step)
@@ -77,32 +76,37 @@ def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
     assert (np.abs(actual).max(axis=-1) > 0).all()
 
 
+def uneven_gradient(experts_sum, top_k):
+    """The gradient of tokens that are spread unevenly, by x, kernels and weights."""
+    x, kernels, weights = random_mixture()
+    weights[..., 1] *= 1e-6
+    weights[..., 3] *= 5
+    cotangent = np.float32(np.random.default_rng(1).normal(size=(BATCH, LENGTH, D_MODEL)))
+    gradient = jit(jax.grad(lambda arguments: jnp.sum(experts_sum(*arguments, top_k) * cotangent)))
+    return gradient(to_float32((x, kernels, weights)))
+
+
+@functools.cache
+def expected_gradient(top_k):
+    return uneven_gradient(masked_sum, top_k)
+
+
 @pytest.mark.parametrize("dispatch", HERE)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_gradients_of_stacked_experts_are_those_of_the_plain_sum(monkeypatch, top_k, dispatch):
     """Experts have several blocks, or a part of one; one has no tokens, and a gradient of 0."""
     monkeypatch.setattr(expert_loop, "STEP", 1)
     monkeypatch.setattr(expert_loop, "STEPS", 3)
-    x, kernels, weights = random_mixture()
-    weights[..., 1] *= 1e-6
-    weights[..., 3] *= 5
-    arguments = to_float32((x, kernels, weights))
-    cotangent = np.float32(np.random.default_rng(1).normal(size=(BATCH, LENGTH, D_MODEL)))
-
-    def gradients(experts_sum):
-        return jit(jax.grad(lambda a: jnp.sum(experts_sum(*a, top_k) * cotangent)))(arguments)
-
-    actual = gradients(functools.partial(sum_of_chosen, dispatch=dispatch))
-    assert_trees_close(actual, gradients(masked_sum), 1e-5)
+    actual = uneven_gradient(functools.partial(sum_of_chosen, dispatch=dispatch), top_k)
+    assert_trees_close(actual, expected_gradient(top_k), 1e-5)
     assert not np.asarray(actual[1]["gate"][1]).any()
     assert np.asarray(actual[1]["gate"][3]).any()
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_an_assignment_of_weight_zero_is_not_computed_and_gets_no_gradient(top_k):
+def test_an_assignment_of_weight_zero_is_not_computed_and_gets_no_gradient():
     x, kernels, weights = random_mixture()
     weights[0, :3] = 0
-    gradients = jit(jax.grad(lambda a: jnp.sum(sum_of_chosen(*a, top_k, dispatch="loop") ** 2)))
+    gradients = jit(jax.grad(lambda a: jnp.sum(sum_of_chosen(*a, top_k=3, dispatch="loop") ** 2)))
     d_x, _, d_weights = gradients(to_float32((x, kernels, weights)))
     assert not np.asarray(d_x[0, :3]).any()
     assert not np.asarray(d_weights[0, :3]).any()
