@@ -51,7 +51,7 @@ SIZES = {
     "small": {
         "train_bytes": 100_000,
         "heldout_bytes": 4_000,
-        "anchor": [*TINY_STEPS, "--config.model.num_layers=2", "--config.model.d_model=64", "--config.model.d_ff=96"],
+        "anchor": [*TINY_STEPS, "--config.model.num_layers=1", "--config.model.d_model=64", "--config.model.d_ff=96"],
         "expert": TINY_STEPS,
     },
 }

@@ -4,6 +4,7 @@ Tests run on eight emulated devices; a test that needs fewer takes the first one
 tpu,cpu tests compute on the devices that are there, with all bits of float32.
 """
 
+import gc
 import os
 import tempfile
 
@@ -15,14 +16,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the environment of t
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_CACHE.name}/compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    # Tests compute little and compile much: code that LLVM does not optimize is ready in half the time.
+    # Tests compute little and compile much: code that LLVM does not optimize, in one module, is ready in half the time.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import jax  # noqa: E402  it reads the environment
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Few programs of a worker serve another process; to keep them all would take longer than the others save.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 if jax.config.jax_platforms != "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -45,6 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Removes the cache of compiled programs at the end."""
     if _CACHE is not None:
         config.add_cleanup(_CACHE.cleanup)
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what modules made from being searched for garbage again and again, which takes half a second each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_sessionfinish() -> None:
+    """The same for all that is left: pytest ends with several collections."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from flax.serialization import msgpack_restore, msgpack_serialize
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
@@ -31,6 +32,10 @@ from flexolmo_jax.training import loop
 from flexolmo_jax.training.metrics import Reporter
 
 ROOT = pathlib.Path(__file__).parents[2]
+# By default Orbax slices each leaf for the devices that hold a copy of it, and compiles every slice.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
+)
 # Of a process that needs the package and no torch.
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support" / "without_torch")))
 STEPS, EVERY = 12, 3
