@@ -62,13 +62,15 @@ def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
     stray = entries - {folder_name(name) for name in names} - {METADATA}
     if stray:
         raise UserError(f"{path}: holds {min(stray)}, which its index does not name; copy the directory again")
+    # A chunk that is missing must not be read as zeros.
+    options = {"driver": "zarr3", "open": True, "fill_missing_data_reads": False}
+    kvstores = {name: _kvstore(path / folder_name(name)) for name in names}
+    # All at once: on an object store each takes a round trip.
+    opening = {name: ts.open({**options, "kvstore": kvstores[name]}, context=_context()) for name in names}
     leaves = {}
-    for name in names:
-        # A chunk that is missing must not be read as zeros.
-        spec = {"driver": "zarr3", "kvstore": _kvstore(path / folder_name(name)), "open": True}
-        spec["fill_missing_data_reads"] = False
+    for name, leaf in opening.items():
         try:
-            leaves[name] = ts.open(spec, context=_context()).result()
+            leaves[name] = leaf.result()
         except ValueError as error:
             raise UserError(f"{path}: leaf {name} cannot be opened ({first_line(error)[:160]})") from None
         _check_chunks(leaves[name], f"{path}: leaf {name}")
