@@ -32,10 +32,6 @@ from flexolmo_jax.training import loop
 from flexolmo_jax.training.metrics import Reporter
 
 ROOT = pathlib.Path(__file__).parents[2]
-# By default Orbax slices each leaf for the devices that hold a copy of it, and compiles every slice.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
-)
 # Of a process that needs the package and no torch.
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support" / "without_torch")))
 STEPS, EVERY = 12, 3
@@ -100,6 +96,11 @@ class Run(NamedTuple):
     leaves: dict[str, np.ndarray]
 
 
+def whole_leaves():
+    """Orbax saves leaves whole inside; else it slices them for the devices with copies, and compiles every slice."""
+    return mock.patch.object(ocp.type_handlers.get_type_handler(jax.Array), "_use_replica_parallel", False)
+
+
 def train(config, workdir: pathlib.Path) -> Run:
     """Trains in this process, keeping the leaves that go to `publish`; a run that is there already is read."""
     file = workdir.with_suffix(".leaves")
@@ -109,7 +110,7 @@ def train(config, workdir: pathlib.Path) -> Run:
         return original(output, leaves, publication)
 
     original = loop.publish
-    with once(workdir), mock.patch.object(loop, "publish", publish):
+    with once(workdir), whole_leaves(), mock.patch.object(loop, "publish", publish):
         output = loop.train(config, workdir)
     return Run(config, workdir, pathlib.Path(output), msgpack_restore(file.read_bytes()))
 

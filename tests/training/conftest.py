@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flexolmo_jax.training import loop, run
+from tests.support import runs
 
 
 def once_each(function):
@@ -28,7 +29,7 @@ SHARED = [
 @pytest.fixture(scope="module", autouse=True)
 def shared_steps():
     """JAX traces the step of equal configurations once, since it is the same function."""
-    with pytest.MonkeyPatch.context() as patch:
+    with runs.whole_leaves(), pytest.MonkeyPatch.context() as patch:
         for module, name, function in SHARED:
             patch.setattr(module, name, function)
         yield
