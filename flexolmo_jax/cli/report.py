@@ -71,4 +71,4 @@ def run() -> None:
         settings=settings,
     )
     show(bits_per_byte_table(report.bits_per_byte(results), list(corpora)))
-    print(f"{out}: {len(models)} models on {len(corpora)} corpora")
+    print(f"{out}: models {len(models)}, corpora {len(corpora)}")
