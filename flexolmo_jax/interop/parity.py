@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
 
@@ -124,7 +123,7 @@ def in_memory(
         stacked = not isinstance(content, Slice)
         values = np.stack([_whole(part) for part in content], axis=1) if stacked else _whole(content)
         for name, leaf in separate_layers({path: values}, int(manifest.architecture["num_layers"])).items():
-            params[name] = jax.device_put(jnp.asarray(leaf, jnp.float32), device)
+            params[name] = jax.device_put(np.asarray(leaf, np.float32), device)
     return Model(manifest, params)
 
 
