@@ -19,11 +19,17 @@ SHARDING_RULES = (
 )
 
 
-# Which leaves are trained, by what is trained: an anchor; an owner's expert; a merged model's router; all of it.
+# Which leaves are trained, by what is trained: an anchor; an owner's expert, alone or in a pair; a merged model's
+# router; all of it.
 PARTITIONS = {
     # The router of an anchor waits for other experts: alone, it has nothing to route.
     "anchor": ((r"blocks/moe/anchor/router/.*", "frozen"), (r".*", "trainable")),
-    "expert": ((r"blocks/moe/expert/.*", "trainable"), (r".*", "frozen")),
+    "solo": (
+        (r"blocks/moe/expert/router/.*", "frozen"),
+        (r"blocks/moe/expert/.*", "trainable"),
+        (r".*", "frozen"),
+    ),
+    "pair": ((r"blocks/moe/expert/.*", "trainable"), (r".*", "frozen")),
     "router": ((r"blocks/moe/experts/router/.*", "trainable"), (r".*", "frozen")),
     "joint": ((r".*", "trainable"),),
 }
@@ -52,6 +58,9 @@ def declare() -> ConfigDict:
     # Model directory to start from (an owner's anchor, a coordinator's merge); "": fresh weights.
     config.start_from = ""
     config.expert = ""  # name of the expert to train against start_from; "": train the model itself
+    # How it is trained: "solo", alone with weight 1 in the frozen anchor; "pair", beside the anchor's own feed-forward,
+    # with a router.
+    config.expert_layout = key("solo", choices(registry="model.architecture:EXPERT_LAYOUTS"))
     # Ordered (regular expression of a leaf's whole path, "trainable" or "frozen"); the first match decides.
     config.partition = key(((".*", "trainable"),), pairs)
 

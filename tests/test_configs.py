@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import base, keys, models
 from flexolmo_jax import sharding
-from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
+from flexolmo_jax.model.architecture import ANCHOR, PAIR, SOLO, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.training.optimizer import make_schedule
 from flexolmo_jax.training.run import build_model
@@ -24,16 +24,19 @@ CONFIGS = sorted(
 )
 SIZES = tuple(models._SIZES)
 STACKED = Layout("stacked", 3, 2)
+SOLO_LEAVES = {f"blocks/moe/expert/{leaf}" for leaf in ("gate", "up", "down")}
 # The layout each one trains, the leaves it trains, and the tokens of its published setting (docs/method.md).
 TRAINS = {
     "anchor": (ANCHOR, lambda path: not re.search("moe/anchor/router/.*", path), 1e12),
-    "expert": (PAIR, lambda path: path.startswith("blocks/moe/expert/"), 50e9),
+    "expert": (SOLO, lambda path: path in SOLO_LEAVES, 50e9),
+    "pair": (PAIR, lambda path: path.startswith("blocks/moe/expert/"), 50e9),
     "router": (STACKED, lambda path: path.endswith(("experts/router/weight", "experts/router/bias")), 5e9),
     "joint": (STACKED, lambda path: True, 50e9),
 }
 # What a command needs besides `--config`, `--workdir` and data.
 STARTS = {
     "expert": {"config.start_from", "config.expert"},
+    "pair": {"config.start_from", "config.expert"},
     "router": {"config.start_from"},
     "joint": {"config.start_from"},
 }
@@ -72,7 +75,9 @@ class TestEverySize:
 
     def test_its_fresh_model_has_the_layout_it_trains(self, name, size):
         config = get_config(name, size)
-        fresh = {"anchor": ANCHOR, "expert": PAIR}.get(name, Layout("stacked", *((4, 2) if size == "tiny" else (8, 4))))
+        fresh = {"anchor": ANCHOR, "expert": SOLO, "pair": PAIR}.get(
+            name, Layout("stacked", *((4, 2) if size == "tiny" else (8, 4)))
+        )
         assert build_model(config)[0].layout == fresh
 
     def test_its_model_divides_over_sixteen_devices(self, name, size):

@@ -12,10 +12,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from configs.base import PARTITIONS
 from flexolmo_jax.benchmark.worker import Spec, Worker
 from flexolmo_jax.errors import ArgumentError, UserError
+from flexolmo_jax.model.architecture import EXPERT_LAYOUTS
 from flexolmo_jax.training.run import ANY_PLATFORM, build_model
 
 FLEXOLMO = "flexolmo"
-STEPS = ("anchor", "expert", "joint", "router", "decode")
+STEPS = ("anchor", "solo", "pair", "joint", "router", "decode")
 # Of transformers: each `experts_implementation`, as it is and through `torch.compile`.
 VARIANTS = tuple(itertools.product(("eager", "grouped_mm", "batched_mm"), (False, True)))
 DENSE = (("", False), ("", True))
@@ -60,7 +61,9 @@ def prepared(config: ConfigDict, step: str) -> FrozenConfigDict:
         problem = f"step={step} needs 2 at least; give them, or name other steps"
         raise ArgumentError("config.moe.num_experts", config.moe.num_experts, problem)
     config = config.copy_and_resolve_references()
-    if step in ("anchor", "expert"):
+    if step in EXPERT_LAYOUTS:
+        config.expert_layout = step
+    if step in ("anchor", *EXPERT_LAYOUTS):
         config.moe.num_experts = config.moe.top_k = 1
     if step == "decode":
         config.data.grad_accum_steps = 1  # of training steps alone
@@ -80,7 +83,7 @@ def _specs(step: str, config: FrozenConfigDict, versus: bool) -> dict[str, Spec]
         return specs
     count, at_once = config.data.grad_accum_steps, ConfigDict(config)
     at_once.data.grad_accum_steps = 1
-    is_dense = step == "anchor" or (step == "decode" and config.moe.num_experts == 1)
+    is_dense = step in ("anchor", "solo") or (step == "decode" and config.moe.num_experts == 1)
     variants = DENSE if is_dense else VARIANTS
     for is_divided, (experts, compiled) in itertools.product((False, True), variants):
         if is_divided and (compiled or count == 1):

@@ -16,7 +16,7 @@ from flexolmo_jax.benchmark.worker import Spec, Step
 from flexolmo_jax.errors import UserError
 
 # What the names of the parameters that a step trains contain.
-TRAINED = {"anchor": [""], "joint": [""], "expert": ["mlp."], "router": ["mlp.gate."]}
+TRAINED = {"anchor": [""], "joint": [""], "solo": ["mlp."], "pair": ["mlp."], "router": ["mlp.gate."]}
 TRAINED_OF_LISTS = ["mlp.gate.", "proj.1"]
 
 
@@ -117,7 +117,7 @@ def random_model(spec: Spec) -> Any:
     )
     if not spec.experts:
         return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**sizes))
-    experts, top_k = (2, 2) if spec.step == "expert" else (spec.config.moe.num_experts, spec.config.moe.top_k)
+    experts, top_k = (2, 2) if spec.step == "pair" else (spec.config.moe.num_experts, spec.config.moe.top_k)
     sizes |= dict(num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=model.norm_topk_prob)
     built = transformers.FlexOlmoForCausalLM(transformers.FlexOlmoConfig(**sizes))
     built.set_experts_implementation(spec.experts)
@@ -127,7 +127,7 @@ def random_model(spec: Spec) -> Any:
 def freeze(model: Any, spec: Spec) -> None:
     """Leaves what the step trains trainable, and nothing else."""
     trained = TRAINED[spec.step]
-    if spec.step == "expert" and spec.experts == "eager":
+    if spec.step == "pair" and spec.experts == "eager":
         trained = TRAINED_OF_LISTS
         for layer in model.model.layers:
             _split_experts(layer.mlp.experts)
@@ -149,7 +149,7 @@ def check_memory(spec: Spec, tokens: int) -> None:
 
     The copies of all layers are kept for the backward pass; generation keeps those of one layer.
     """
-    model, top_k = spec.config.model, 2 if spec.step == "expert" else spec.config.moe.top_k
+    model, top_k = spec.config.model, 2 if spec.step == "pair" else spec.config.moe.top_k
     layers = 1 if spec.step == "decode" else model.num_layers
     needed = 4 * layers * tokens * top_k * 3 * model.d_model * model.d_ff
     if spec.experts == "batched_mm" and needed > psutil.virtual_memory().available / 2:

@@ -26,7 +26,7 @@ class Spec(NamedTuple):
     """What a worker measures."""
 
     side: str  # "flexolmo" or "transformers"
-    step: str  # "anchor", "expert", "joint", "router" or "decode"
+    step: str  # one of `benchmark.run.STEPS`
     config: FrozenConfigDict
     experts: str = ""  # transformers' `experts_implementation`; "" for a model without experts
     compiled: bool = False  # whether transformers' model goes through `torch.compile`

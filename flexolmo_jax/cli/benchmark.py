@@ -1,13 +1,14 @@
 r"""Measures what steps cost on this machine, with fresh weights and random tokens.
 
     flexolmo benchmark --config=configs/benchmark.py --versus=transformers
-    flexolmo benchmark --config=configs/expert.py:7b --step=expert --config.data.batch_size=8 --json=expert.json
+    flexolmo benchmark --config=configs/expert.py:7b --step=solo --config.data.batch_size=8 --json=solo.json
 
-A step trains what its name says: an anchor, the expert of a pair, all of a mixture (joint), its router; or it decodes
-tokens for a batch of prompts of half a sequence. FLOP/s count the matmuls that the step needs, and nothing that it
-recomputes (formula in flexolmo_jax/model/flops.py). The limit is that of this machine, measured in turns with the step:
-a large matmul in its dtype or, for decoding, the rate at which memory is read. Results are medians. A share above 100%
-is no error: a small model's weights are read from caches, or the machine was less busy while the step ran.
+A step trains what its name says: an anchor, an expert alone (solo) or in a pair, all of a mixture (joint), its router;
+or it decodes tokens for a batch of prompts of half a sequence. FLOP/s count the matmuls that the step needs, and
+nothing that it recomputes (formula in flexolmo_jax/model/flops.py). The limit is that of this machine, measured in
+turns with the step: a large matmul in its dtype or, for decoding, the rate at which memory is read. Results are
+medians. A share above 100% is no error: a small model's weights are read from caches, or the machine was less busy
+while the step ran.
 
 With --versus=transformers the same sizes run there too, in turns, with each implementation of experts it has, compiled
 and not. With data.grad_accum_steps above 1, transformers takes the batch at once and, uncompiled, in micro-batches too.

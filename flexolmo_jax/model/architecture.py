@@ -71,11 +71,11 @@ class Architecture:
 class Layout:
     """The layout of the experts' leaves in the parameters.
 
-    `anchor`: one set of leaves, `blocks/moe/anchor/*`. `pair`: two sets, `anchor` and `expert`.
+    `anchor`: one set of leaves, `blocks/moe/anchor/*`. `solo`: one set, `expert`. `pair`: both of these.
     `stacked`: one set, `blocks/moe/experts/*`, with an expert axis after the layer axis, anchor first.
 
     Attributes:
-      kind: "anchor", "pair" or "stacked".
+      kind: "anchor", "solo", "pair" or "stacked".
       num_experts: number of experts, the anchor included.
       top_k: number of experts that compute a token when stacked; the other layouts compute all.
     """
@@ -87,7 +87,8 @@ class Layout:
     @property
     def sets(self) -> tuple[str, ...]:
         """The names of the sets of leaves, in the order of the router's logits."""
-        return {"anchor": ("anchor",), "pair": ("anchor", "expert"), "stacked": ("experts",)}[self.kind]
+        expert = {"solo": ("expert",), "pair": ("anchor", "expert")}
+        return {"anchor": ("anchor",), **expert, "stacked": ("experts",)}[self.kind]
 
     @classmethod
     def of_roster(cls, num_experts: int, top_k: int) -> "Layout":
@@ -98,4 +99,6 @@ class Layout:
 
 
 ANCHOR = Layout("anchor", 1, 1)
+SOLO = Layout("solo", 1, 1)
 PAIR = Layout("pair", 2, 2)
+EXPERT_LAYOUTS = {layout.kind: layout for layout in (SOLO, PAIR)}

@@ -60,6 +60,13 @@ class Router(abc.ABC):
             for name, leaf in self.leaves(architecture).items()
         }
 
+    def untrained_expert(self, architecture: Architecture, options: Any) -> dict[str, np.ndarray]:
+        """Leaves of an expert whose router leaves are not trained, where they are not to be the anchor's.
+
+        Arguments and shapes are those of `new_expert`. By default there are none.
+        """
+        return {}
+
 
 class LinearRouter(Router):
     """The logit of an expert is weight . x - |bias|."""
@@ -91,13 +98,18 @@ class LinearRouter(Router):
         Raises:
           ArgumentError: the file does not hold finite numbers of shape [d_model] or [layers, d_model].
         """
-        shapes = {name: _layered(architecture, leaf) for name, leaf in self.leaves(architecture).items()}
+        shape = _layered(architecture, self.leaves(architecture)["weight"])
         if options.router_weight_file:
-            weight = _read_weight(options.router_weight_file, shapes["weight"])
+            weight = _read_weight(options.router_weight_file, shape)
         else:
-            normal = jax.random.truncated_normal(key, -2, 2, shapes["weight"])
+            normal = jax.random.truncated_normal(key, -2, 2, shape)
             weight = np.asarray(options.router_weight_stddev * normal)
-        return {"weight": weight, "bias": np.full(shapes["bias"], options.router_bias, np.float32)}
+        return {"weight": weight, **self.untrained_expert(architecture, options)}
+
+    def untrained_expert(self, architecture: Architecture, options: Any) -> dict[str, np.ndarray]:
+        """The bias `options.router_bias` in every layer: with the anchor's weight, the anchor is preferred to it."""
+        shape = _layered(architecture, self.leaves(architecture)["bias"])
+        return {"bias": np.full(shape, options.router_bias, np.float32)}
 
 
 def _layered(architecture: Architecture, leaf: Leaf) -> tuple[int, ...]:

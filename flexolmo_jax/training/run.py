@@ -21,7 +21,7 @@ from flexolmo_jax.data.corpus import Corpus, open_corpora
 from flexolmo_jax.data.pipeline import ARRAYS
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import ArgumentError, NotFoundError, UserError
-from flexolmo_jax.model.architecture import PAIR, Architecture, Layout
+from flexolmo_jax.model.architecture import EXPERT_LAYOUTS, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.model.kernels import causal_attention, grouped_matmul
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
@@ -135,7 +135,7 @@ def read_run(config: ConfigDict) -> Run:
         evaluation=config.evaluation,
         checkpoint=config.checkpoint,
         log=config.log,
-        roster=[ANCHOR_NAME, "expert"] if config.expert else publication.roster,
+        roster=list(program.model.layout.sets) if config.expert else publication.roster,
         publication=publication,
         record=record,
         warnings=warnings,
@@ -263,11 +263,12 @@ def _names_expert(partition: Sequence[tuple[str, str]]) -> bool:
 
 
 def _layout(config: ConfigDict, start: Start | None) -> Layout:
-    """That of the start or, of fresh weights: a mixture, the pair whose expert the partition names, or an anchor."""
+    """That of the start or, of fresh weights: a mixture, that of the expert that the partition names, or an anchor."""
     if start:
-        return PAIR if config.expert else Layout.of_roster(len(start.manifest.experts), start.manifest.top_k)
+        expert_layout = EXPERT_LAYOUTS[config.expert_layout]
+        return expert_layout if config.expert else Layout.of_roster(len(start.manifest.experts), start.manifest.top_k)
     if config.moe.num_experts == 1 and _names_expert(config.partition):
-        return PAIR
+        return EXPERT_LAYOUTS[config.expert_layout]
     return Layout.of_roster(config.moe.num_experts, config.moe.top_k)
 
 
@@ -326,6 +327,7 @@ def _data_card(config: ConfigDict, data: Data) -> dict[str, Any]:
     corpora, _ = data.groups[0]
     return {
         **config.card.to_dict(),
+        **({"expert_layout": config.expert_layout} if config.expert else {}),
         "documents": sum(corpus.documents for corpus in corpora),
         "tokens": sum(corpus.tokens for corpus in corpora),
         "sequence_length": config.data.sequence_length,

@@ -21,7 +21,7 @@ from flexolmo_jax.checkpoint.manifests import MOE, ROUTER, ModelManifest
 from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_params, open_statistics
 from flexolmo_jax.checkpoint.params import read_leaf
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.architecture import SOLO
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.leaves import INIT_STDDEV
 from flexolmo_jax.model.routers import ROUTERS
@@ -148,7 +148,8 @@ def initial_leaves(
     """The leaves that a run begins with, on their devices, as (trainable, frozen).
 
     Fresh weights are drawn from the seed, in float32. Otherwise leaves are read from the start, and a new expert gets
-    the anchor's feed-forward, and router leaves of its own (`routers.Router.new_expert`).
+    the anchor's feed-forward. In a pair it gets router leaves of its own (`routers.Router.new_expert`); alone, the
+    anchor's (but for `routers.Router.untrained_expert`).
 
     Args:
       model: the decoder.
@@ -162,7 +163,7 @@ def initial_leaves(
         leaves = jax.jit(model.init_flat, out_shardings=shardings)(jax.random.key(initialization.seed))
         leaves["embedding"] *= initialization.options.embedding_stddev / INIT_STDDEV
         return split(leaves, trainable)
-    new = _new_expert(model.architecture, initialization) if initialization.expert else {}
+    new = _new_expert(model, initialization) if initialization.expert else {}
 
     def initial(abstract: Mapping[str, Any]) -> Leaves:
         return {
@@ -212,9 +213,14 @@ def _read(path: str, like: jax.ShapeDtypeStruct, start: Start) -> jax.Array:
     return read_leaf(stored[source], like.sharding, like.dtype, label)
 
 
-def _new_expert(architecture: Architecture, initialization: Initialization) -> dict[str, np.ndarray]:
-    """The router's leaves of a new expert, {path: array}."""
-    # The name enters the seed: owners who never talk must not start from the same leaves.
-    key = jax.random.fold_in(jax.random.key(initialization.seed), crc32(initialization.expert.encode()))
-    leaves = ROUTERS[architecture.router].new_expert(architecture, initialization.options, key)
+def _new_expert(model: Decoder, initialization: Initialization) -> dict[str, np.ndarray]:
+    """The router's leaves of a new expert that are not the anchor's, {path: array}."""
+    architecture, options = model.architecture, initialization.options
+    router = ROUTERS[architecture.router]
+    if model.layout == SOLO:
+        leaves = router.untrained_expert(architecture, options)
+    else:
+        # The name enters the seed: owners who never talk must not start from the same leaves.
+        key = jax.random.fold_in(jax.random.key(initialization.seed), crc32(initialization.expert.encode()))
+        leaves = router.new_expert(architecture, options, key)
     return {EXPERT + ROUTER + name: leaf for name, leaf in leaves.items()}

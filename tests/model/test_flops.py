@@ -19,7 +19,7 @@ from tests.support.tiny import ARCHITECTURE, LAYOUTS, STACKED, random_leaves
 
 BATCH, LENGTH = 2, 5
 TIED = dataclasses.replace(ARCHITECTURE, tied_embeddings=True)
-KIND = {"anchor": "anchor", "expert": "pair", "router": "stacked", "joint": "stacked"}
+KIND = {"anchor": "anchor", "solo": "solo", "pair": "pair", "router": "stacked", "joint": "stacked"}
 
 
 def plain_loss(leaves, arch, layout, tokens):
@@ -53,7 +53,7 @@ def plain_loss(leaves, arch, layout, tokens):
             {leaf: block[f"moe/{name}/{leaf}"] for leaf in ("gate", "up", "down", "router/weight", "router/bias")}
             for name in layout.sets
         ]
-        if layout.kind == "anchor":
+        if layout.num_experts == 1:
             mixed = feed_forward(x, *(sets[0][leaf] for leaf in ("gate", "up", "down")))
         elif layout.kind == "pair":
             logits = jnp.stack([x @ s["router/weight"] - jnp.abs(s["router/bias"]) for s in sets], -1)
@@ -119,7 +119,7 @@ def test_a_training_step_has_the_matmuls_of_its_gradient(kind, arch):
 def test_so_does_every_leaf_trained_alone(layout):
     for leaf in Decoder(ARCHITECTURE, layout).abstract():
         if not (
-            layout.kind == "anchor" and leaf.endswith(("router/weight", "router/bias"))
+            layout.num_experts == 1 and leaf.endswith(("router/weight", "router/bias"))
         ):  # the plain decoder has no use for them
             assert train_step_flops(ARCHITECTURE, layout, {leaf}, BATCH, LENGTH) == counted(
                 ARCHITECTURE, layout, {leaf}

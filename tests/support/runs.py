@@ -171,7 +171,11 @@ class Runs:
 
     @functools.cached_property
     def expert(self) -> Run:
-        return train(make_config("expert", **self.expert_values), self.root / "expert")
+        return train(make_config("pair", **self.expert_values), self.root / "expert")
+
+    @functools.cached_property
+    def solo(self) -> Run:
+        return train(make_config("expert", **self.expert_values), self.root / "solo")
 
     @functools.cached_property
     def merged(self) -> pathlib.Path:

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 
-from flexolmo_jax.model.architecture import ANCHOR, PAIR, Architecture, Layout
+from flexolmo_jax.model.architecture import ANCHOR, PAIR, SOLO, Architecture, Layout
 
 ARCHITECTURE = Architecture(
     vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=24, rope_theta=1e4, norm_eps=1e-6
 )
 STACKED = Layout("stacked", 4, 2)
-LAYOUTS = {"anchor": ANCHOR, "pair": PAIR, "stacked": STACKED}
+LAYOUTS = {"anchor": ANCHOR, "solo": SOLO, "pair": PAIR, "stacked": STACKED}
 # Halves the time to compile; for tests that compile big programs and run them on little data.
 COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -21,7 +21,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def config(made):
-    return runs.make_config("expert", **made.expert_values)
+    return runs.make_config("pair", **made.expert_values)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(config, begun):
 
 
 def test_a_learning_rate_that_overflows_stops_the_run(made, tmp_path):
-    config = runs.make_config("expert", **made.expert_values, optimizer__learning_rate=1e38)
+    config = runs.make_config("pair", **made.expert_values, optimizer__learning_rate=1e38)
     with pytest.raises(UserError, match=r"^step [23]: "):
         loop.train(config, tmp_path / "run")
     assert checkpoints(tmp_path / "run") == []

@@ -48,7 +48,7 @@ def expert_run(made, anchor):
 
 
 def expert_config(made, anchor):
-    return runs.make_config("expert", **made.expert_values | {"start_from": str(anchor), "data__public_share": 0.0})
+    return runs.make_config("pair", **made.expert_values | {"start_from": str(anchor), "data__public_share": 0.0})
 
 
 def rounded(leaves, dtype):

@@ -24,6 +24,7 @@ from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop
 from flexolmo_jax.training import workdir as workdirs
 from flexolmo_jax.training.metrics import Reporter
+from flexolmo_jax.training.state import EXPERT, start_leaf
 from tests.support import runs
 
 GOLDEN_LOSSES = {1: 5.767886, 4: 5.501818, 8: 5.05901, 12: 4.859348}
@@ -116,19 +117,25 @@ def test_evaluation_can_stop_after_some_batches(made):
     assert found["corpora/own"] == sum(first_two) / 8
 
 
-@pytest.mark.parametrize("name", ["expert", "router"])
+@pytest.mark.parametrize("name", ["expert", "solo", "router"])
 def test_frozen_leaves_have_the_same_bits_after_a_run_with_weight_decay(made, name):
     run = getattr(made, name)
     assert run.config.optimizer.weight_decay > 0
     before, trained = runs.read_params(run.config.start_from), loop.read_run(run.config).program.trainable
     assert before.keys() - trained, "nothing is frozen"
-    for path in run.leaves.keys() - trained:
-        expected = before[path].astype(jnp.dtype(run.config.compute.frozen_dtype))
+    for path in run.leaves.keys() - trained - {f"{EXPERT}router/bias"}:
+        expected = before[start_leaf(path)].astype(jnp.dtype(run.config.compute.frozen_dtype))
         assert run.leaves[path].tobytes() == expected.tobytes(), path
         assert run.leaves[path].dtype == expected.dtype
 
 
-@pytest.mark.parametrize("name", ["expert", "router"])
+def test_an_expert_alone_ships_the_routers_leaves_of_the_anchor_and_the_bias_it_began_with(made):
+    found, anchor = runs.read_params(made.solo.output), runs.read_params(made.anchor.output)
+    assert found["router/weight"].tobytes() == anchor["blocks/moe/anchor/router/weight"].tobytes()
+    assert np.all(found["router/bias"] == np.float32(made.solo.config.init.router_bias))
+
+
+@pytest.mark.parametrize("name", ["expert", "solo", "router"])
 def test_every_trainable_leaf_moves(made, name):
     run = getattr(made, name)
     before, trained = runs.read_params(run.config.start_from), loop.read_run(run.config).program.trainable
@@ -137,7 +144,7 @@ def test_every_trainable_leaf_moves(made, name):
         assert np.abs(run.leaves[path] - start).max() > 1e-5, path
 
 
-@pytest.mark.parametrize("name", ["expert", "router"])
+@pytest.mark.parametrize("name", ["expert", "solo", "router"])
 def test_checkpoints_hold_no_frozen_leaf(made, name):
     run = getattr(made, name)
     trained = loop.read_run(run.config).program.trainable
@@ -214,7 +221,7 @@ def test_an_altered_anchor_is_refused_and_the_workdir_stays_free(made, tmp_path)
     block.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     values = {**made.expert_values, "start_from": str(tmp_path / "anchor")}
     with pytest.raises(UserError, match="leaf head: altered"):
-        loop.train(runs.make_config("expert", **values), tmp_path / "run")
+        loop.train(runs.make_config("pair", **values), tmp_path / "run")
     assert not (tmp_path / "run" / workdirs.CONFIG_FILE).exists()
 
 
@@ -252,7 +259,7 @@ def alter(corpus, folder, token=3):
 
 def test_damaged_data_gives_no_output_even_once_it_is_repaired(made, tmp_path):
     alter(made.private, tmp_path / "own")
-    config = runs.make_config("expert", **made.expert_values | {"data__train": f"{tmp_path}/own", "steps": 3})
+    config = runs.make_config("pair", **made.expert_values | {"data__train": f"{tmp_path}/own", "steps": 3})
     with pytest.raises(UserError, match=r"tokens-00000\.npy: differs from the digest .* gives no output") as caught:
         loop.train(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "own")
@@ -266,7 +273,7 @@ def test_damaged_data_gives_no_output_even_once_it_is_repaired(made, tmp_path):
 @pytest.mark.parametrize(("corpus", "key"), [("private", "data__train"), ("held_out", "evaluation__data")])
 def test_verify_finds_damage_before_anything_else(made, tmp_path, corpus, key):
     alter(getattr(made, corpus), tmp_path / corpus)
-    config = runs.make_config("expert", **made.expert_values | {key: f"{tmp_path}/{corpus}"})
+    config = runs.make_config("pair", **made.expert_values | {key: f"{tmp_path}/{corpus}"})
     with pytest.raises(UserError, match=r"tokens-00000\.npy: differs from the digest"):
         loop.train(config, tmp_path / "run", verify=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [workdirs.LOCK_FILE]
@@ -277,7 +284,7 @@ def test_an_id_outside_the_vocabulary_never_reaches_a_step(made, tmp_path):
     tokens = np.memmap(tmp_path / "own" / "tokens-00000.npy", "<u2", "r+")
     tokens[::2][tokens[::2] != 256] = 300  # the model has 320 ids, the tokenizer 257
     tokens.flush()
-    config = runs.make_config("expert", **made.expert_values | {"data__train": f"{tmp_path}/own"})
+    config = runs.make_config("pair", **made.expert_values | {"data__train": f"{tmp_path}/own"})
     with (
         mock.patch.object(Reporter, "step", side_effect=AssertionError("a step was taken")),
         pytest.raises(UserError, match=r"own/tokens-00000\.npy: damaged: the id 300 at offset 0"),
@@ -302,7 +309,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(made, tmp_path, 
 def test_a_short_trial_needs_no_flag_but_steps(made, tmp_path, capfd):
     """Of a warm-up of 20, as configs/expert.py has it, and of one that just fits."""
     values = made.expert_values | {"steps": 5, "optimizer__warmup_steps": 20}
-    loop.train(runs.make_config("expert", **values), tmp_path / "run")
+    loop.train(runs.make_config("pair", **values), tmp_path / "run")
     assert "config.optimizer.warmup_steps=20: no shorter than the run; the learning rate rises for 2 of 5" in (
         capfd.readouterr().err
     )
@@ -312,5 +319,5 @@ def test_a_short_trial_needs_no_flag_but_steps(made, tmp_path, capfd):
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["optimizer"]["warmup_steps"] == 2
     # Who writes the same warm-up out has the same run.
-    same = loop.train(runs.make_config("expert", **values | {"optimizer__warmup_steps": 2}), tmp_path / "run")
+    same = loop.train(runs.make_config("pair", **values | {"optimizer__warmup_steps": 2}), tmp_path / "run")
     assert same == tmp_path / "run" / "contribution"

@@ -15,7 +15,7 @@ from flexolmo_jax.training.step import LossWeights, TrainState, make_train_step,
 from tests.support.tiny import ARCHITECTURE, random_batch
 
 BATCH = random_batch([[16], [3, 9]], 16)
-STEPS = {"expert": PAIR, "router": Layout("stacked", 4, 2)}
+STEPS = {"pair": PAIR, "router": Layout("stacked", 4, 2)}
 MOVES = {"broadcast_in_dim", "copy", "dynamic_slice", "gather", "mul", "reshape", "slice", "squeeze", "transpose"}
 
 

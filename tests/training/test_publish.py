@@ -102,6 +102,7 @@ def test_a_contribution_says_what_it_is(made):
     assert contribution.card == {
         "description": "",
         "license": "",
+        "expert_layout": "pair",
         "documents": len(made.private),
         "tokens": made.private.tokens,
         "sequence_length": 32,
@@ -164,7 +165,7 @@ def test_fresh_weights_are_published_whole_though_frozen_ones_may_be_held_in_bfl
 
 def test_an_expert_ships_the_leaves_of_its_own_that_it_did_not_train(made, tmp_path):
     values = {**made.expert_values, "compute__frozen_dtype": "bfloat16"}
-    config = runs.make_config("expert", **values)
+    config = runs.make_config("pair", **values)
     config.partition = ((f"{MOE}expert/(router/weight|up)", "trainable"), (".*", "frozen"))
     run, leaves = begin(config)
     published = runs.read_params(publish(tmp_path / "contribution", leaves, run.publication))

@@ -35,7 +35,7 @@ def straight(made):
 
 
 def command(made, workdir):
-    return ["train", *runs.as_flags("expert", **made.expert_values), f"--workdir={workdir}"]
+    return ["train", *runs.as_flags("pair", **made.expert_values), f"--workdir={workdir}"]
 
 
 def last_checkpoint(workdir):
@@ -125,18 +125,18 @@ def test_nothing_half_written_stays(interrupted):
 
 def test_a_finished_run_is_left_alone(made, straight):
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
-    config = runs.make_config("expert", **made.expert_values)
+    config = runs.make_config("pair", **made.expert_values)
     assert loop.train(config, straight) == straight / "contribution"
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
 
 def test_where_it_runs_and_what_it_keeps_may_differ(made, straight):
     values = {"mesh__data": 4, "mesh__fsdp": 2, "checkpoint__every": 7, "checkpoint__keep": 9, "log__every": 5}
-    config = runs.make_config("expert", **made.expert_values, **values)
+    config = runs.make_config("pair", **made.expert_values, **values)
     assert loop.train(config, straight) == straight / "contribution"
 
 
 def test_a_workdir_of_another_run_is_refused_with_the_keys_that_differ(made, straight):
-    config = runs.make_config("expert", **made.expert_values, optimizer__learning_rate=1e-3, seed=1)
+    config = runs.make_config("pair", **made.expert_values, optimizer__learning_rate=1e-3, seed=1)
     with pytest.raises(UserError, match=r"differs in: optimizer\.learning_rate, seed\)"):
         loop.train(config, straight)

@@ -63,17 +63,17 @@ ANCHOR_REFUSALS = {
 }
 OTHER_REFUSALS = {
     "micro-batches that do not divide": ("anchor", {"data__grad_accum_steps": 3}, "grad_accum_steps=3: must divide"),
-    "no public data": ("expert", EXPERT | {"data__public": ""}, "give config.data.public=DIR, or a share of 0"),
-    "an upper-case name": ("expert", EXPERT | {"expert": "News"}, "config.expert=News"),
-    "the anchor's name": ("expert", EXPERT | {"expert": "anchor"}, "config.expert=anchor"),
+    "no public data": ("pair", EXPERT | {"data__public": ""}, "give config.data.public=DIR, or a share of 0"),
+    "an upper-case name": ("pair", EXPERT | {"expert": "News"}, "config.expert=News"),
+    "the anchor's name": ("pair", EXPERT | {"expert": "anchor"}, "config.expert=anchor"),
     "an expert of nothing": (
-        "expert",
+        "pair",
         EXPERT | {"start_from": ""},
         "config.start_from: empty; an expert starts from an",
     ),
-    "an expert of a merge": ("expert", EXPERT | {"start_from": "{}/merged"}, "config.start_from=.*merged model"),
+    "an expert of a merge": ("pair", EXPERT | {"start_from": "{}/merged"}, "config.start_from=.*merged model"),
     "an expert that trains the anchor": (
-        "expert",
+        "pair",
         EXPERT | {"partition": ((".*", "trainable"),)},
         "config.partition: trains blocks/.*freeze the rest",
     ),
@@ -91,7 +91,7 @@ OTHER_REFUSALS = {
         "foreign: its tokenizer is not that of .*/corpus",
     ),
     "public data of another tokenizer": (
-        "expert",
+        "pair",
         EXPERT | {"data__public": "{}/foreign"},
         "foreign: its tokenizer is not that of config.start_from=.*/anchor",
     ),
@@ -130,7 +130,7 @@ def test_the_start_brings_the_architecture_and_its_roster(folder):
     assert (fresh.start, fresh.publication.roster, fresh.program.model.layout) == (None, ["anchor"], ANCHOR)
     assert fresh.program.model.architecture.d_model == runs.TINY["model.d_model"]
 
-    expert = read_run(make(folder, "expert", **EXPERT))
+    expert = read_run(make(folder, "pair", **EXPERT))
     assert expert.program.model.architecture == small.ARCHITECTURE
     assert (expert.program.model.layout, expert.roster) == (PAIR, ["anchor", "expert"])
     assert all(path.startswith("blocks/moe/expert/") for path in expert.program.trainable)
@@ -142,7 +142,7 @@ def test_the_start_brings_the_architecture_and_its_roster(folder):
 
 
 def test_shares_of_sequences_go_to_own_and_public_data(folder):
-    config = make(folder, "expert", **EXPERT | {"data__public_share": 0.25})
+    config = make(folder, "pair", **EXPERT | {"data__public_share": 0.25})
     config.data.train = f"{folder}/corpus, {folder}/corpus,"
     ((train, share), (public, public_share)) = read_run(config).data.groups
     assert (len(train), share, len(public), public_share) == (2, 0.75, 1, 0.25)
@@ -151,7 +151,7 @@ def test_shares_of_sequences_go_to_own_and_public_data(folder):
 def test_the_sample_that_came_with_the_start_is_the_public_data(folder, tmp_path):
     small.anchor(tmp_path / "anchor")
     small.corpus(tmp_path / "anchor" / "public", texts=("one", "two"))
-    config = make(folder, "expert", **EXPERT | {"start_from": f"{tmp_path}/anchor", "data__public": ""})
+    config = make(folder, "pair", **EXPERT | {"start_from": f"{tmp_path}/anchor", "data__public": ""})
     assert read_run(config).data.groups[1][0][0].documents == 2
 
 

@@ -44,7 +44,7 @@ def before(function, times=1):
 
 def train(made, workdir):
     handler = signal.getsignal(signal.SIGTERM)
-    output = loop.train(runs.make_config("expert", **made.expert_values), workdir)
+    output = loop.train(runs.make_config("pair", **made.expert_values), workdir)
     assert signal.getsignal(signal.SIGTERM) is handler
     return output
 

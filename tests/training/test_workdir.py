@@ -38,7 +38,7 @@ def run(made, tmp_path):
 
 def resume(made, workdir, **changes):
     """The same run again: a finished one computes nothing."""
-    return loop.train(runs.make_config("expert", **made.expert_values | changes), workdir)
+    return loop.train(runs.make_config("pair", **made.expert_values | changes), workdir)
 
 
 def edit_record(workdir, change):
@@ -76,7 +76,7 @@ def test_a_file_of_a_router_weight_is_known_by_its_content(made, tmp_path):
         np.save(file, np.full(32, 1.0 + (name == "other"), np.float32))
     content = {}
     for name, file in files.items():
-        config = runs.make_config("expert", **made.expert_values, init__router_weight_file=str(file))
+        config = runs.make_config("pair", **made.expert_values, init__router_weight_file=str(file))
         content[name] = loop.read_run(config).record["content of init.router_weight_file"]
     assert content["first"] == content["same"] != content["other"]
 
@@ -170,7 +170,7 @@ def test_a_second_run_is_refused_at_once_and_a_killed_one_blocks_nobody(made, tm
         assert holder.stdout.readline() == b"held\n"
         # What a first run has begun is not touched, nor seen as this run's.
         (workdir / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-        arguments = [*runs.as_flags("expert", **made.expert_values), f"--workdir={workdir}"]
+        arguments = [*runs.as_flags("pair", **made.expert_values), f"--workdir={workdir}"]
         monkeypatch.chdir(runs.ROOT)
         result = small.flexolmo("train", *arguments)
         who = f"host {socket.gethostname()}, process {holder.pid}"
