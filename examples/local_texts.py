@@ -24,7 +24,7 @@ import re
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,15 +102,15 @@ def read(path: Path) -> str:
         return ""
 
 
-def is_document(text: str) -> bool:
-    """Whether a text is of a useful size and reads as if people wrote it, in (mostly) ASCII letters."""
+def is_document(text: str, min_ascii: float = 0.97) -> bool:
+    """Whether a text is of a useful size and reads as if people wrote it, in letters, `min_ascii` of them ASCII."""
     encoded = text.encode()
     if not MIN_BYTES <= len(encoded) <= MAX_BYTES or max(map(len, text.splitlines())) > MAX_LINE:
         return False
     if len(zlib.compress(encoded, 1)) < MIN_COMPRESSED * len(encoded):
         return False
     letters = sum(map(str.isalpha, text)) + sum(map(str.isspace, text))
-    return letters > 0.6 * len(text) and len(text.encode("ascii", "ignore")) > 0.97 * len(text)
+    return letters > 0.6 * len(text) and len(text.encode("ascii", "ignore")) > min_ascii * len(text)
 
 
 def prose(text: str) -> str:
@@ -236,22 +236,67 @@ def take(documents: Iterable[Document], limit: int) -> list[Document]:
     return taken
 
 
-def read_pool(documents: Iterator[Document], num_bytes: int) -> list[Document]:
+def read_pool(documents: Iterable[Document], num_bytes: int, min_ascii: float = 0.97) -> list[Document]:
     """Reads documents until they hold `num_bytes` and puts them in the order of their texts' `rank`."""
     pool, used = [], 0
     for document in documents:
         if used >= num_bytes:
             break
-        if is_document(document.text):
+        if is_document(document.text, min_ascii):
             pool.append(document)
             used += size(document)
     return sorted(pool, key=lambda document: rank(document.text))
 
 
+def enough_bytes(train_bytes: int, heldout_bytes: int) -> int:
+    """Returns how many bytes to read for splits of these sizes: some are near copies, or cannot be held out."""
+    return (train_bytes + heldout_bytes) * 3 // 2 + 500_000
+
+
+def without_copies(pools: Mapping[str, list[Document]]) -> dict[str, list[tuple[Document, float]]]:
+    """Drops near copies within and between domains; of two, that of the first domain in `pools` stays.
+
+    Returns:
+        {domain: documents in their order, each with the part of its shingles, 0 to 1, that some other has}.
+    """
+    pool = [(domain, document) for domain, documents in pools.items() for document in documents]
+    if not pool:
+        return {domain: [] for domain in pools}
+    copies = near_copies(number_shingles([document.text for _, document in pool]))
+    pool = [entry for entry, is_copy in zip(pool, copies, strict=True) if not is_copy]
+    shared = shared_parts(number_shingles([document.text for _, document in pool]))
+    kept = {domain: [] for domain in pools}
+    for (domain, document), part in zip(pool, shared, strict=True):
+        kept[domain].append((document, part))
+    return kept
+
+
+def split(
+    candidates: list[tuple[Document, float]], train_bytes: int, heldout_bytes: Mapping[str, int]
+) -> dict[str, list[Document]]:
+    """Splits the documents of a domain, with the parts of their shingles that others have.
+
+    Args:
+        candidates: what `without_copies` returns for the domain; earlier documents are held out first.
+        train_bytes: the most bytes of training text.
+        heldout_bytes: {held-out split: its most bytes}; together they are also at most a fifth of the text.
+
+    Returns:
+        {"train": documents, and of each held-out split its documents}.
+    """
+    fit = [doc for doc, part in candidates if part <= MAX_SHARED and size(doc) <= MAX_HELDOUT_DOCUMENT]
+    # A scarce domain keeps most of its text for training.
+    fifth = sum(size(doc) for doc, _ in candidates) // 5
+    heldout, chosen = {}, set()
+    for name, limit in heldout_bytes.items():
+        heldout[name] = take((doc for doc in fit if doc not in chosen), min(limit, fifth // len(heldout_bytes)))
+        chosen.update(heldout[name])
+    return {"train": take((doc for doc, _ in candidates if doc not in chosen), train_bytes), **heldout}
+
+
 def collect(train_bytes: int, heldout_bytes: int, system: bool) -> dict[str, dict[str, list[Document]]]:
     """Does the work of `gather`, with the documents' sources."""
-    # More than is asked for, as near copies are dropped and not every document can be held out.
-    enough = (train_bytes + heldout_bytes) * 3 // 2 + 500_000
+    enough = enough_bytes(train_bytes, heldout_bytes)
     # Of two near copies in two corpora the first stays: the scarcer corpora come first.
     readers = {
         "legal": legal_documents(system),
@@ -259,22 +304,8 @@ def collect(train_bytes: int, heldout_bytes: int, system: bool) -> dict[str, dic
         "code": code_documents(),
         "public": public_documents(),
     }
-    pool = [(domain, doc) for domain, reader in readers.items() for doc in read_pool(reader, enough)]
-
-    copies = near_copies(number_shingles([document.text for _, document in pool]))
-    pool = [entry for entry, is_copy in zip(pool, copies, strict=True) if not is_copy]
-    shared = shared_parts(number_shingles([document.text for _, document in pool]))
-
-    splits = {}
-    for domain in DOMAINS:
-        candidates = [(doc, part) for (of, doc), part in zip(pool, shared, strict=True) if of == domain]
-        fit = [doc for doc, part in candidates if part <= MAX_SHARED and size(doc) <= MAX_HELDOUT_DOCUMENT]
-        # A scarce domain keeps most of its text for training.
-        heldout = take(fit, min(heldout_bytes, sum(size(doc) for doc, _ in candidates) // 5))
-        chosen = set(heldout)
-        train = take((doc for doc, _ in candidates if doc not in chosen), train_bytes)
-        splits[domain] = {"train": train, "heldout": heldout}
-    return splits
+    candidates = without_copies({domain: read_pool(reader, enough) for domain, reader in readers.items()})
+    return {domain: split(candidates[domain], train_bytes, {"heldout": heldout_bytes}) for domain in DOMAINS}
 
 
 def only_texts(found: dict[str, dict[str, list[Document]]]) -> dict[str, dict[str, list[str]]]:
