@@ -218,12 +218,23 @@ def messages(files: Files) -> Texts:
             text = body.decode(errors="ignore")
             # Signatures, and what mailing lists and hosts append.
             text = re.split(r"^(?:-- ?|[-_]{40,} *)$", tidy(text), maxsplit=1, flags=re.MULTILINE)[0]
+            text = text.replace("\\ufffd", "")  # an escape that stands where a character was lost
             if not re.search(r"</?(html|body|table|font|br)\b", text, re.IGNORECASE):
                 yield path, tidy(f"Subject: {subject}\n\n{text}")
 
 
 ESCAPES = {
-    **{"aq": "'", "dq": '"', "cq": "\u2019", "oq": "\u2018", "lq": "\u201c", "rq": "\u201d", "ga": "`", "ha": "^"},
+    **{
+        "aq": "'",
+        "Aq": "'",
+        "dq": '"',
+        "cq": "\u2019",
+        "oq": "\u2018",
+        "lq": "\u201c",
+        "rq": "\u201d",
+        "ga": "`",
+        "ha": "^",
+    },
     **{"ti": "~", "bu": "\u2022", "em": "\u2014", "en": "\u2013", "hy": "-", "mi": "-", "rs": "\\", "co": "\u00a9"},
     **{"Fo": "\u00ab", "Fc": "\u00bb", "Bq": "\u201e", "->": "->", "<=": "<=", ">=": ">=", "mu": "x", "ss": "\u00df"},
     **{"R": "\u00ae", "Tm": "\u2122", ":a": "\u00e4", ":o": "\u00f6", ":u": "\u00fc"},
