@@ -1,6 +1,6 @@
 """Merging: an anchor and any set of contributions become one model, without training, chunk by chunk."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from etils import epath
 
@@ -13,12 +13,13 @@ from flexolmo_jax.checkpoint.model_directory import (
     read_model,
     write_model,
 )
-from flexolmo_jax.checkpoint.params import digest_slice
+from flexolmo_jax.checkpoint.params import Slice, digest_slice
 from flexolmo_jax.combine import stack
 from flexolmo_jax.combine.contribution import Alias, Member, open_contribution
 from flexolmo_jax.combine.methods import Inputs, Method
 from flexolmo_jax.errors import ArgumentError, UserError
 
+DEFAULT_TOP_K = 4
 METHODS: dict[str, Method] = {method.name: method for method in (stack.STACK,)}
 
 
@@ -48,18 +49,26 @@ def merge(
       UserError: an input is not what its manifest says, or holds what does not belong in it, two contributions have
         one name, a value is too large for its dtype, or `out` exists.
     """
-    combine = method_of(method)
-    inputs = gather(anchor, contributions, top_k, dtype)
-    if not combine.keeps_experts:
+    chosen = method_of(method)
+    return write_combined(gather(anchor, contributions, top_k, dtype), chosen, anchor, out)
+
+
+def write_combined(inputs: Inputs, method: Method, source: epath.PathLike, out: epath.PathLike) -> ModelManifest:
+    """Writes the model that a method makes of its inputs, with the tokenizer of the model directory `source`.
+
+    Raises:
+      UserError: as `merge`, for what only reading the content shows, or `out` exists.
+    """
+    if not method.keeps_experts:
         _check_members(inputs.members)
-    outputs = combine.combine(inputs)
+    outputs = method.combine(inputs)
     return write_model(
         out,
         outputs.manifest,
         outputs.shared,
         outputs.experts,
         statistics={m.expert.name: m.statistics for m in inputs.members if m.expert.name in outputs.experts},
-        complete=lambda directory, manifest: copy_tokenizer(anchor, directory),
+        complete=lambda directory, manifest: copy_tokenizer(source, directory),
         title=f"{len(inputs.members)} experts",
     )
 
@@ -83,21 +92,39 @@ def gather(
         raise ArgumentError("top_k", top_k, "must be at least 1")
     manifest = read_anchor(anchor)
     shared, experts = cast_slices(manifest, *open_model(anchor, manifest), dtype)
-    leaves = experts[ANCHOR_NAME]
+    first = Member(manifest.experts[0], experts[ANCHOR_NAME], open_statistics(anchor, manifest)[ANCHOR_NAME])
+    return Inputs(manifest, shared, [first, *open_contributions(contributions, manifest, first.leaves)], top_k)
+
+
+def open_contributions(
+    contributions: Sequence[epath.PathLike | Alias],
+    anchor: ModelManifest,
+    anchor_leaves: dict[str, Slice],
+    roster: Collection[str] = (),
+) -> list[Member]:
+    """Opens contributions, in the order of their names; `roster` has the names that are taken.
+
+    Raises:
+      UserError: as `open_contribution`; or a contribution has the name of another one, or one of the roster.
+    """
     members: dict[str, Member] = {}
     labels: dict[str, str] = {}
     for contribution in contributions:
-        member = open_contribution(contribution, manifest, leaves)
+        member = open_contribution(contribution, anchor, anchor_leaves)
         name = member.expert.name
+        path = contribution.path if isinstance(contribution, Alias) else contribution
+        if name in roster:
+            raise UserError(
+                f"{contribution}: its expert is called '{name}', as one of the model is; "
+                f"replace={name} updates that one, NAME={path} gives this one another name"
+            )
         if name in members:
-            path = contribution.path if isinstance(contribution, Alias) else contribution
             raise UserError(
                 f"{contribution}: its expert is called '{name}', as that of {labels[name]} is; "
                 f"give one of them another name (NAME={path})"
             )
         members[name], labels[name] = member, str(contribution)
-    first = Member(manifest.experts[0], leaves, open_statistics(anchor, manifest)[ANCHOR_NAME])
-    return Inputs(manifest, shared, [first, *(members[name] for name in sorted(members))], top_k)
+    return [members[name] for name in sorted(members)]
 
 
 def read_anchor(path: epath.PathLike) -> ModelManifest:

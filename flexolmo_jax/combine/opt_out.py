@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from flexolmo_jax.checkpoint.casts import Experts
 from flexolmo_jax.checkpoint.manifests import ExpertRecord, ModelManifest, is_router_leaf
 from flexolmo_jax.checkpoint.model_directory import (
     CERTIFICATE_FILE,
@@ -32,7 +33,8 @@ REMOVED_ONLY = (
 )
 UNKNOWN = "; what was trained together before the import is not known"
 AS_IMPORTED = (
-    "as imported: every leaf equals, byte for byte, the imported model's without the removed experts" + UNKNOWN
+    "as imported: every leaf that was imported equals, byte for byte, the imported model's without the removed experts"
+    + UNKNOWN
 )
 
 
@@ -57,7 +59,7 @@ def opt_out(
         experts apart; or `out` exists.
     """
     manifest = read_model(model, strict=True)
-    _check_method(model, manifest)
+    check_keeps_experts(model, manifest, "merge the anchor and the other contributions again")
     check_removable(names, manifest.roster)
     shared, experts = open_model(model, manifest)
     statistics = open_statistics(model, manifest)
@@ -65,8 +67,7 @@ def opt_out(
     together = trained if keep_tuned_router else {leaf for leaf in trained if not is_router_leaf(leaf)}
     routers = open_merged_router(model, manifest) if trained else {}
     if trained and not keep_tuned_router:
-        experts = {name: leaves | routers[name] for name, leaves in experts.items()}
-        manifest = with_merged_router(manifest)
+        manifest, experts = with_merged_router(manifest), replace_router(experts, routers)
     remaining = _without(manifest, names, together)
     certificate = {
         "removed": [_line(expert) for expert in manifest.experts if expert.name in names],
@@ -93,13 +94,13 @@ def opt_out(
     return certificate
 
 
-def _check_method(model: epath.PathLike, manifest: ModelManifest) -> None:
-    """Raises UserError where the model does not hold every expert as it was contributed."""
+def check_keeps_experts(model: epath.PathLike, manifest: ModelManifest, remedy: str) -> None:
+    """Raises UserError, which ends in `remedy`, where the model does not hold every expert as it was contributed."""
     method = METHODS.get(manifest.method)
     if method is None or not method.keeps_experts:
         raise UserError(
             f"{model}: its experts were combined by the method '{manifest.method}', which does not keep them apart; "
-            "merge the anchor and the other contributions again"
+            f"{remedy}"
         )
 
 
@@ -109,13 +110,13 @@ def _line(expert: ExpertRecord) -> dict[str, str]:
     return line if expert.owner_name == expert.name else line | {"owner_name": expert.owner_name}
 
 
-def check_removable(names: Sequence[str], roster: Sequence[str]) -> None:
-    """Raises ArgumentError unless every name is a contributed expert of the roster."""
+def check_removable(names: Sequence[str], roster: Sequence[str], argument: str = "names") -> None:
+    """Raises ArgumentError, of the argument called `argument`, unless all names are contributed experts."""
     for name in names:
         if name not in roster[1:]:
             problem = "the anchor, which every model keeps" if name == roster[0] else "not on the roster"
             known = ", ".join(roster[1:]) or "none, this is an anchor"
-            raise ArgumentError("names", name, f"{problem}; contributed experts: {known}")
+            raise ArgumentError(argument, name, f"{problem}; contributed experts: {known}")
 
 
 def imported_experts(manifest: ModelManifest) -> list[str]:
@@ -140,6 +141,11 @@ def _without(manifest: ModelManifest, names: Sequence[str], together: Set[str]) 
     tuned = manifest.but(experts=experts).tuned_in(together) if together else None
     # An anchor alone is the anchor again, as it was published.
     return manifest.but(experts=experts, tuned=tuned, top_k=manifest.top_k if len(experts) > 1 else 1)
+
+
+def replace_router(experts: Experts, routers: Experts) -> Experts:
+    """The experts' leaves with those of `routers`, as `open_merged_router` gives them, in place of their routers'."""
+    return {name: leaves | routers[name] for name, leaves in experts.items()}
 
 
 def with_merged_router(manifest: ModelManifest) -> ModelManifest:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
     "train": ["config", "workdir", "verify"],
-    "merge": ["anchor", "contribution", "out", "method", "top_k", "dtype"],
+    "merge": ["anchor", "model", "contribution", "replace", "out", "method", "top_k", "dtype"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
     "evaluate": [
         *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),
