@@ -114,6 +114,10 @@ def declare() -> ConfigDict:
     config.evaluation.data = ""  # held-out corpus directories, commas between; "": no evaluation while training
     config.evaluation.every = key(0, at_least(0))  # steps between evaluations; the last step is always evaluated
     config.evaluation.batches = key(0, at_least(0))  # batches of each corpus; 0: all of it
+    # Whether the output has the leaves of the evaluation with the lowest loss (mean of the corpora), not the last ones.
+    config.evaluation.keep_best = False
+    # With keep_best: consecutive evaluations without a lower loss that end the run; 0: it takes all steps.
+    config.evaluation.patience = key(0, at_least(0))
 
     config.optimizer = ConfigDict()  # AdamW, on trainable leaves alone
     config.optimizer.learning_rate = 9e-4  # peak

@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,19 @@ from flexolmo_jax.errors import UserError
 
 # What tensorstore says of files that are missing, cut off, or hold something else.
 _DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
-_POSITION = "data position"  # its name among the checksums
+_POSITION, _BEST = "data position", "best evaluation"  # their names among the checksums
+
+
+class Best(NamedTuple):
+    """The evaluation with the lowest held-out loss so far.
+
+    Attributes:
+      step: after which it was made; that step's checkpoint is kept.
+      loss: mean of the held-out corpora's nats per token.
+    """
+
+    step: int
+    loss: float
 
 
 class DamagedError(Exception):
@@ -37,7 +50,8 @@ class DamagedError(Exception):
 def latest_whole_step(directory: epath.PathLike, like_position: dict[str, Any]) -> int | None:
     """The latest step whose checkpoint can be read; later ones, which are damaged, get another name.
 
-    A checkpoint that is looked at is read once, a few chunks at a time. Nothing is renamed where none can be read. To
+    A checkpoint that is looked at is read once, a few chunks at a time, and so is the best one that it names: without
+    that it counts as damaged. Nothing is renamed where none can be read. To
     be called before `Checkpoints` opens the folder, which knows no checkpoint by another name.
 
     Args:
@@ -52,7 +66,9 @@ def latest_whole_step(directory: epath.PathLike, like_position: dict[str, Any]) 
     damaged = {}
     for step in sorted(steps, reverse=True):
         try:
-            _check(directory / str(step), like_position)
+            best = _check(directory / str(step), like_position)
+            if best and best.step != step:
+                _check_best(directory / str(best.step), like_position)
         except DamagedError as error:
             damaged[step] = error
             continue
@@ -83,31 +99,53 @@ class Checkpoints:
 
     Beside the data position a checkpoint keeps checksums of the position and of every leaf of the state, which
     are compared when it is read.
+
+    Attributes:
+      best: the best evaluation, as it was last saved or restored; its checkpoint stays.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
-        """Opens the folder; `keep` is how many of the latest checkpoints stay."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        """Opens the folder; `keep` is how many of the latest checkpoints stay, beside that of the best evaluation."""
+        self.best: Best | None = None
+        policies = [ocp.checkpoint_managers.LatestN(keep), _KeepBest(self)]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
         self._directory = epath.Path(directory).resolve()
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, position: dict[str, Any], best: Best | None = None) -> None:
         """Starts to save in the background, unless that step is saved already.
+
+        Args:
+          step: of the state.
+          state: the train state.
+          position: the data position.
+          best: the best evaluation so far, whose checkpoint is this one or there already.
 
         Raises:
           UserError: a leaf of the state is not finite; nothing is saved.
         """
         if step == self.latest_step():
             return
-        data = {"position": position, "checksums": _checksums(state, position, f"step {step}")}
+        checksums = _checksums(state, f"step {step}") | {_POSITION: _json_checksum(position)}
+        data: dict[str, Any] = {"position": position, "checksums": checksums}
+        if best:
+            data["best"] = best._asdict()
+            checksums[_BEST] = _json_checksum(data["best"])
+        self.best = best
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads (state, data position); `like` gives the state's structure, shapes, dtypes and shardings.
+        """Reads (state, data position), and sets `best`.
+
+        Args:
+          step: of the checkpoint.
+          like: gives the state's structure, shapes, dtypes and shardings; arrays or abstract ones.
 
         Raises:
           UserError: the checkpoint is of a state of another structure.
@@ -116,7 +154,23 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
+        self.best = _best_of(restored["data"])
         return restored["state"], _position_of(restored["data"])
+
+    def restore_checked(self, step: int, like: Any, like_position: dict[str, Any]) -> Any:
+        """Reads the state of a step as `restore` does, after it compared the checksums as `latest_whole_step` does.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        self._manager.wait_until_finished()
+        folder = self._directory / str(step)
+        try:
+            _check(folder, like_position)
+        except DamagedError as error:
+            remedy = "run the same command again, which resumes from another checkpoint"
+            raise UserError(f"{folder}: damaged ({error}); {remedy}") from None
+        return self.restore(step, like)[0]
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -127,8 +181,24 @@ class Checkpoints:
         self._manager.close()
 
 
-def _checksums(state: Any, position: dict[str, Any], label: str) -> dict[str, int]:
-    """{leaf: the sum of its bits modulo 2**32}, and a CRC-32 of the data position.
+class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Preserves the checkpoint of the best evaluation."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: ocp.checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        best = self._checkpoints.best
+        return [best is not None and checkpoint.step == best.step for checkpoint in checkpoints]
+
+
+def _checksums(state: Any, label: str) -> dict[str, int]:
+    """{leaf: the sum of its bits modulo 2**32}.
 
     Sums do not depend on how leaves are spread over devices. `label` says in errors when this is.
 
@@ -142,7 +212,7 @@ def _checksums(state: Any, position: dict[str, Any], label: str) -> dict[str, in
             f"{label}: {broken[0]} is not finite after the update; no checkpoint of this step is kept: check the data, "
             "or lower config.optimizer.learning_rate, in a new workdir"
         )
-    return {**{leaf: int(total) for leaf, (_, total) in examined.items()}, _POSITION: _position_checksum(position)}
+    return {leaf: int(total) for leaf, (_, total) in examined.items()}
 
 
 def _position_of(data: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +220,21 @@ def _position_of(data: dict[str, Any]) -> dict[str, Any]:
     return data["position"] if "checksums" in data else data
 
 
-def _check(folder: epath.Path, like_position: dict[str, Any]) -> None:
-    """Reads a whole checkpoint, a few chunks at a time.
+def _best_of(data: dict[str, Any]) -> Best | None:
+    """The best evaluation in what stands beside a state, if any."""
+    return Best(**data["best"]) if "checksums" in data and "best" in data else None
+
+
+def _check_best(folder: epath.Path, like_position: dict[str, Any]) -> None:
+    """As `_check`, of the checkpoint of the best evaluation."""
+    try:
+        _check(folder, like_position)
+    except DamagedError as error:
+        raise DamagedError(f"{folder.name}, the best checkpoint until then: {error}") from None
+
+
+def _check(folder: epath.Path, like_position: dict[str, Any]) -> Best | None:
+    """Reads a whole checkpoint, a few chunks at a time, and returns the best evaluation until then, if it names one.
 
     Args:
       folder: of one step.
@@ -167,8 +250,10 @@ def _check(folder: epath.Path, like_position: dict[str, Any]) -> None:
     position = _position_of(data) if named else data
     if _structure(position) != _structure(like_position):
         raise DamagedError("data position: not one")
-    if named and named.get(_POSITION) != _position_checksum(position):
+    if named and named.get(_POSITION) != _json_checksum(position):
         raise DamagedError("data position: altered")
+    if named.get(_BEST) != (_json_checksum(data["best"]) if named and "best" in data else None):
+        raise DamagedError("best evaluation: altered")
     for file in (folder / "state" / "array_metadatas").glob("*"):
         _read_json(file)
     with ThreadPoolExecutor(COPY_THREADS) as pool:
@@ -177,6 +262,7 @@ def _check(folder: epath.Path, like_position: dict[str, Any]) -> None:
             total = sum(pool.map(functools.partial(_chunk_sum, leaf, array), chunks(whole(array.shape), chunk))) % 2**32
             if named and named.get(leaf) != total:
                 raise DamagedError(f"{leaf}: altered")
+    return _best_of(data)
 
 
 def _check_structure(folder: epath.Path, like: Any) -> None:
@@ -268,5 +354,5 @@ def _structure(value: Any) -> Any:
     return type(value)
 
 
-def _position_checksum(position: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(position, sort_keys=True).encode())
+def _json_checksum(document: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 from etils import epath
@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from flexolmo_jax.checkpoint.model_directory import check_model, open_model
-from flexolmo_jax.checkpoint.train_state import Checkpoints, latest_whole_step
+from flexolmo_jax.checkpoint.train_state import Best, Checkpoints, latest_whole_step
 from flexolmo_jax.data.corpus import verify_corpora
 from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
@@ -78,6 +78,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
     evaluate = functools.partial(_evaluate, run, jax.jit(make_loss_step(program.model)), batch_sharding)
     workdirs.claim(workdir, run.record)
 
+    publication, best = run.publication, None
     with (
         contextlib.ExitStack() as until_saved,
         Checkpoints(workdir / workdirs.CHECKPOINTS, run.checkpoint.keep) as checkpoints,
@@ -85,32 +86,59 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
         if first:
             state, position = checkpoints.restore(first, state)
             batches.set_state(position)
+            best = checkpoints.best
         until_saved.enter_context(sigterm.waiting())
-        title = run.publication.expert or "model"
+        title, step = publication.expert or "model", first
         reporter = Reporter(workdir, title, run.roster, run.steps, run.log.every, first)
         with reporter, jax.transfer_guard("disallow"):
-            for step in range(first + 1, run.steps + 1):
+            while not _is_done(run, step, best):
+                step += 1
                 state, metrics = train_step(state, frozen, next(placed_batches))
                 reporter.step(step, metrics)
-                done = step == run.steps
-                if data.held_out and (done or (run.evaluation.every and step % run.evaluation.every == 0)):
-                    reporter.evaluation(step, evaluate({**frozen, **state.trainable}))
-                stop = sigterm.received
-                if stop or done or step % run.checkpoint.every == 0:
+                if data.held_out and (step == run.steps or (run.evaluation.every and step % run.evaluation.every == 0)):
+                    losses = evaluate({**frozen, **state.trainable})
+                    best = _better(run, best, step, losses)
+                    reporter.evaluation(step, losses, best)
+                stop, done = sigterm.received, _is_done(run, step, best)
+                is_best = best is not None and best.step == step
+                if stop or done or is_best or step % run.checkpoint.every == 0:
                     # Before the checkpoint is there: a rerun reports only the steps after it, and no checkpoint is of
                     # a step whose metrics are not finite.
                     reporter.flush()
-                    checkpoints.save(step, state, batches.get_state())
+                    checkpoints.save(step, state, batches.get_state(), best)
                 if stop and not done:
                     return None
+        if best:
+            sys.stderr.write(f"{title}: step {best.step} of {step} is the best, with held-out loss {best.loss:.4f}\n")
+            tokens = best.step * data.tokens_per_step
+            card = {**publication.card, "trained_tokens": tokens, "best_step": best.step}
+            publication = publication._replace(card=card)
+            if best.step != step:
+                del state  # so that there is never room needed for two
+                state = checkpoints.restore_checked(best.step, program.state, batches.get_state())
 
     if not verify:
         try:
-            verify_corpora(data.training)
+            # What is held out chooses what is published, where the best is kept.
+            verify_corpora([*data.training, *(data.held_out.values() if best else ())])
         except UserError as error:
             raise workdirs.refuse_output(workdir, error) from None
-    name = workdirs.CONTRIBUTION if run.publication.expert else workdirs.MODEL
-    return publish(workdir / name, {**frozen, **state.trainable}, run.publication)
+    name = workdirs.CONTRIBUTION if publication.expert else workdirs.MODEL
+    return publish(workdir / name, {**frozen, **state.trainable}, publication)
+
+
+def _better(run: Run, best: Best | None, step: int, losses: Mapping[str, float]) -> Best | None:
+    """The best evaluation after one more; of equal ones the first, and None where the run keeps none."""
+    if not run.evaluation.keep_best:
+        return None
+    loss = sum(losses.values()) / len(losses)
+    return Best(step, loss) if best is None or loss < best.loss else best
+
+
+def _is_done(run: Run, step: int, best: Best | None) -> bool:
+    """Whether a run ends after a step: its last one, or `patience` evaluations without a lower loss."""
+    patience = run.evaluation.patience * run.evaluation.every
+    return step == run.steps or (patience > 0 and best is not None and step - best.step >= patience)
 
 
 def _evaluate(run: Run, loss_step: Callable, batch_sharding: NamedSharding, params: Leaves) -> dict[str, float]:

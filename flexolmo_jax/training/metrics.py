@@ -11,6 +11,7 @@ from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from flexolmo_jax.checkpoint.train_state import Best
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.progress import progress_bar
 
@@ -80,11 +81,18 @@ class Reporter:
         if self._bar.disable and (step == self._steps or step % (self._every * LOG_LINES_EVERY) == 0):
             self._bar.console.print(f"{self._title} {step}/{self._steps} {summary}")
 
-    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Reports held-out losses, {label: nats per token}; the time they took does not count as that of training."""
+    def evaluation(self, step: int, losses: Mapping[str, float], best: Best | None = None) -> None:
+        """Reports held-out losses; the time they took does not count as that of training.
+
+        Args:
+          step: after which they were computed.
+          losses: {label: nats per token}.
+          best: the best evaluation so far, this one included, where a run keeps it.
+        """
         self.flush()
         self._check_finite(step, {f"the held-out loss of {label}": nats for label, nats in losses.items()})
-        self._write(step, {f"evaluation/{label}": nats for label, nats in losses.items()})
+        of_best = {"best_step": best.step, "best_loss": best.loss} if best else {}
+        self._write(step, {f"evaluation/{label}": nats for label, nats in losses.items()} | of_best)
         self._tokens, self._since = 0.0, time.perf_counter()
 
     def _check_finite(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -59,6 +59,11 @@ class Data(NamedTuple):
     seed: int
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a batch."""
+        return self.batch_size * self.sequence_length
+
+    @property
     def training(self) -> list[Corpus]:
         """The training corpora of all groups."""
         return [corpus for group, _ in self.groups for corpus in group]
@@ -73,7 +78,7 @@ class Run(NamedTuple):
       initialization: of the leaves that no other model brings.
       data: the corpora.
       steps: of the whole run.
-      evaluation: the section of the configuration: `every`, `batches`.
+      evaluation: the section of the configuration: `every`, `batches`, `keep_best`, `patience`.
       checkpoint: the section of the configuration: `every`, `keep`.
       log: the section of the configuration: `every`.
       roster: names of experts, in the order of the router's logits.
@@ -233,12 +238,29 @@ def _check_values(config: ConfigDict, platform: str) -> None:
     if config.data.batch_size % config.data.grad_accum_steps:
         problem = f"must divide config.data.batch_size={config.data.batch_size}"
         raise ArgumentError("config.data.grad_accum_steps", config.data.grad_accum_steps, problem)
+    _check_evaluation(config.evaluation)
     for name, kernels in (("attention", causal_attention), ("dispatch", grouped_matmul)):
         kernel = config.compute[name]
         platforms = kernels.PLATFORMS.get(kernel, (platform,))
         if platform not in (*platforms, ANY_PLATFORM):
             problem = f"has kernels for {' and '.join(platforms)}, and the devices are {platform}; leave it at auto"
             raise ArgumentError(f"config.compute.{name}", kernel, problem)
+
+
+def _check_evaluation(evaluation: ConfigDict) -> None:
+    """The best evaluation is one of several, of held-out text."""
+    if not evaluation.keep_best:
+        if evaluation.patience:
+            raise ArgumentError(
+                "config.evaluation.patience", evaluation.patience, "needs config.evaluation.keep_best=True"
+            )
+        return
+    if not _split_paths(evaluation.data):
+        problem = "needs held-out text; give config.evaluation.data=DIR"
+        raise ArgumentError("config.evaluation.keep_best", evaluation.keep_best, problem)
+    if not evaluation.every:
+        problem = "must be at least 1 with config.evaluation.keep_best"
+        raise ArgumentError("config.evaluation.every", evaluation.every, problem)
 
 
 def _check_expert(config: ConfigDict, start: Start | None) -> None:
@@ -332,7 +354,7 @@ def _data_card(config: ConfigDict, data: Data) -> dict[str, Any]:
         "tokens": sum(corpus.tokens for corpus in corpora),
         "sequence_length": config.data.sequence_length,
         # Of all sequences, public ones included.
-        "trained_tokens": config.steps * config.data.batch_size * config.data.sequence_length,
+        "trained_tokens": config.steps * data.tokens_per_step,
         "public_share": config.data.public_share,
     }
 

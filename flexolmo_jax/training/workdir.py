@@ -68,8 +68,8 @@ def claim(workdir: epath.Path, record: dict[str, Any]) -> None:
 
 
 def refuse_output(workdir: epath.Path, error: UserError) -> UserError:
-    """Records that the run was trained on damaged data, so that no later start gives an output; returns the error."""
-    text = f"{error}; the run in {workdir} was trained on it, so it gives no output: train in a new workdir"
+    """Records that the run used damaged data, so that no later start gives an output; returns the error."""
+    text = f"{error}; the run in {workdir} used it, so it gives no output: train in a new workdir"
     (workdir / DAMAGED_FILE).write_text(text + "\n")
     return UserError(text)
 

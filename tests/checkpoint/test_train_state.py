@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint import train_state
-from flexolmo_jax.checkpoint.train_state import Checkpoints, latest_whole_step
+from flexolmo_jax.checkpoint.train_state import Best, Checkpoints, latest_whole_step
 from flexolmo_jax.errors import UserError
 
 SIZES = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
@@ -278,4 +278,52 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value, dtype):
         with pytest.raises(UserError, match=r"^step 2: matrix is not finite"):
             checkpoints.save(2, broken, POSITION)
         assert checkpoints.latest_step() == 1
+    assert latest_whole_step(tmp_path, POSITION) == 1
+
+
+def saved_with_best(folder, bests, keep=1):
+    """Checkpoints of the steps {step: step of the best evaluation until then}."""
+    states = {step: {**make_state(jax.devices()[:2], size=96), "step": jnp.int32(step)} for step in bests}
+    with Checkpoints(folder, keep) as checkpoints:
+        for step, best in bests.items():
+            checkpoints.save(step, states[step], POSITION, Best(best, 2.5 - best / 100))
+    return states
+
+
+def steps_of(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_best_checkpoint_stays_beside_the_latest(tmp_path):
+    states = saved_with_best(tmp_path, {1: 1, 2: 2, 3: 2, 4: 2})
+    assert steps_of(tmp_path) == ["2", "4"]
+    assert latest_whole_step(tmp_path, POSITION) == 4
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.restore(4, states[4])
+        assert checkpoints.best == Best(2, 2.5 - 2 / 100)
+        checkpoints.save(5, states[4], POSITION, checkpoints.best)
+    assert steps_of(tmp_path) == ["2", "5"]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert int(checkpoints.restore_checked(2, states[2], POSITION)["step"]) == 2
+        checkpoints.save(6, states[4], POSITION, Best(6, 2.0))
+    assert steps_of(tmp_path) == ["6"]
+
+
+def test_a_checkpoint_whose_best_is_damaged_counts_as_damaged(tmp_path, capsys):
+    states = saved_with_best(tmp_path, {1: 1, 2: 2, 3: 2}, keep=3)
+    DAMAGE["a file missing"](tmp_path / "2")
+    with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(UserError, match=r"2: damaged .*run the same"):
+        checkpoints.restore_checked(2, states[2], POSITION)
+    assert latest_whole_step(tmp_path, POSITION) == 1
+    assert steps_of(tmp_path) == ["1", "2.damaged", "3.damaged"]
+    assert "3: damaged (2, the best checkpoint until then: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"step": 1, "loss": 0.5}, None])
+def test_an_altered_best_evaluation_is_damage(tmp_path, change):
+    saved_with_best(tmp_path, {1: 1, 2: 2}, keep=2)
+    file = tmp_path / "2" / "data" / "metadata"
+    data = json.loads(file.read_text())
+    data["best"] = change
+    file.write_text(json.dumps({name: value for name, value in data.items() if value is not None}))
     assert latest_whole_step(tmp_path, POSITION) == 1
