@@ -16,7 +16,7 @@ LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 
 
 @pytest.mark.parametrize(
-    "script", ["benchmark_gpu.sh", "benchmark_merge.sh", "check_terms.sh", "quickstart.sh", "test.sh"]
+    "script", ["benchmark_gpu.sh", "benchmark_merge.sh", "check_terms.sh", "check_vllm.sh", "quickstart.sh", "test.sh"]
 )
 def test_help_names_the_script_and_does_nothing(script, tmp_path):
     result = subprocess.run(
