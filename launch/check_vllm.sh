@@ -9,7 +9,7 @@ Exports a model with `flexolmo export-hf --drop-bias`, continues a few prompts g
 and compares each token and its log probability with transformers (FlexOlmoForCausalLM) and with this project. Prints a
 table. The exit status is 0 if they agree, 1 if they do not, 2 if something is missing.
 
-Installs what it needs into .venv and into .venv-vllm (once, 4 GB); then it takes about two minutes on two CPU cores.
+Installs what it needs into .venv and into .venv-vllm (once, 4 GB); then it takes about two minutes on two idle CPU cores.
 
   --model=DIR  a model directory, such as runs/quickstart/models/merged; by default one with random weights is made.
                Its heads must have 32 channels or more
@@ -43,7 +43,7 @@ fail() {
 # install REQUIREMENT ...: into .venv-vllm; pip's own reason where that fails.
 install() {
   "$vllm_venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" 2>"$work/pip" ||
-    fail "could not install $vllm into .venv-vllm: $(grep -m 1 ERROR "$work/pip" || tail -n 1 "$work/pip")"
+    fail "could not install $vllm into .venv-vllm: $(tail -n 1 "$work/pip")"
 }
 
 make_vllm_environment() {
