@@ -33,8 +33,7 @@ def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection
     filled = path if in_place else path.parent / f".{path.name}.incomplete"
     complete = True
     try:
-        if path.exists() and not (in_place and _is_leftover(path, manifest, names)):
-            raise UserError(f"{path}: exists already; name a new directory, or remove this one first")
+        check_absent(path, manifest, names)
         if filled.exists():
             filled.rmtree()
         complete = False
@@ -55,6 +54,13 @@ def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection
             with contextlib.suppress(OSError):  # the first error counts; the next attempt removes the rest
                 if filled.exists():
                     filled.rmtree()
+
+
+def check_absent(path: epath.PathLike, manifest: str = "", names: Collection[str] = ()) -> None:
+    """Raises UserError where `atomic_directory` would, before long work; arguments are the same."""
+    path = epath.Path(path)
+    if path.exists() and not ("://" in os.fspath(path) and _is_leftover(path, manifest, names)):
+        raise UserError(f"{path}: exists already; name a new directory, or remove this one first")
 
 
 def commit(file: epath.Path, document: Mapping[str, Any]) -> None:
