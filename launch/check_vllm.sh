@@ -5,9 +5,9 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   cat <<'HELP'
 usage: bash launch/check_vllm.sh [--model=DIR]
 
-Exports a model with `flexolmo export-hf --drop-bias`, continues a few prompts greedily with vLLM on the CPU in float32,
-and compares each token and its log probability with transformers (FlexOlmoForCausalLM) and with this project. Prints a
-table. The exit status is 0 if they agree, 1 if they do not, 2 if something is missing.
+Exports a model with `flexolmo export-hf --drop-selector --drop-bias`, continues a few prompts greedily with vLLM on the
+CPU in float32, and compares each token and its log probability with transformers (FlexOlmoForCausalLM) and with this
+project. Prints a table. The exit status is 0 if they agree, 1 if they do not, 2 if something is missing.
 
 Installs what it needs into .venv and into .venv-vllm (once, 4 GB); then it takes about two minutes on two idle CPU cores.
 
@@ -73,7 +73,7 @@ if [ -z "$model" ]; then
   model=$work/model
   python "$root/launch/check_vllm.py" make-model "$model"
 fi
-flexolmo export-hf --model="$model" --out="$work/export" --drop-bias
+flexolmo export-hf --model="$model" --out="$work/export" --drop-selector --drop-bias
 # Imported again, it is the model without biases, which is what vLLM is to be compared with.
 flexolmo import-hf --source="$work/export" --out="$work/unbiased" >/dev/null
 

@@ -25,6 +25,9 @@ _MODEL_TYPE = flags.DEFINE_string(
     "model_type", None, "Architecture, as in config.json; by default olmo2 for an anchor, flex_olmo for a merged model."
 )
 _DROP_BIAS = flags.DEFINE_bool("drop_bias", False, "Leave out expert biases, and measure what that changes.")
+_DROP_SELECTOR = flags.DEFINE_bool(
+    "drop_selector", False, "Leave experts to the router where a selector chooses them, and measure what that changes."
+)
 
 
 def run() -> None:
@@ -42,4 +45,4 @@ def run() -> None:
     else:
         raise UserError("--model: give either a model directory, or both --contribution and --anchor")
     shard_bytes = int(min(_SHARD_SIZE.value, 1e9) * 1e9)
-    print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value, _MODEL_TYPE.value)))
+    print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value, _MODEL_TYPE.value, _DROP_SELECTOR.value)))

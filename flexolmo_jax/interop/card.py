@@ -1,7 +1,7 @@
 """The model card: what an exported directory says of itself (`README.md`). `card.md.jinja` is its Jinja2 template."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -25,8 +25,9 @@ def model_card(
     *,
     parameters: Mapping[str, int],
     gate: parity.Parity,
-    dropped: Mapping[str, parity.Difference],
+    dropped: Mapping[str, Mapping[str, parity.Difference]],
     has_tokenizer: bool,
+    flags: Sequence[str] = (),
 ) -> str:
     """Writes the card.
 
@@ -35,8 +36,9 @@ def model_card(
       kind: of the exported directory.
       parameters: {expert: number of its parameters}; under "" those that all experts share.
       gate: what the parity gate found.
-      dropped: {sample: change of the logits} where biases were left out.
+      dropped: {what was left out: {sample: change of the logits}}.
       has_tokenizer: whether the directory has one.
+      flags: of the command, for what was left out.
     """
     experts = manifest.experts
     top_k = min(manifest.top_k, len(experts))
@@ -70,6 +72,7 @@ def model_card(
         gate=gate,
         allowed=f"{parity.MAX_DIFFERENCE:g} and {parity.MAX_KL:g}",
         dropped=dropped,
+        flags="".join(f" --{flag}" for flag in flags),
         has_tokenizer=has_tokenizer,
     )
 

@@ -10,16 +10,23 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from flexolmo_jax.checkpoint import model_directory
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.casts import cast_router, cast_slices, with_digests
-from flexolmo_jax.checkpoint.manifests import MOE, ModelManifest, digest_name, is_router_leaf
-from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_model, open_statistics, size
+from flexolmo_jax.checkpoint.manifests import (
+    BY_ROUTER,
+    MOE,
+    ModelManifest,
+    digest_name,
+    is_router_leaf,
+    without_selector,
+)
+from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_model, size
 from flexolmo_jax.checkpoint.params import Slice, digest_slice
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine.merge import gather
 from flexolmo_jax.combine.stack import stack
 from flexolmo_jax.data.corpus import Corpus
@@ -39,6 +46,7 @@ from flexolmo_jax.interop.hf_directory import (
 from flexolmo_jax.interop.safetensors_io import write_tensors
 from flexolmo_jax.interop.tensors import ROUTER_BIAS, Tensor, each_tensor, tensor_dtype, tensor_values
 from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.selectors import read_derived
 from flexolmo_jax.progress import byte_progress
 
 SAMPLE_TEXT = (
@@ -93,7 +101,7 @@ def open_pair(contribution: epath.PathLike, anchor: epath.PathLike, dtype: str |
     Raises:
       UserError: either is damaged, the contribution was made on another anchor, or a value is too large for its dtype.
     """
-    inputs = gather(anchor, [contribution], 2, dtype)
+    inputs = gather(anchor, [contribution], 2, dtype, BY_ROUTER)
     statistics = {member.expert.name: member.statistics for member in inputs.members}
     return _resolved(Source(epath.Path(anchor), str(contribution), *stack(inputs), statistics, pair=True))
 
@@ -117,6 +125,7 @@ def export(
     shard_bytes: int = 5 * 10**9,
     drop_bias: bool = False,
     model_type: str | None = None,
+    drop_selector: bool = False,
 ) -> list[str]:
     """Makes a Hugging Face directory.
 
@@ -126,27 +135,40 @@ def export(
       shard_bytes: of tensors in a file at most.
       drop_bias: leave out expert biases, for which Hugging Face's form has no place, and measure what that changes.
       model_type: a key of `architectures.ARCHITECTURES`; by default that of the first which fits the model.
+      drop_selector: leave out the selector, for which Hugging Face's form has no place either, so that the router alone
+        chooses experts, and measure what that changes.
 
     Returns:
       Lines that say what was found.
 
     Raises:
-      UserError: biases are not zero and are not to be dropped, or the memory is too small to measure what that
-        changes, the source is not what its manifest says, the parity gate fails, or `out` exists.
+      UserError: there is a selector, or biases are not zero, and they are not to be dropped, or the memory is too small
+        to measure what that changes, the source is not what its manifest says, the parity gate fails, or `out` exists.
     """
     if "://" in str(out):
         raise UserError(f"{out}: must be a local directory; copy it to its place afterwards")
     architecture = Architecture.from_dict(source.manifest.architecture, source.label)
     kind = architectures.choose(architecture, len(source.experts), source.label, model_type)
-    biased = _biased_experts(source)
+    selection, biased = source.manifest.selection, _biased_experts(source)
+    if selection != BY_ROUTER and not drop_selector:
+        raise UserError(
+            f"{source.label}: Hugging Face's form has no place for the selection '{selection}'; drop_selector leaves "
+            "experts to the router and measures how the logits change"
+        )
     if biased and not drop_bias:
         raise UserError(
             f"{source.label}: Hugging Face's form has no place for the bias of {', '.join(biased)}; drop_bias "
             "leaves it out and measures how the logits change"
         )
     with atomic_directory(out) as directory:
-        dropped = _measure_dropping(source) if biased else {}
-        source = _without_bias(source) if biased else source
+        dropped: dict[str, dict[str, parity.Difference]] = {}
+        for what, is_there, without in (
+            (f"the selection '{selection}'", selection != BY_ROUTER, _without_selector),
+            (f"the biases of {', '.join(biased)}", bool(biased), _without_bias),
+        ):
+            if is_there:
+                before, source = source, without(source)
+                dropped[what] = _measure_dropping(before, source)
         manifest = source.manifest
         table = _table(kind, manifest)
         placed = {key.leaf for tensor in table.values() for key in tensor.leaves}
@@ -162,11 +184,18 @@ def export(
         (directory / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
         has_tokenizer = export_tokenizer(source.path, directory, manifest)
         gate = _check(directory, source, kind)
+        flags = [*(["drop_selector"] if selection != BY_ROUTER else []), *(["drop_bias"] if biased else [])]
         page = card.model_card(
-            manifest, kind, parameters=_sizes(source), gate=gate, dropped=dropped, has_tokenizer=has_tokenizer
+            manifest,
+            kind,
+            parameters=_sizes(source),
+            gate=gate,
+            dropped=dropped,
+            has_tokenizer=has_tokenizer,
+            flags=flags,
         )
         (directory / card.CARD_FILE).write_text(page)
-    lines = [f"without the biases of {', '.join(biased)}, on {text}: {change}" for text, change in dropped.items()]
+    lines = [f"without {what}, on {text}: {d}" for what, changes in dropped.items() for text, d in changes.items()]
     if not has_tokenizer:
         lines.append("no tokenizer.json: the directory takes and gives token ids only")
     content = f"{len(source.experts)} experts" if len(source.experts) > 1 else "an anchor"
@@ -202,20 +231,28 @@ def _without_bias(source: Source) -> Source:
     return source._replace(manifest=manifest, experts=experts, merged_router=merged_router)
 
 
-def _measure_dropping(source: Source) -> dict[str, parity.Difference]:
-    """{sample: how far the logits move when biases are left out}."""
-    reason = parity.too_large(source.shared, source.experts)
+def _without_selector(source: Source) -> Source:
+    """The same with the router alone to choose experts; statistics stay beside."""
+    manifest, tuned = source.manifest, source.manifest.tuned
+    if tuned:
+        tuned = tuned.but(leaves=[leaf for leaf in tuned.leaves if leaf in without_selector({leaf: None})])
+    manifest = manifest.but(selection=BY_ROUTER, shared=without_selector(manifest.shared), tuned=tuned)
+    return source._replace(manifest=manifest, shared=without_selector(source.shared))
+
+
+def _measure_dropping(before: Source, after: Source) -> dict[str, parity.Difference]:
+    """{sample: how far the logits move from one source to the other}; one of them is in memory at a time."""
+    reason = parity.too_large(before.shared, before.experts)
     if reason:
-        raise ArgumentError(
-            "drop_bias", True, f"measuring what it changes {reason}; export on a machine with more memory"
-        )
-    model = parity.in_memory(source.manifest, source.shared, source.experts)
-    samples = _samples(source)
-    before = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
-    biases = [path for path in model.params if path.endswith(f"experts/{ROUTER_BIAS}")]
-    model.params |= {path: jnp.zeros_like(model.params[path]) for path in biases}
-    after = {name: parity.our_logits(model, tokens) for name, tokens in samples.items()}
-    return {name: parity.compare(before[name], after[name]) for name in samples}
+        problem = f"measuring what it changes {reason}; export on a machine with more memory"
+        raise ArgumentError("drop_bias" if before.manifest.selection == BY_ROUTER else "drop_selector", True, problem)
+    samples, logits = _samples(before), []
+    for source in (before, after):
+        derived = read_derived(source.manifest, source.statistics, source.label)
+        model = parity.in_memory(source.manifest, source.shared, source.experts, derived)
+        logits.append({name: parity.our_logits(model, tokens) for name, tokens in samples.items()})
+        del model
+    return {name: parity.compare(*(found[name] for found in logits)) for name in samples}
 
 
 def _samples(source: Source) -> dict[str, np.ndarray]:

@@ -16,8 +16,9 @@ from etils import epath
 
 from flexolmo_jax.checkpoint import model_directory
 from flexolmo_jax.checkpoint.manifests import ModelManifest, write_manifest
-from flexolmo_jax.checkpoint.model_directory import model_trees, open_merged_router, open_statistics, trees_beside
+from flexolmo_jax.checkpoint.model_directory import model_trees, open_merged_router, trees_beside
 from flexolmo_jax.checkpoint.params import Slice, write_tree
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import NotFoundError, UserError
@@ -166,7 +167,7 @@ def write_sidecar(
       manifest: of the model, as it is exported.
       leaves: {expert: {leaf: slice}} of the leaves without a tensor.
       merged_router: of a tuned model, what `model_directory.open_merged_router` gives.
-      statistics: what `model_directory.open_statistics` gives.
+      statistics: what `statistics.open_statistics` gives.
 
     Raises:
       UserError: a leaf is not what the manifest says.

@@ -25,12 +25,12 @@ from flexolmo_jax.checkpoint.model_directory import (
     open_merged_router,
     open_model,
     open_params,
-    open_statistics,
     size,
     write_contribution,
     write_model,
 )
 from flexolmo_jax.checkpoint.params import Slice, write_tree
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine.merge import read_anchor
 from flexolmo_jax.combine.opt_out import IMPORTED, with_merged_router
 from flexolmo_jax.errors import ArgumentError, UserError

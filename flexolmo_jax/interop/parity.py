@@ -115,10 +115,14 @@ def too_large(shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Sl
 
 
 def in_memory(
-    manifest: ModelManifest, shared: Mapping[str, Slice], experts: Mapping[str, Mapping[str, Slice]]
+    manifest: ModelManifest,
+    shared: Mapping[str, Slice],
+    experts: Mapping[str, Mapping[str, Slice]],
+    derived: Mapping[str, np.ndarray] | None = None,
 ) -> Model:
-    """A float32 model of these leaves on the first device, where `load` puts them too."""
-    params, device = {}, jax.devices()[0]
+    """A float32 model of these leaves on the first device, where `load` puts them too; `derived` are a selector's."""
+    device = jax.devices()[0]
+    params = {path: jax.device_put(leaf, device) for path, leaf in (derived or {}).items()}
     for path, content in stack_experts(shared, experts).items():
         stacked = not isinstance(content, Slice)
         values = np.stack([_whole(part) for part in content], axis=1) if stacked else _whole(content)
