@@ -6,7 +6,7 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
 usage: bash launch/benchmark_gpu.sh [--dry-run] [--python=INTERPRETER] [OUT]
 
 For a machine with one NVIDIA GPU of 141 GB (an H200); some five minutes. Tests its kernels, measures them, and takes
-tiny expert steps; then measures the expert step of the published 7b and the joint step of four experts of 1b, both
+tiny steps of pairs; then measures the step of the published 7b pair and the joint step of four experts of 1b, both
 with sequences of 4096 tokens, in bfloat16.
 Writes OUT/*.json; OUT is runs/benchmark_gpu unless given, relative to the folder you call this from. Makes .venv
 (once) with the pinned packages and jax[cuda13].
@@ -57,7 +57,7 @@ cd "$root"
 run env JAX_PLATFORMS=cuda,cpu "$python" -m pytest \
   tests/model/kernels/test_accelerator_attention.py tests/model/kernels/test_grouped_matmul.py
 run "$python" benchmarks/kernels.py
-benchmark expert_tiny --config=configs/expert.py:tiny --step=expert
-benchmark expert_7b --config=configs/expert.py:7b --step=expert --config.data.batch_size=2
+benchmark pair_tiny --config=configs/pair.py:tiny --step=pair
+benchmark pair_7b --config=configs/pair.py:7b --step=pair --config.data.batch_size=2
 benchmark joint_1b --config=configs/joint.py:1b --step=joint --config.data.batch_size=8 \
   --config.moe.num_experts=4 --config.moe.top_k=2

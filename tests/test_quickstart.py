@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
 def test_it_ends_well_and_prints_the_table(finished):
     _, result = finished
     assert result.returncode == 0, result.stderr
-    for label in ("anchor", "pair:code", "merged", "merged-without:legal"):
+    for label in ("anchor", "solo:code", "merged", "merged-without:legal"):
         assert f"| {label} " in result.stdout
     assert "identical" in result.stdout
 
@@ -45,7 +45,7 @@ def test_results_have_every_model_on_every_domain(finished):
     out, _ = finished
     results = json.loads((out / "results.json").read_text())
     owners = DOMAINS - {"public"}
-    models = {"anchor", "merged"} | {f"{kind}:{owner}" for kind in ("pair", "merged-without") for owner in owners}
+    models = {"anchor", "merged"} | {f"{kind}:{owner}" for kind in ("solo", "merged-without") for owner in owners}
     assert set(results["bits_per_byte"]) == models
     for scores in results["bits_per_byte"].values():
         assert set(scores) == DOMAINS
@@ -61,7 +61,7 @@ def test_results_have_every_model_on_every_domain(finished):
 def test_every_finding_is_printed_with_its_answer(finished):
     out, result = finished
     findings = json.loads((out / "results.json").read_text())["findings"]
-    assert len(findings) == 4
+    assert len(findings) == 8
     for finding, holds in findings.items():
         assert f"{'yes' if holds else 'NO '} {finding}\n" in result.stdout
 
@@ -73,7 +73,7 @@ def test_the_output_folder_holds_everything(finished):
     for owner in DOMAINS - {"public"}:
         assert (out / owner / "contribution" / "contribution.json").exists()
         assert (out / owner / "metrics.jsonl").exists()
-    for model in ("merged", "pair-code", "without-code"):
+    for model in ("merged", "never-code", "without-code"):
         assert (out / "models" / model / "model.json").exists()
 
 
@@ -88,21 +88,33 @@ def test_a_second_run_into_the_same_folder_is_refused(finished):
 # Bits per byte that bear every finding out, and what of them to change so that just one no longer holds.
 HOLDS = {
     "anchor": {"public": 2.0, "code": 4.0, "headers": 4.0, "legal": 4.0},
-    "pair:code": {"public": 2.0, "code": 3.0, "headers": 4.0, "legal": 4.0},
-    "pair:headers": {"public": 2.0, "code": 4.0, "headers": 3.0, "legal": 4.0},
-    "pair:legal": {"public": 2.0, "code": 4.0, "headers": 4.0, "legal": 3.0},
-    "merged": {"public": 2.1, "code": 3.2, "headers": 3.2, "legal": 3.2},
-    "merged-without:code": {"public": 2.1, "code": 3.9, "headers": 3.3, "legal": 3.1},
-    "merged-without:headers": {"public": 2.1, "code": 3.1, "headers": 3.9, "legal": 3.3},
-    "merged-without:legal": {"public": 2.1, "code": 3.3, "headers": 3.1, "legal": 3.9},
+    "solo:code": {"public": 2.0, "code": 3.0, "headers": 4.0, "legal": 4.0},
+    "solo:headers": {"public": 2.0, "code": 4.0, "headers": 3.0, "legal": 4.0},
+    "solo:legal": {"public": 2.0, "code": 4.0, "headers": 4.0, "legal": 3.0},
+    "merged": {"public": 2.01, "code": 3.05, "headers": 3.05, "legal": 3.05},
+    "merged-without:code": {"public": 2.02, "code": 3.9, "headers": 3.06, "legal": 3.04},
+    "merged-without:headers": {"public": 2.0, "code": 3.04, "headers": 3.9, "legal": 3.06},
+    "merged-without:legal": {"public": 2.01, "code": 3.06, "headers": 3.04, "legal": 3.9},
 }
+SHARES = {"code": 0.7, "headers": 0.8, "legal": 0.9}
 FAILS = {
-    "a pair on its own domain": (0, {"pair:headers": {"headers": 4.0}}),
-    "the merge on an own domain": (1, {"merged": {"legal": 4.1}, "merged-without:legal": {"legal": 4.8}}),
-    "the average, against the anchor": (2, {"anchor": {"public": 0.0, "code": 3.6, "headers": 3.6, "legal": 3.6}}),
-    "the average, against a pair": (2, {"pair:legal": {"public": 0.0}}),
-    "another owner's domain": (3, {"merged-without:code": {"legal": 4.0}}),
-    "the public domain": (3, {"merged-without:legal": {"public": 2.9}}),
+    "an expert on its own domain": (0, {"solo:headers": {"headers": 4.0}, "merged": {"headers": 3.06}}),
+    "2% on an own domain": (1, {"merged": {"legal": 3.062}}),
+    "90% of the gain": (
+        2,
+        {
+            "anchor": {"legal": 3.1},
+            "merged": {"legal": 3.02},
+            "merged-without:headers": {"legal": 3.02},
+            "merged-without:code": {"legal": 3.02},
+            "merged-without:legal": {"legal": 3.05},
+        },
+    ),
+    "the public domain": (3, {"merged": {"public": 2.021}, "merged-without:headers": {"public": 2.02}}),
+    "the average, against an expert": (4, {"solo:legal": {"public": 0.0}}),
+    "another owner's domain": (5, {"merged-without:code": {"legal": 3.09}}),
+    "public text without an owner": (5, {"merged-without:legal": {"public": 1.98}}),
+    "the floor": (6, {"merged-without:legal": {"legal": 4.01}}),
 }
 
 
@@ -114,15 +126,15 @@ def quickstart():
 
 
 def test_findings_hold_where_the_table_bears_them_out(quickstart):
-    assert list(quickstart.findings(HOLDS).values()) == [True] * 4
+    assert list(quickstart.findings(HOLDS, SHARES).values()) == [True] * 8
 
 
 @pytest.mark.parametrize(("which", "changes"), FAILS.values(), ids=FAILS.keys())
 def test_a_finding_fails_where_the_table_denies_it(quickstart, which, changes):
     table = {model: {**scores, **changes.get(model, {})} for model, scores in HOLDS.items()}
-    assert list(quickstart.findings(table).values()) == [i != which for i in range(4)]
+    assert [i for i, holds in enumerate(quickstart.findings(table, SHARES).values()) if not holds] == [which]
 
 
-def test_a_tie_is_no_win(quickstart):
-    table = {model: dict.fromkeys(DOMAINS, 3.0) for model in HOLDS}
-    assert list(quickstart.findings(table).values()) == [False] * 4
+def test_an_expert_with_little_weight_on_its_own_text_fails(quickstart):
+    found = list(quickstart.findings(HOLDS, SHARES | {"legal": 0.69}).values())
+    assert found == [True] * 7 + [False]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 from etils import epath
 
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.evaluation import plots
 from flexolmo_jax.evaluation.loss import ModelResults
@@ -145,14 +146,15 @@ def write_report(
 
 
 def _kind(result: ModelResults) -> str:
-    """What a model is made of: an anchor, an anchor and one expert, or a merge of several."""
-    return ("anchor", "pair", "merged")[min(len(result.roster), 3) - 1]
+    """What a model is made of: the anchor alone, one contributed expert with or without it, or several."""
+    contributed = [name for name in result.roster if name != ANCHOR_NAME]
+    return ("anchor", "single", "merged")[min(len(contributed), 2)]
 
 
 def _tiles(results: Mapping[str, ModelResults], scores: Scores) -> list[tuple[str, float]]:
     """The lowest average of each kind of model: (caption, bits per byte)."""
     tiles = []
-    for kind, best_of in (("anchor", "best anchor"), ("pair", "best single pair"), ("merged", "best merged model")):
+    for kind, best_of in (("anchor", "best anchor"), ("single", "best single expert"), ("merged", "best merged model")):
         labels = [label for label, result in results.items() if _kind(result) == kind]
         measured = [label for label in labels if math.isfinite(scores[label][AVERAGE])]
         if measured:
@@ -220,8 +222,8 @@ def _worst_opt_out(results: Mapping[str, ModelResults]) -> tuple[str, float] | N
 
 
 def _routing(results: Mapping[str, ModelResults]) -> list[str]:
-    """Labels of the models whose routing is shown: merged ones, or else pairs."""
-    for kind in ("merged", "pair"):
+    """Labels of the models whose routing is shown: merged ones, or else those with one contributed expert."""
+    for kind in ("merged", "single"):
         labels = [label for label, result in results.items() if _kind(result) == kind and result.losses]
         if labels:
             return labels
