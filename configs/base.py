@@ -30,7 +30,7 @@ PARTITIONS = {
         (r".*", "frozen"),
     ),
     "pair": ((r"blocks/moe/expert/.*", "trainable"), (r".*", "frozen")),
-    "router": ((r"blocks/moe/experts/router/.*", "trainable"), (r".*", "frozen")),
+    "router": ((r"blocks/moe/experts/router/.*|selector/.*", "trainable"), (r".*", "frozen")),
     "joint": ((r".*", "trainable"),),
 }
 
@@ -157,6 +157,9 @@ def declare() -> ConfigDict:
     config.publish = ConfigDict()  # what goes into the output besides weights
     # Documents of data.train shipped with an anchor, for owners to mix in.
     config.publish.public_documents = key(0, at_least(0))
+
+    # Selector whose statistics of data.train are shipped, so that a merge can choose experts by them; "": none.
+    config.publish.selector = key("ngram", choices("", registry="model.selectors:SELECTORS"))
 
     config.card = ConfigDict()  # what a data owner says of the data; it travels with the weights
     config.card.description = ""  # in words

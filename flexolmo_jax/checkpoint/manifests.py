@@ -20,6 +20,8 @@ from flexolmo_jax.errors import UserError, first_line
 
 FORMAT = 2
 MOE = "blocks/moe/"
+SELECTOR = "selector/"  # begins the paths of a model's leaves that belong to its selector
+BY_ROUTER = "router"  # the selection of a model without a selector
 ROUTER = "router/"  # begins the names of an expert's leaves that belong to the router
 STACK = "stack"  # the method of every model whose experts lie side by side
 ANCHOR_NAME = "anchor"
@@ -39,7 +41,15 @@ def digest_name(path: str) -> str:
 
 def is_router_leaf(path: str) -> bool:
     """Whether a leaf, by its path in a model or its name in an expert, belongs to the router."""
-    return digest_name(path).startswith(ROUTER)
+    return digest_name(path).startswith((ROUTER, SELECTOR))
+
+
+Value = TypeVar("Value")
+
+
+def without_selector(shared: Mapping[str, Value]) -> dict[str, Value]:
+    """What a model's experts share, {path: anything}, but what belongs to its selector."""
+    return {path: value for path, value in shared.items() if not path.startswith(SELECTOR)}
 
 
 class _Record(pydantic.BaseModel):
@@ -223,6 +233,7 @@ class ModelManifest(_Record):
       tuned: what was trained after the merge; None: nothing.
       casts: of the shared leaves that are stored in another dtype than they were published in.
       method: how the experts were combined (`combine.merge.METHODS`).
+      selection: what chooses experts (`model.selectors.SELECTIONS`).
       combined: the experts that went into such a method, where they are no longer in the roster.
     """
 
@@ -237,6 +248,7 @@ class ModelManifest(_Record):
     tuned: Tuning | None = None
     casts: Casts = {}
     method: str = STACK
+    selection: str = BY_ROUTER
     combined: list[ExpertRecord] = []
 
     @pydantic.model_validator(mode="after")
@@ -270,7 +282,7 @@ class ModelManifest(_Record):
             "eos_id": self.eos_id,
             "tuned": self.tuned and self.tuned.model_dump(exclude_defaults=True),
         }
-        rest = self.model_dump(include={"casts", "combined"}, exclude_defaults=True)
+        rest = self.model_dump(include={"casts", "combined", "selection"}, exclude_defaults=True)
         return {**document, **rest, "digest": document_digest({**document, **rest})}
 
     @property
@@ -332,7 +344,8 @@ class ModelManifest(_Record):
         anchor is gone.
         """
         leaves = self.experts[0].leaves | self.merged_router[ANCHOR_NAME]
-        return combined_digest({**self.shared, **{f"{ANCHOR_NAME}/{leaf}": d for leaf, d in leaves.items()}})
+        anchor = {f"{ANCHOR_NAME}/{leaf}": digest for leaf, digest in leaves.items()}
+        return combined_digest(without_selector(self.shared) | anchor)
 
 
 Manifest = TypeVar("Manifest", ModelManifest, ContributionManifest)

@@ -218,26 +218,6 @@ def open_merged_router(path: epath.PathLike, manifest: ModelManifest) -> Experts
     return experts
 
 
-def open_statistics(path: epath.PathLike, manifest: ModelManifest | ContributionManifest) -> Experts:
-    """The statistics of a model's experts, or of a contribution's one, {expert: {leaf: slice}}; most have none.
-
-    Raises:
-      UserError: a leaf is missing, or not in the manifest.
-    """
-    folder = epath.Path(path) / STATISTICS
-    stored = open_tree(folder) if folder.exists() else {}
-    if isinstance(manifest, ContributionManifest):
-        named, prefix = {manifest.name: manifest.statistics}, ""
-    else:
-        named, prefix = {e.name: e.statistics for e in manifest.experts}, "{}/"
-    paths = {prefix.format(name) + leaf: (name, leaf) for name, leaves in named.items() for leaf in leaves}
-    check_leaves(stored, dict.fromkeys(paths, ""), str(folder))
-    experts: Experts = {name: {} for name in named}
-    for leaf_path, (name, leaf) in paths.items():
-        experts[name][leaf] = Slice(stored[leaf_path], None, f"{folder}: leaf {leaf_path}")
-    return experts
-
-
 def check_leaves(leaves: Mapping[str, Any], digests: Mapping[str, str], source: str) -> None:
     """Raises UserError unless exactly the leaves that a manifest names are there."""
     mismatched = leaves.keys() ^ digests.keys()

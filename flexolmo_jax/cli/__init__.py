@@ -36,6 +36,7 @@ PROGRAM = "flexolmo"
 COMMANDS = {
     "tokenize": "makes a corpus directory from texts",
     "train": "trains an anchor, an expert or a model's router, as a configuration describes",
+    "statistics": "adds what a merge chooses experts by to a contribution or an anchor",
     "merge": "combines an anchor and contributions into one model",
     "opt-out": "makes a model without some experts, exactly as if they had never been merged",
     "evaluate": "measures a model's held-out loss or its scores on tasks, with any experts left out",

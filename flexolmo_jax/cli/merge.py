@@ -3,9 +3,10 @@ r"""Merges contributions with the anchor they were trained on. Their order does 
     flexolmo merge --anchor=runs/anchor/model --contribution=runs/news/contribution \
         --contribution=runs/code/contribution --out=runs/merged
 
-A contribution that was made on another anchor, was altered since, or holds anything else is refused. Leaves keep the
-anchor's dtypes; a contribution in another one is rounded to them, once, and model.json says so beside the owner's
-digests. --dtype chooses one dtype for all. Where two owners chose one name, give one another name in the model:
+A contribution that was made on another anchor, was altered since, or holds anything else is refused. Experts are chosen
+by the statistics that came with them, or by the router (--selection). Leaves keep the anchor's dtypes; a contribution
+in another one is rounded to them, once, and model.json says so beside the owner's digests. --dtype chooses one dtype
+for all. Where two owners chose one name, give one another name in the model:
 
     flexolmo merge --anchor=anchor/model --contribution=a/contribution --contribution=news-b=b/contribution --out=merged
 
@@ -32,9 +33,16 @@ _OUT = flags.DEFINE_string("out", None, "Model directory to make.", required=Tru
 _TOP_K = flags.DEFINE_integer(
     "top_k",
     None,
-    "Experts that compute each token; all of them, where there are fewer. By default 4, or as in --model.",
+    "Experts that compute each token; all of them, where there are fewer. By default 1, with the router 4, or as in "
+    "--model.",
 )
 _METHOD = flags.DEFINE_string("method", None, 'How the experts are combined; by default "stack", or as in --model.')
+_SELECTION = flags.DEFINE_string(
+    "selection",
+    None,
+    'What chooses experts: "ngram", a selector, by default if the anchor has statistics for it; "router", by default '
+    'if not; or "router+ngram", both. With --model by default as there.',
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, list(DTYPES), "Of all leaves; by default each has that of the anchor's, or of the --model's."
 )
@@ -46,7 +54,7 @@ def run() -> None:
     from flexolmo_jax.checkpoint.model_directory import read_model
     from flexolmo_jax.combine.contribution import parse_contribution
     from flexolmo_jax.combine.join import join
-    from flexolmo_jax.combine.merge import DEFAULT_TOP_K, merge
+    from flexolmo_jax.combine.merge import merge
     from flexolmo_jax.errors import UserError
 
     anchor, model, out, top_k, dtype = _ANCHOR.value, _MODEL.value, _OUT.value, _TOP_K.value, _DTYPE.value
@@ -54,16 +62,16 @@ def run() -> None:
         raise UserError(f"--model={model}: goes without --anchor; a merged model holds its anchor")
     if anchor and _REPLACE.value:
         raise UserError(f"--replace={_REPLACE.value[0]}: goes with --model, the merged model to update")
+    source = model or anchor
+    if not source:
+        raise UserError("--anchor: not given; give it, or a merged --model to add to (see `flexolmo merge --help`)")
     if not _CONTRIBUTIONS.value:
         raise UserError("--contribution: none given; give the flag once for each contribution directory")
     contributions = [parse_contribution(value) for value in _CONTRIBUTIONS.value]
     if model:
-        made = join(model, contributions, out, _REPLACE.value, top_k, dtype, _METHOD.value)
-    elif anchor:
-        top_k = DEFAULT_TOP_K if top_k is None else top_k
-        made = merge(anchor, contributions, out, top_k, dtype, _METHOD.value or STACK)
+        made = join(source, contributions, out, _REPLACE.value, top_k, dtype, _METHOD.value, _SELECTION.value)
     else:
-        raise UserError("--anchor: not given; give it, or a merged --model to add to (see `flexolmo merge --help`)")
+        made = merge(source, contributions, out, top_k, dtype, _METHOD.value or STACK, _SELECTION.value)
     print(f"{out}: {', '.join(made.roster)}")
     if model and read_model(model).tuned:
         print("the router is the merge's again, its later tuning was undone")

@@ -5,10 +5,12 @@ from typing import NamedTuple
 from etils import epath
 
 from flexolmo_jax.checkpoint import DTYPES
-from flexolmo_jax.checkpoint.manifests import NAME_RULE, ExpertRecord, ModelManifest, is_expert_name
-from flexolmo_jax.checkpoint.model_directory import open_params, open_statistics, read_contribution
+from flexolmo_jax.checkpoint.manifests import BY_ROUTER, NAME_RULE, ExpertRecord, ModelManifest, is_expert_name
+from flexolmo_jax.checkpoint.model_directory import open_params, read_contribution
 from flexolmo_jax.checkpoint.params import Slice
+from flexolmo_jax.checkpoint.statistics import open_statistics, read_statistics
 from flexolmo_jax.errors import ArgumentError, UserError
+from flexolmo_jax.model.selectors import Selector
 
 STATISTICS_DTYPES = (*DTYPES, "float64", "int32", "int64", "uint32", "uint64")
 
@@ -105,3 +107,27 @@ def open_contribution(
         if part.dtype.name not in STATISTICS_DTYPES:
             raise UserError(f"{label}: statistics leaf {leaf} is {part.dtype.name}; use {', '.join(STATISTICS_DTYPES)}")
     return Member(ExpertRecord.of(manifest, name), slices, statistics)
+
+
+def has_statistics(member: Member, selector: str) -> bool:
+    """Whether the member has statistics for the selector of that name."""
+    return any(leaf.startswith(f"{selector}/") for leaf in member.statistics)
+
+
+def check_statistics(member: Member, selector: Selector) -> None:
+    """Reads what a selector needs of a member.
+
+    Raises:
+      UserError: the member has no statistics for it, they are not valid, or they cannot be read.
+    """
+    name = member.expert.name
+    if not has_statistics(member, selector.name):
+        raise UserError(
+            f"{name}: has no statistics for the selector {selector.name}; add them with `flexolmo statistics`, or "
+            f"choose experts by the router alone (selection={BY_ROUTER})"
+        )
+    statistics = read_statistics(member.statistics, selector.name)
+    documents = member.expert.card.get("documents")
+    problem = selector.problem(statistics, documents if isinstance(documents, int) else None)
+    if problem:
+        raise UserError(f"the statistics of {name}: {problem}; get them again from their owner")

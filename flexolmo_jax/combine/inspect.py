@@ -13,6 +13,7 @@ from flexolmo_jax.checkpoint import model_directory
 from flexolmo_jax.checkpoint.manifests import STACK, Casts, ExpertRecord, ModelManifest
 from flexolmo_jax.checkpoint.model_directory import check_content, check_leaves, check_model, read_model
 from flexolmo_jax.checkpoint.params import Slice
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
@@ -41,7 +42,7 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
 def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
     manifest = read_model(path, strict=True)
     shared, experts = model_directory.open_model(path, manifest)
-    statistics = model_directory.open_statistics(path, manifest)
+    statistics = open_statistics(path, manifest)
     if check:
         check_model(manifest, shared, experts)
         check_content(statistics, {expert.name: expert.statistics for expert in manifest.experts})
@@ -76,7 +77,7 @@ def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Ta
     manifest = model_directory.read_contribution(path, strict=True)
     leaves = {leaf: Slice(s, None, f"{path}: leaf {leaf}") for leaf, s in model_directory.open_params(path).items()}
     check_leaves(leaves, manifest.leaves, str(path))
-    statistics = model_directory.open_statistics(path, manifest)
+    statistics = open_statistics(path, manifest)
     if check:
         check_content({"expert": leaves}, {"expert": manifest.stored})
         check_content(statistics, {manifest.name: manifest.statistics})

@@ -5,11 +5,18 @@ from collections.abc import Collection, Sequence
 from etils import epath
 
 from flexolmo_jax.checkpoint.casts import Experts, cast_slices
-from flexolmo_jax.checkpoint.manifests import Casts, ModelManifest, is_router_leaf
-from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_model, open_statistics, read_model
+from flexolmo_jax.checkpoint.manifests import Casts, ModelManifest, is_router_leaf, without_selector
+from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_model, read_model
 from flexolmo_jax.checkpoint.params import Slice
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine.contribution import Alias, Member
-from flexolmo_jax.combine.merge import DEFAULT_TOP_K, method_of, open_contributions, write_combined
+from flexolmo_jax.combine.merge import (
+    checked_selection,
+    default_top_k,
+    method_of,
+    open_contributions,
+    write_combined,
+)
 from flexolmo_jax.combine.methods import Inputs
 from flexolmo_jax.combine.opt_out import check_keeps_experts, check_removable, replace_router, with_merged_router
 from flexolmo_jax.errors import ArgumentError, UserError
@@ -25,6 +32,7 @@ def join(
     top_k: int | None = None,
     dtype: str | None = None,
     method: str | None = None,
+    selection: str | None = None,
 ) -> ModelManifest:
     """Makes a model directory of a merged model and contributions: the one that `merge` makes, byte for byte.
 
@@ -36,9 +44,10 @@ def join(
       contributions: contribution directories, or aliases of them.
       out: the model directory to make.
       replace: experts of the model that contributions of the same name take the place of.
-      top_k: how many experts compute each token; None: as in the model.
+      top_k: how many experts compute each token; None: as in the model, if that has the same selection.
       dtype: of all leaves, as in `merge`; None: those of the model.
       method: a name in `METHODS`; None: that of the model.
+      selection: what chooses experts; None: as in the model.
 
     Raises:
       ArgumentError: a name to replace is no contributed expert of the model, or of no contribution.
@@ -52,13 +61,17 @@ def join(
     if top_k is not None and top_k < 1:
         raise ArgumentError("top_k", top_k, "must be at least 1")
     shared, experts = open_model(model, manifest)
+    if selection is None and len(manifest.experts) > 1:
+        selection = manifest.selection
+    shared = without_selector(shared)
+    manifest = manifest.but(shared=without_selector(manifest.shared))
     if manifest.tuned:
         _check_only_router(model, manifest.tuned.leaves)
         experts = replace_router(experts, open_merged_router(model, manifest))
         manifest = with_merged_router(manifest).but(tuned=None)
     statistics = open_statistics(model, manifest)
-    if top_k is None:  # an anchor alone has no choice of experts
-        top_k = manifest.top_k if len(manifest.experts) > 1 else DEFAULT_TOP_K
+    if top_k is None and len(manifest.experts) > 1 and selection == manifest.selection:
+        top_k = manifest.top_k
     manifest = manifest.but(experts=[expert for expert in manifest.experts if expert.name not in replace])
     if dtype is not None:
         _check_rounded_once(model, manifest, shared, experts, dtype)
@@ -71,7 +84,9 @@ def join(
         problem = f"no contribution has that name; give one, or its directory as {min(missing)}=DIR"
         raise ArgumentError("replace", min(missing), problem)
     members = [first, *sorted([*others, *joining], key=lambda member: member.expert.name)]
-    return write_combined(Inputs(anchor, shared, members, top_k), chosen, model, out)
+    selection = checked_selection(selection, members)
+    top_k = default_top_k(selection) if top_k is None else top_k
+    return write_combined(Inputs(anchor, shared, members, top_k, selection), chosen, model, out)
 
 
 def _check_only_router(model: epath.PathLike, trained: Sequence[str]) -> None:

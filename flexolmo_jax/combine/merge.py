@@ -5,21 +5,21 @@ from collections.abc import Collection, Sequence
 from etils import epath
 
 from flexolmo_jax.checkpoint.casts import cast_slices
-from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, STACK, ModelManifest
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, BY_ROUTER, STACK, ModelManifest
 from flexolmo_jax.checkpoint.model_directory import (
     copy_tokenizer,
     open_model,
-    open_statistics,
     read_model,
     write_model,
 )
 from flexolmo_jax.checkpoint.params import Slice, digest_slice
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine import stack
-from flexolmo_jax.combine.contribution import Alias, Member, open_contribution
+from flexolmo_jax.combine.contribution import Alias, Member, check_statistics, has_statistics, open_contribution
 from flexolmo_jax.combine.methods import Inputs, Method
 from flexolmo_jax.errors import ArgumentError, UserError
+from flexolmo_jax.model.selectors import SELECTIONS, SELECTORS, selector_of, uses_router
 
-DEFAULT_TOP_K = 4
 METHODS: dict[str, Method] = {method.name: method for method in (stack.STACK,)}
 
 
@@ -27,9 +27,10 @@ def merge(
     anchor: epath.PathLike,
     contributions: Sequence[epath.PathLike | Alias],
     out: epath.PathLike,
-    top_k: int,
+    top_k: int | None = None,
     dtype: str | None = None,
     method: str = STACK,
+    selection: str | None = None,
 ) -> ModelManifest:
     """Merges contributions into a model directory; the order in which they are given does not matter.
 
@@ -41,16 +42,18 @@ def merge(
       anchor: model directory of the anchor.
       contributions: contribution directories, or aliases of them.
       out: the model directory to make.
-      top_k: how many experts compute each token (all of them, where there are fewer).
+      top_k: how many experts compute each token (all of them, where there are fewer); None: `default_top_k`.
       dtype: of all leaves ("float32", "bfloat16" or "float16"), or None: those of the anchor.
       method: a name in `METHODS`.
+      selection: what chooses experts, one of `model.selectors.SELECTIONS`; None: `default_selection`.
 
     Raises:
       UserError: an input is not what its manifest says, or holds what does not belong in it, two contributions have
-        one name, a value is too large for its dtype, or `out` exists.
+        one name, the statistics that a selector needs are not there or not valid, a value is too large for its dtype,
+        or `out` exists.
     """
     chosen = method_of(method)
-    return write_combined(gather(anchor, contributions, top_k, dtype), chosen, anchor, out)
+    return write_combined(gather(anchor, contributions, top_k, dtype, selection), chosen, anchor, out)
 
 
 def write_combined(inputs: Inputs, method: Method, source: epath.PathLike, out: epath.PathLike) -> ModelManifest:
@@ -73,6 +76,37 @@ def write_combined(inputs: Inputs, method: Method, source: epath.PathLike, out: 
     )
 
 
+def checked_selection(selection: str | None, members: Sequence[Member]) -> str:
+    """The selection, by default `default_selection`, once the statistics that it needs are read and found valid.
+
+    Raises:
+      ArgumentError: no such selection.
+      UserError: a member has not the statistics that it needs, or they are not valid.
+    """
+    if selection is None:
+        selection = default_selection(members[0])
+    if selection not in SELECTIONS:
+        raise ArgumentError("selection", selection, f"no such selection; use one of {', '.join(SELECTIONS)}")
+    selector = selector_of(selection)
+    if selector:
+        for member in members:
+            check_statistics(member, selector)
+    return selection
+
+
+def default_selection(anchor: Member) -> str:
+    """The first selector for which the anchor has statistics, or else the router.
+
+    It depends on the anchor alone, so that it is the same whoever takes part.
+    """
+    return next((name for name in SELECTORS if has_statistics(anchor, name)), BY_ROUTER)
+
+
+def default_top_k(selection: str) -> int:
+    """1 with a selector alone, whose best expert computes a token; 4, as in the published run, with the router."""
+    return 4 if uses_router(selection) else 1
+
+
 def method_of(name: str) -> Method:
     """The method of that name; raises ArgumentError where there is none."""
     if name not in METHODS:
@@ -81,19 +115,25 @@ def method_of(name: str) -> Method:
 
 
 def gather(
-    anchor: epath.PathLike, contributions: Sequence[epath.PathLike | Alias], top_k: int, dtype: str | None = None
+    anchor: epath.PathLike,
+    contributions: Sequence[epath.PathLike | Alias],
+    top_k: int | None = None,
+    dtype: str | None = None,
+    selection: str | None = None,
 ) -> Inputs:
     """Opens what a method combines, without reading a leaf's content.
 
     Raises:
       UserError: as `merge`, but for what only reading the content shows.
     """
-    if top_k < 1:
+    if top_k is not None and top_k < 1:
         raise ArgumentError("top_k", top_k, "must be at least 1")
     manifest = read_anchor(anchor)
     shared, experts = cast_slices(manifest, *open_model(anchor, manifest), dtype)
     first = Member(manifest.experts[0], experts[ANCHOR_NAME], open_statistics(anchor, manifest)[ANCHOR_NAME])
-    return Inputs(manifest, shared, [first, *open_contributions(contributions, manifest, first.leaves)], top_k)
+    members = [first, *open_contributions(contributions, manifest, first.leaves)]
+    selection = checked_selection(selection, members)
+    return Inputs(manifest, shared, members, default_top_k(selection) if top_k is None else top_k, selection)
 
 
 def open_contributions(

@@ -18,12 +18,14 @@ class Inputs(NamedTuple):
       members: the anchor's own expert first, then the contributions by name; they have leaves of the same names,
         shapes and dtypes, and each leaf is checked when it is read whole.
       top_k: how many experts are to compute each token.
+      selection: what is to choose them (`model.selectors.SELECTIONS`).
     """
 
     manifest: ModelManifest
     shared: dict[str, Slice]
     members: Sequence[Member]
     top_k: int
+    selection: str
 
 
 class Outputs(NamedTuple):

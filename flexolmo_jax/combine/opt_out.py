@@ -7,17 +7,18 @@ from typing import Any
 from etils import epath
 
 from flexolmo_jax.checkpoint.casts import Experts
-from flexolmo_jax.checkpoint.manifests import ExpertRecord, ModelManifest, is_router_leaf
+from flexolmo_jax.checkpoint.manifests import BY_ROUTER, ExpertRecord, ModelManifest, is_router_leaf, without_selector
 from flexolmo_jax.checkpoint.model_directory import (
     CERTIFICATE_FILE,
     copy_tokenizer,
     open_merged_router,
     open_model,
-    open_statistics,
     read_model,
     write_model,
 )
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine.merge import METHODS
+from flexolmo_jax.combine.stack import selector_leaves
 from flexolmo_jax.errors import ArgumentError, UserError
 
 IMPORTED = "imported"  # in an anchor's data card: where a model came from; "experts" are those that came with it
@@ -68,7 +69,10 @@ def opt_out(
     routers = open_merged_router(model, manifest) if trained else {}
     if trained and not keep_tuned_router:
         manifest, experts = with_merged_router(manifest), replace_router(experts, routers)
+        shared = without_selector(shared) | selector_leaves(manifest.selection)
     remaining = _without(manifest, names, together)
+    if remaining.selection == BY_ROUTER:
+        shared = without_selector(shared)
     certificate = {
         "removed": [_line(expert) for expert in manifest.experts if expert.name in names],
         "remaining": [_line(expert) for expert in remaining.experts],
@@ -140,7 +144,10 @@ def _without(manifest: ModelManifest, names: Sequence[str], together: Set[str]) 
     experts = [expert for expert in manifest.experts if expert.name not in names]
     tuned = manifest.but(experts=experts).tuned_in(together) if together else None
     # An anchor alone is the anchor again, as it was published.
-    return manifest.but(experts=experts, tuned=tuned, top_k=manifest.top_k if len(experts) > 1 else 1)
+    if len(experts) > 1:
+        return manifest.but(experts=experts, tuned=tuned)
+    shared = without_selector(manifest.shared)
+    return manifest.but(experts=experts, tuned=tuned, top_k=1, selection=BY_ROUTER, shared=shared)
 
 
 def replace_router(experts: Experts, routers: Experts) -> Experts:
@@ -156,4 +163,4 @@ def with_merged_router(manifest: ModelManifest) -> ModelManifest:
         others = {leaf: cast for leaf, cast in expert.casts.items() if leaf not in merged[expert.name]}
         leaves = {**expert.leaves, **merged[expert.name]}
         experts.append(expert.but(leaves=leaves, casts=others | casts.get(expert.name, {})))
-    return manifest.but(experts=experts)
+    return manifest.but(experts=experts, shared=without_selector(manifest.shared))

@@ -1,5 +1,6 @@
 """A model in memory, for notebooks and other programs: `flexolmo_jax.load`."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -15,6 +16,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint.manifests import ModelManifest
 from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FILE, open_params, read_model
 from flexolmo_jax.checkpoint.params import read_leaf
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.data.pipeline import ARRAYS
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import ArgumentError, UserError
@@ -24,6 +26,7 @@ from flexolmo_jax.memory import check_fits, trim_after_compiling
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder, separate_layers
 from flexolmo_jax.model.loss import make_loss_step
+from flexolmo_jax.model.selectors import read_derived
 
 DTYPES = ("float32", "bfloat16")
 MAX_SLOTS = 32
@@ -58,7 +61,7 @@ class Model:
         self.manifest = manifest
         self.params = dict(params)
         self.tokenizer = tokenizer
-        layout = Layout.of_roster(len(manifest.experts), top_k or manifest.top_k)
+        layout = Layout.of_roster(len(manifest.experts), top_k or manifest.top_k, manifest.selection)
         architecture = Architecture.from_dict(manifest.architecture, "the model")
         compute = Compute(dtype, scan_layers=False, platform=sharding.platform_of(jax.devices()[0]))
         self.decoder = Decoder(architecture, layout, compute)
@@ -84,6 +87,22 @@ class Model:
             raise ArgumentError("without", without[-1], "no expert would be left; keep at least one")
         return mask_E
 
+    def with_top_k(self, top_k: int) -> "Model":
+        """The model with another number of experts per token; both have the same arrays as parameters.
+
+        Args:
+          top_k: experts that compute each token; all of them, where there are fewer.
+
+        Raises:
+          ArgumentError: the number is below 1.
+        """
+        if top_k < 1:
+            raise ArgumentError("top_k", top_k, "it must be at least 1")
+        layout = dataclasses.replace(self.decoder.layout, top_k=min(top_k, len(self.roster)))
+        model = copy.copy(self)
+        model.decoder = self.decoder.clone(layout=layout)
+        return model
+
     def logits(self, token_ids: Any, without: Sequence[str] = (), top_k: int | None = None) -> jax.Array:
         """float32 [batch, length, vocab] for integer token ids [batch, length].
 
@@ -95,11 +114,7 @@ class Model:
         Raises:
           ArgumentError: an invalid value.
         """
-        if top_k is not None and top_k < 1:
-            raise ArgumentError("top_k", top_k, "it must be at least 1")
-        decoder = self.decoder
-        if top_k is not None and decoder.layout.kind == "stacked":
-            decoder = decoder.clone(layout=Layout.of_roster(len(self.roster), top_k))
+        decoder = self.decoder if top_k is None else self.with_top_k(top_k).decoder
         return _forward(decoder, self.params, self._tokens(token_ids), self.expert_mask(without)).logits_BxSxV
 
     def loss_step(self, batch: Mapping[str, np.ndarray], mask_E: np.ndarray) -> dict[str, jax.Array]:
@@ -249,10 +264,13 @@ def load(path: epath.PathLike, dtype: str = "float32") -> Model:
     model = Model(manifest, {}, load_tokenizer(file, eos_id=manifest.eos_id) if file.exists() else None, dtype)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     expected = model.decoder.clone(compute=Compute()).abstract()
+    derived = read_derived(manifest, open_statistics(path, manifest), str(path))
     for name, leaf in expected.items():
-        if name not in stored or tuple(stored[name].shape) != leaf.shape:
+        if name in derived:
+            model.params[name] = jax.device_put(derived[name], device)
+        elif name not in stored or tuple(stored[name].shape) != leaf.shape:
             raise UserError(f"{path}: leaf {name} is missing or misshapen; copy the directory again from its source")
-    leaves = {name: stored[name] for name in expected}
+    leaves = {name: stored[name] for name in expected.keys() - derived.keys()}
     size = sum(math.prod(leaf.shape) for leaf in expected.values()) * jnp.dtype(dtype).itemsize
     remedy = "load a smaller model" if dtype == "bfloat16" else "use dtype bfloat16, or a smaller model"
     check_fits(size, f"{path}: as {dtype} it", remedy)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.inference.sampling import Sampling, Scored, most_likely, penalize, sample, score
+from flexolmo_jax.model import selectors
 from flexolmo_jax.model.attention import KVCache
 from flexolmo_jax.model.decoder import Decoder, Output
 from flexolmo_jax.model.moe import top_k_weights
@@ -25,24 +26,28 @@ class State(NamedTuple):
       routing_BxTxLxE: float32, the routing weights of the chosen experts.
       cache: keys and values of each layer.
       scored: log probabilities of the token *after* each position, while a request in flight asks for them.
+      selector: of a model with a selector, its state after the tokens that were read; () without.
     """
 
     tokens_BxT: jax.Array
     routing_BxTxLxE: jax.Array
     cache: tuple[KVCache, ...]
     scored: Scored | None
+    selector: selectors.State | tuple[()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def extend(decoder: Decoder, state: State | None, batch: int, length: int, top: int) -> State:
     """The state with room for `length` positions, and for the `top` most likely tokens at each; 0: no scores."""
     arch, experts = decoder.architecture, decoder.layout.num_experts
+    selector = selectors.selector_of(decoder.layout.selection)
     shape, dtype = (batch, arch.num_kv_heads, length, arch.head_dim), decoder.compute.dtype
     new = State(
         jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch, length, arch.num_layers, experts), jnp.float32),
         tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.num_layers)),
         scored=None,
+        selector=selectors.new_state(selector, arch, batch, experts) if selector else (),
     )
     scored = None
     if top:
@@ -113,14 +118,19 @@ def prefill(
         chunk_bxC = jax.lax.dynamic_slice_in_dim(tokens_bxS, chunk * size, size, axis=1)
         mask_bxCxE = mask_bxE[:, None] & (positions_bxC < last_b[:, None])[..., None]
         out = decoder.apply_flat(
-            params, chunk_bxC, positions_BxS=positions_bxC, expert_mask=mask_bxCxE, cache=new.cache
+            params,
+            chunk_bxC,
+            positions_BxS=positions_bxC,
+            expert_mask=mask_bxCxE,
+            cache=new.cache,
+            selector_state=new.selector or None,
         )
         chosen_bxCxLxE = jnp.moveaxis(_chosen(decoder, out.router_weights_LxBxSxE), 0, 2)
         scored = new.scored
         if scoring:
             following_bxC = jax.lax.dynamic_slice_in_dim(following_bxS, chunk * size, size, axis=1)
             scored = jax.tree.map(put, scored, score_chunk(out.hidden_BxSxD, following_bxC))
-        return State(tokens_bxS, put(new.routing_BxTxLxE, chosen_bxCxLxE), _cache(out), scored)
+        return State(tokens_bxS, put(new.routing_BxTxLxE, chosen_bxCxLxE), _cache(out), scored, _selector(out))
 
     new = extend(decoder, None, batch, length, top)._replace(tokens_BxT=tokens_bxS)
     new = jax.lax.fori_loop(0, -(-jnp.max(last_b) // size), read, new)
@@ -169,10 +179,17 @@ def decode(
     mask_BxE = mask_BxE & running_B[:, None]
 
     def write(carry):
-        step, (tokens_BxT, routing_BxTxLxE, cache, scored), position_B, _ = carry
+        step, (tokens_BxT, routing_BxTxLxE, cache, scored, selector), position_B, _ = carry
         positions_Bx1 = position_B[:, None]
         token_Bx1 = tokens_BxT[slots_B[:, None], positions_Bx1]
-        out = decoder.apply_flat(params, token_Bx1, positions_BxS=positions_Bx1, expert_mask=mask_BxE, cache=cache)
+        out = decoder.apply_flat(
+            params,
+            token_Bx1,
+            positions_BxS=positions_Bx1,
+            expert_mask=mask_BxE,
+            cache=cache,
+            selector_state=selector or None,
+        )
         logits_BxV = out.logits_BxSxV[:, 0]
         if sampling is None:
             next_B = most_likely(logits_BxV)
@@ -186,7 +203,7 @@ def decode(
         stops_B = running_B & jnp.any(next_B[:, None] == stop_BxN, axis=1)
         wrote_B = running_B & ~stops_B
         tokens_BxT = tokens_BxT.at[slots_B, jnp.where(wrote_B, position_B + 1, length)].set(next_B, mode="drop")
-        state = State(tokens_BxT, routing_BxTxLxE, _cache(out), scored)
+        state = State(tokens_BxT, routing_BxTxLxE, _cache(out), scored, _selector(out))
         return step + 1, state, position_B + wrote_B, jnp.where(stops_B, next_B, NO_TOKEN)
 
     def continues(carry):
@@ -202,7 +219,17 @@ def _cache(out: Output) -> tuple[KVCache, ...]:
     return cast(tuple[KVCache, ...], out.cache)  # None only without a cache
 
 
+def _selector(out: Output) -> selectors.State | tuple[()]:
+    """The updated state of the selector, if the model has one."""
+    return () if out.selector_state is None else out.selector_state
+
+
 def _chosen(decoder: Decoder, weights: jax.Array) -> jax.Array:
-    """Routing weights [..., experts]: 0 outside the top k, and the top k normalized to sum 1."""
+    """The share of each expert [..., experts].
+
+    Of a router: 0 outside the top k, and the top k normalized to sum 1. Of a selector: its posterior.
+    """
+    if selectors.selector_of(decoder.layout.selection):
+        return weights
     weights_K, experts_K = top_k_weights(weights, decoder.layout.top_k, normalize=True)
     return jnp.sum(weights_K[..., None] * jax.nn.one_hot(experts_K, weights.shape[-1]), axis=-2)

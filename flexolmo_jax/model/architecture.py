@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flexolmo_jax.checkpoint.manifests import BY_ROUTER
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.experts import EXPERT_KINDS
 from flexolmo_jax.model.routers import ROUTERS
@@ -69,7 +70,7 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The layout of the experts' leaves in the parameters.
+    """The layout of the experts' leaves in the parameters, and how stacked experts are chosen.
 
     `anchor`: one set of leaves, `blocks/moe/anchor/*`. `solo`: one set, `expert`. `pair`: both of these.
     `stacked`: one set, `blocks/moe/experts/*`, with an expert axis after the layer axis, anchor first.
@@ -78,11 +79,13 @@ class Layout:
       kind: "anchor", "solo", "pair" or "stacked".
       num_experts: number of experts, the anchor included.
       top_k: number of experts that compute a token when stacked; the other layouts compute all.
+      selection: one of `selectors.SELECTIONS`.
     """
 
     kind: str
     num_experts: int
     top_k: int
+    selection: str = BY_ROUTER
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -91,11 +94,11 @@ class Layout:
         return {"anchor": ("anchor",), **expert, "stacked": ("experts",)}[self.kind]
 
     @classmethod
-    def of_roster(cls, num_experts: int, top_k: int) -> "Layout":
+    def of_roster(cls, num_experts: int, top_k: int, selection: str = BY_ROUTER) -> "Layout":
         """The layout of a model directory with that many experts."""
         if num_experts == 1:
             return ANCHOR
-        return cls("stacked", num_experts, min(top_k, num_experts))
+        return cls("stacked", num_experts, min(top_k, num_experts), selection)
 
 
 ANCHOR = Layout("anchor", 1, 1)

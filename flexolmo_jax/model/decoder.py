@@ -11,6 +11,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 from flexolmo_jax import sharding
+from flexolmo_jax.checkpoint.manifests import SELECTOR
+from flexolmo_jax.model import selectors
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.attention import Attention, KVCache, RotaryEmbedding
 from flexolmo_jax.model.dispatch import EXPERT_RESIDUALS, choose_dispatch
@@ -82,6 +84,7 @@ class Output(NamedTuple):
       router_logits_LxBxSxE: float32, before `expert_mask`.
       router_weights_LxBxSxE: float32, after `expert_mask`; they sum to 1.
       cache: the updated cache of each layer, or None without one.
+      selector_state: that of the model's selector after the tokens, or None without one.
     """
 
     hidden_BxSxD: jax.Array
@@ -89,6 +92,7 @@ class Output(NamedTuple):
     router_logits_LxBxSxE: jax.Array
     router_weights_LxBxSxE: jax.Array
     cache: Sequence[KVCache] | None
+    selector_state: selectors.State | None
 
 
 class Block(nn.Module):
@@ -99,7 +103,7 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, rotary, expert_mask, cache=None):
+    def __call__(self, x_BxSxD, segment_ids_BxS, positions_BxS, rotary, expert_mask, evidence_BxSxE, cache=None):
         """Returns (residual stream, (router logits, router weights [batch, length, experts], cache))."""
         arch, rules, dtype = self.architecture, self.compute.rules, jnp.dtype(self.compute.dtype)
         attention = Attention(arch, dtype, rules, self.compute.attention, name="attention")
@@ -107,9 +111,41 @@ class Block(nn.Module):
         x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="attention_norm")(attended)
         x_BxSxD = sharding.constrain(x_BxSxD, ("batch", "length", None), rules)
         moe = MoE(arch, self.layout, dtype, rules, self.compute.dispatch, name="moe")
-        mixed, routing = moe(x_BxSxD, expert_mask)
+        mixed, routing = moe(x_BxSxD, expert_mask, evidence_BxSxE)
         x_BxSxD = x_BxSxD + RMSNorm(arch.norm_eps, name="moe_norm")(mixed)
         return sharding.constrain(x_BxSxD, ("batch", "length", None), rules), (*routing, cache)
+
+
+class Selection(nn.Module):
+    """A selector's evidence for each expert, whose tables are leaves of the model, though derived and not trained."""
+
+    architecture: Architecture
+    layout: Layout
+    selector: selectors.Selector
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BxS: jax.Array,
+        positions_BxS: jax.Array,
+        expert_mask: jax.Array | None,
+        state: selectors.State | None,
+    ) -> tuple[jax.Array, selectors.State]:
+        """Returns (evidence float32 [batch, length, experts], the state after the tokens)."""
+        selector, experts = self.selector, self.layout.num_experts
+        shapes = selector.table_shapes(experts)
+        tables = {name: parameter(self, name, shape, (None,) * len(shape)) for name, shape in shapes.items()}
+        # The inverse temperature of the posterior.
+        scale = jnp.exp(parameter(self, "log_scale", (), (), nn.initializers.zeros).astype(jnp.float32))
+        if state is None:
+            state = selectors.new_state(selector, self.architecture, tokens_BxS.shape[0], experts)
+        is_token_BxS = None
+        if expert_mask is not None and expert_mask.ndim > 1:  # where no expert is on there is no token
+            is_token_BxS = jnp.broadcast_to(
+                jnp.any(expert_mask, axis=-1).reshape(len(tokens_BxS), -1), tokens_BxS.shape
+            )
+        evidence_BxSxE, state = selectors.advance(selector, tables, state, tokens_BxS, positions_BxS, is_token_BxS)
+        return scale * evidence_BxSxE, state
 
 
 class Decoder(nn.Module):
@@ -127,6 +163,7 @@ class Decoder(nn.Module):
         positions_BxS: jax.Array | None = None,
         expert_mask: jax.Array | None = None,
         cache: Sequence[KVCache] | None = None,
+        selector_state: selectors.State | None = None,
     ) -> Output:
         """Computes the logits of every position.
 
@@ -136,6 +173,7 @@ class Decoder(nn.Module):
           positions_BxS: position within the document; by default within the sequence.
           expert_mask: bool [experts], [batch, experts] or [batch, length, experts]; False switches an expert off.
           cache: a `KVCache` for each block, with the sequences' earlier positions; segments have no effect then.
+          selector_state: with a cache, that of the model's selector after the earlier positions.
         """
         arch, rules = self.architecture, self.compute.rules
         if segment_ids_BxS is None:
@@ -151,7 +189,13 @@ class Decoder(nn.Module):
 
         # Once for all blocks: cosines cost more than everything else between the matmuls of queries and keys.
         rotary = RotaryEmbedding.of(positions_BxS, arch.head_dim, arch.rope_theta)
-        context = (segment_ids_BxS, positions_BxS, rotary, expert_mask)
+        evidence_BxSxE = None
+        selector = selectors.selector_of(self.layout.selection)
+        if selector:
+            selection = Selection(arch, self.layout, selector, name=SELECTOR.rstrip("/"))
+            evidence_BxSxE, selector_state = selection(tokens_BxS, positions_BxS, expert_mask, selector_state)
+            evidence_BxSxE = sharding.constrain(evidence_BxSxE, ("batch", "length", None), rules)
+        context = (segment_ids_BxS, positions_BxS, rotary, expert_mask, evidence_BxSxE)
         blocks = self._scanned_blocks if self.compute.scan_layers else self._separate_blocks
         x_BxSxD, (router_logits, router_weights, cache) = blocks(x_BxSxD, context, cache)
 
@@ -167,7 +211,7 @@ class Decoder(nn.Module):
             preferred_element_type=jnp.float32,
         )
         logits_BxSxV = sharding.constrain(logits_BxSxV, ("batch", "length", "vocab"), rules)
-        return Output(x_BxSxD, logits_BxSxV, router_logits, router_weights, cache)
+        return Output(x_BxSxD, logits_BxSxV, router_logits, router_weights, cache, selector_state)
 
     def head(self, params: Mapping[str, jax.Array]) -> jax.Array:
         """The head [d_model, vocab] of flat parameters, in the dtype of the computation, gathered over fsdp."""

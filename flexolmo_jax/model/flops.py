@@ -28,6 +28,7 @@ from flexolmo_jax.checkpoint.manifests import ROUTER
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.leaves import Leaf
 from flexolmo_jax.model.moe import expert_leaves
+from flexolmo_jax.model.selectors import uses_router
 
 
 def train_step_flops(
@@ -58,7 +59,7 @@ def recomputed_flops(architecture: Architecture, layout: Layout, remat: str, bat
     arch, kv_size = architecture, architecture.num_kv_heads * architecture.head_dim
     sizes = {name: _multiply_adds(name, leaf) for name, leaf in expert_leaves(arch).items()}
     router = sum(size for name, size in sizes.items() if name.startswith(ROUTER))
-    expert, routed = sum(sizes.values()) - router, layout.num_experts if layout.num_experts > 1 else 0
+    expert, routed = sum(sizes.values()) - router, layout.num_experts if _routes(layout) else 0
     flops = {
         "projections": 4 * arch.d_model * (arch.d_model + kv_size) + 2 * router * routed,
         "attention": 2 * arch.d_model * (length + 1),
@@ -148,14 +149,19 @@ def _block(
         prefix, is_stacked = f"moe/{name}/", layout.kind == "stacked"
         needs: dict[str, bool] = {}  # whether the output of a leaf's matmul needs a gradient
         for leaf_name, leaf in expert_leaves(arch).items():
-            if leaf_name.startswith(ROUTER) and layout.num_experts == 1:
-                continue  # alone, its weight is 1 whatever the router's leaves are
+            if leaf_name.startswith(ROUTER) and not _routes(layout):
+                continue
             count = (layout.num_experts if leaf_name.startswith(ROUTER) else layout.top_k) if is_stacked else 1
             left, right = x_needs or any(needs[i] for i in leaf.inputs), trains(prefix + leaf_name)
             total += count * _matmul(_multiply_adds(leaf_name, leaf), left, right)
             needs[leaf_name] = left or right
         mixed = mixed or any(needs.values())
     return total, mixed or trains("moe_norm/scale")
+
+
+def _routes(layout: Layout) -> bool:
+    """Whether router weights play a part: not for an expert alone, nor where a selector chooses."""
+    return layout.num_experts > 1 and uses_router(layout.selection)
 
 
 def _multiply_adds(name: str, leaf: Leaf) -> int:

@@ -16,6 +16,7 @@ from flexolmo_jax.model.dispatch import apply_expert, stacked_experts
 from flexolmo_jax.model.experts import EXPERT_KINDS
 from flexolmo_jax.model.leaves import Leaf, parameters
 from flexolmo_jax.model.routers import ROUTERS
+from flexolmo_jax.model.selectors import uses_router
 
 MASKED_LOGIT = -1e30
 
@@ -84,7 +85,7 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxSxD: jax.Array, expert_mask: jax.Array | None
+        self, x_BxSxD: jax.Array, expert_mask: jax.Array | None, evidence_BxSxE: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Returns (y [batch, length, d_model] in `dtype`, (router logits, router weights))."""
         arch, is_stacked = self.architecture, self.layout.kind == "stacked"
@@ -96,7 +97,13 @@ class MoE(nn.Module):
             )
             for name in sets[0][1]
         }
-        logits_BxSxE = ROUTERS[arch.router].logits(x_BxSxD.astype(jnp.float32), router)
+        kind = ROUTERS[arch.router]
+        if uses_router(self.layout.selection):
+            logits_BxSxE = kind.logits(x_BxSxD.astype(jnp.float32), router)
+        else:
+            logits_BxSxE = kind.bias(router)
+        if evidence_BxSxE is not None:
+            logits_BxSxE += evidence_BxSxE
         weights_BxSxE = routing_weights(logits_BxSxE, expert_mask)
         experts = [{name: leaf.astype(self.dtype) for name, leaf in leaves.items()} for leaves, _ in sets]
         x_BxSxD = x_BxSxD.astype(self.dtype)

@@ -1,6 +1,7 @@
 """Routers: the leaves that route tokens to an expert, and the logits computed from them.
 
-Formula (FlexOlmo, arXiv 2507.07024, section 3; docs/method.md, "Formulas"): l_i = r_i . x - |b_i| for expert i.
+Formula (FlexOlmo, arXiv 2507.07024, section 3; docs/method.md, "Formulas"): l_i = r_i . x - |b_i| for expert i. In a
+model with a selector, its evidence is added, or takes the place of r_i . x (`selectors.SELECTIONS`).
 The paper writes min(b_i, 0) for the bias, whose gradient vanishes for b_i > 0. -|b_i| equals it for every
 b_i <= 0 and keeps its gradient on both sides; at exactly 0, where the anchor's bias stays, it has none.
 """
@@ -42,6 +43,13 @@ class Router(abc.ABC):
           x_BxSxD: float32, the residual stream after attention.
           leaves: {name: float32 [experts, *shape]}.
         """
+
+    def bias(self, leaves: Mapping[str, jax.Array]) -> jax.Array:
+        """The part of the logits that depends on no token, float32 [experts] or a scalar: by default 0.
+
+        A selector's evidence is added to it where the router's weights play no part.
+        """
+        return jnp.zeros(())
 
     def new_expert(self, architecture: Architecture, options: Any, key: jax.Array) -> dict[str, np.ndarray]:
         """Leaves of an expert that an owner is about to train, {name: float32 [layers, *shape]}.
@@ -85,9 +93,12 @@ class LinearRouter(Router):
 
     def logits(self, x_BxSxD: jax.Array, leaves: Mapping[str, jax.Array]) -> jax.Array:
         """See the class; exact float32 on any device, since accelerators multiply in fewer bits by default."""
-        bias_E = leaves["bias"]
         logits = jnp.einsum("BSD,ED->BSE", x_BxSxD, leaves["weight"], precision=jax.lax.Precision.HIGHEST)
-        return logits - bias_E * jnp.sign(bias_E)  # |b|, with gradient 0 at 0, which jnp.abs does not have
+        return logits + self.bias(leaves)
+
+    def bias(self, leaves: Mapping[str, jax.Array]) -> jax.Array:
+        """-|bias|, with gradient 0 at 0, which jnp.abs does not have."""
+        return -leaves["bias"] * jnp.sign(leaves["bias"])
 
     def new_expert(self, architecture: Architecture, options: Any, key: jax.Array) -> dict[str, np.ndarray]:
         """Weight and bias of a new expert.

@@ -27,7 +27,9 @@ from flexolmo_jax.checkpoint.model_directory import (
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.data.corpus import Corpus, copy_documents
 from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.selectors import SELECTORS, is_derived
 from flexolmo_jax.training.state import EXPERT, Start, start_leaf
+from flexolmo_jax.training.statistics import collect_statistics
 from flexolmo_jax.training.step import Leaves
 
 
@@ -41,7 +43,9 @@ class Publication(NamedTuple):
       architecture: of the model.
       roster: experts in the order of the router's logits.
       trainable: paths of the trained leaves.
-      corpus: brings the tokenizer, and the documents of a public sample.
+      corpora: those trained on, but for public ones of an owner; the first brings the tokenizer, and the documents of
+        a public sample.
+      selector: whose statistics of the corpora are shipped, or "".
       public_documents: how many documents the sample has.
       seed: of the choice of these.
     """
@@ -52,7 +56,8 @@ class Publication(NamedTuple):
     architecture: Architecture
     roster: list[str]
     trainable: frozenset[str]
-    corpus: Corpus
+    corpora: list[Corpus]
+    selector: str
     public_documents: int
     seed: int
 
@@ -66,7 +71,7 @@ def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epa
     Raises:
       UserError: a trained leaf is not finite, or too large for its dtype; or the start has changed since.
     """
-    start, corpus = publication.start, publication.corpus
+    start, corpus = publication.start, publication.corpora[0]
     manifest = _manifest(publication)
     new = leaves.keys()
     if start:
@@ -85,10 +90,14 @@ def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epa
             chosen = np.random.default_rng(publication.seed).choice(len(corpus), count, replace=False)
             copy_documents(corpus, sorted(chosen.tolist()), directory / PUBLIC)
 
+    is_merged = start is not None and len(start.manifest.experts) > 1
+    statistics = start.statistics if start and is_merged else {publication.expert or ANCHOR_NAME: _collect(publication)}
     if isinstance(manifest, ContributionManifest):
-        write_contribution(output, manifest, {digest_name(path): part for path, part in slices.items()})
+        parts = {digest_name(path): part for path, part in slices.items()}
+        write_contribution(output, manifest, parts, statistics=statistics[publication.expert])
         return output
-    frozen = {path: start.params[path] for path in leaves.keys() - slices.keys()} if start else {}
+    stored = {path for path in leaves if not is_derived(path)}
+    frozen = {path: start.params[path] for path in stored - slices.keys()} if start else {}
     source = f"config.start_from={start.path}" if start else "fresh weights"
     shared, experts = split_experts(frozen | slices, publication.roster, source)
     write_model(
@@ -97,10 +106,17 @@ def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epa
         shared,
         experts,
         complete=complete,
-        statistics=start.statistics if start else None,
+        statistics=statistics,
         merged_router=start.merged_router if start else None,
     )
     return output
+
+
+def _collect(publication: Publication) -> dict[str, Slice]:
+    """The statistics of the corpora that were trained on, if any are to be shipped."""
+    if not publication.selector:
+        return {}
+    return collect_statistics(SELECTORS[publication.selector], publication.corpora, publication.architecture)
 
 
 def _manifest(publication: Publication) -> ContributionManifest | ModelManifest:
@@ -112,8 +128,8 @@ def _manifest(publication: Publication) -> ContributionManifest | ModelManifest:
             experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card=card)],
             shared={},
             top_k=1,
-            tokenizer_digest=publication.corpus.tokenizer_digest,
-            eos_id=publication.corpus.eos_id,
+            tokenizer_digest=publication.corpora[0].tokenizer_digest,
+            eos_id=publication.corpora[0].eos_id,
         )
     before = publication.start.manifest
     if publication.expert:

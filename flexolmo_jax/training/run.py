@@ -24,6 +24,7 @@ from flexolmo_jax.errors import ArgumentError, NotFoundError, UserError
 from flexolmo_jax.model.architecture import EXPERT_LAYOUTS, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.model.kernels import causal_attention, grouped_matmul
+from flexolmo_jax.model.selectors import is_derived
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
 from flexolmo_jax.training.publish import Publication
 from flexolmo_jax.training.state import (
@@ -127,7 +128,8 @@ def read_run(config: ConfigDict) -> Run:
         architecture=architecture,
         roster=start.manifest.roster if start else [ANCHOR_NAME],
         trainable=program.trainable,
-        corpus=data.training[0],
+        corpora=data.groups[0][0],
+        selector=config.publish.selector,
         public_documents=config.publish.public_documents,
         seed=config.seed,
     )
@@ -222,7 +224,8 @@ def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[sha
     array = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding)
     batch = {name: array for name in ARRAYS}
     shardings = sharding.leaf_shardings(model.abstract(), model.logical_axes(), mesh, config.sharding_rules)
-    trainable = trainable_paths(shardings, config.partition, required_prefix=EXPERT if config.expert else "")
+    stored = [path for path in shardings if not is_derived(path)]
+    trainable = trainable_paths(stored, config.partition, required_prefix=EXPERT if config.expert else "")
     leaves, frozen = abstract_leaves(model, shardings, trainable, config.compute.frozen_dtype)
     return Program(model, trainable, mesh, optimizer, step, abstract_state(leaves, optimizer, mesh), frozen, batch)
 
@@ -287,8 +290,7 @@ def _names_expert(partition: Sequence[tuple[str, str]]) -> bool:
 def _layout(config: ConfigDict, start: Start | None) -> Layout:
     """That of the start or, of fresh weights: a mixture, that of the expert that the partition names, or an anchor."""
     if start:
-        expert_layout = EXPERT_LAYOUTS[config.expert_layout]
-        return expert_layout if config.expert else Layout.of_roster(len(start.manifest.experts), start.manifest.top_k)
+        return EXPERT_LAYOUTS[config.expert_layout] if config.expert else start.layout
     if config.moe.num_experts == 1 and _names_expert(config.partition):
         return EXPERT_LAYOUTS[config.expert_layout]
     return Layout.of_roster(config.moe.num_experts, config.moe.top_k)

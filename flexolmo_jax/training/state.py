@@ -18,13 +18,15 @@ from ml_collections import ConfigDict
 
 from flexolmo_jax.checkpoint.casts import Experts
 from flexolmo_jax.checkpoint.manifests import MOE, ROUTER, ModelManifest
-from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_params, open_statistics
+from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_params
 from flexolmo_jax.checkpoint.params import read_leaf
+from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model.architecture import SOLO
+from flexolmo_jax.model.architecture import SOLO, Layout
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.leaves import INIT_STDDEV
 from flexolmo_jax.model.routers import ROUTERS
+from flexolmo_jax.model.selectors import is_derived, read_derived
 from flexolmo_jax.training.step import Leaves, TrainState
 
 EXPERT = MOE + "expert/"  # prefix of the leaves of the expert in training
@@ -48,6 +50,16 @@ class Start:
     def statistics(self) -> Experts:
         """{expert: {leaf: slice}} of its owners' statistics."""
         return open_statistics(self.path, self.manifest)
+
+    @functools.cached_property
+    def derived(self) -> dict[str, np.ndarray]:
+        """{path: array} of its leaves that are derived from these."""
+        return read_derived(self.manifest, self.statistics, f"config.start_from={self.path}")
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of its experts."""
+        return Layout.of_roster(len(self.manifest.experts), self.manifest.top_k, self.manifest.selection)
 
     @functools.cached_property
     def merged_router(self) -> Experts:
@@ -100,17 +112,17 @@ def trainable_paths(
         unused.discard(pattern)
         if mark == TRAINABLE:
             trainable.add(path)
-    for pattern, _ in partition:
-        if pattern in unused:
-            raise UserError(f"{key}: '{pattern}' decides no leaf of this model; remove it, or correct or move it")
-    if not trainable:
-        raise UserError(f"{key}: every leaf is frozen; mark at least one pattern '{TRAINABLE}'")
     others = sorted(path for path in trainable if not path.startswith(required_prefix))
     if others:
         raise UserError(
             f"{key}: trains {others[0]}, and an expert ships {required_prefix}* only; freeze the rest, as "
             "configs/expert.py does, or leave out config.expert=NAME"
         )
+    for pattern, _ in partition:
+        if pattern in unused:
+            raise UserError(f"{key}: '{pattern}' decides no leaf of this model; remove it, or correct or move it")
+    if not trainable:
+        raise UserError(f"{key}: every leaf is frozen; mark at least one pattern '{TRAINABLE}'")
     return frozenset(trainable)
 
 
@@ -128,11 +140,12 @@ def abstract_leaves(
 ) -> tuple[AbstractLeaves, AbstractLeaves]:
     """The leaves of a run that starts from a model directory as (trainable, frozen): shapes, dtypes, shardings.
 
-    Leaves that a run publishes from memory are float32, the others have `frozen_dtype`.
+    Leaves that a run publishes from memory are float32, as are derived ones; the others have `frozen_dtype`.
     """
 
     def abstract(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = "float32" if path in trainable or path.startswith(EXPERT) else frozen_dtype
+        is_float32 = path in trainable or path.startswith(EXPERT) or is_derived(path)
+        dtype = "float32" if is_float32 else frozen_dtype
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=shardings[path])
 
     return split({path: abstract(path, leaf) for path, leaf in model.abstract().items()}, trainable)
@@ -163,7 +176,7 @@ def initial_leaves(
         leaves = jax.jit(model.init_flat, out_shardings=shardings)(jax.random.key(initialization.seed))
         leaves["embedding"] *= initialization.options.embedding_stddev / INIT_STDDEV
         return split(leaves, trainable)
-    new = _new_expert(model, initialization) if initialization.expert else {}
+    new = _new_expert(model, initialization) if initialization.expert else start.derived
 
     def initial(abstract: Mapping[str, Any]) -> Leaves:
         return {

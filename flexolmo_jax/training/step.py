@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 
 from flexolmo_jax.model.decoder import Decoder, Output
 from flexolmo_jax.model.loss import load_balancing, prediction_loss, router_z_loss, routing_shares, token_mask
+from flexolmo_jax.model.selectors import LOG_SCALE
 
 Leaves = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
+BELOW_BLOCKS = frozenset({"embedding", LOG_SCALE})  # leaves whose gradients pass the input of the first block
 
 
 class TrainState(NamedTuple):
@@ -106,7 +108,7 @@ def make_train_step(
 
     def micro_batch_loss(trainable: Leaves, frozen: Leaves, tokens: jax.Array, micro_batch: Batch):
         """(contribution to the mean over `tokens`, vjp with respect to the trainable leaves, sums) of a micro-batch."""
-        differentiated = model if "embedding" in trainable else _ending_at_blocks(model)
+        differentiated = _ending_at_blocks(model) if trainable.keys().isdisjoint(BELOW_BLOCKS) else model
 
         def loss_fn(trainable):
             loss, sums = objective(differentiated, {**frozen, **trainable}, micro_batch, weights)

@@ -58,7 +58,7 @@ def asked(monkeypatch):
 def measure(accumulate=1):
     config = config_file.get_config()
     config.data.grad_accum_steps = accumulate
-    (result,) = run.benchmark(config, ["expert"], 2, versus=True)
+    (result,) = run.benchmark(config, ["pair"], 2, versus=True)
     return result
 
 
@@ -92,9 +92,9 @@ def test_a_ratio_compares_runs_that_took_turns(asked, monkeypatch):
 
 def test_progress_counts_sides(asked):
     shown = []
-    run.benchmark(config_file.get_config(), ["expert"], 1, True, say=lambda *progress: shown.append(progress))
+    run.benchmark(config_file.get_config(), ["pair"], 1, True, say=lambda *progress: shown.append(progress))
     names = ("flexolmo", "eager", "grouped_mm", "eager, 2 micro-batches", "grouped_mm, 2 micro-batches")
-    assert [what for what, *_ in shown[:5]] == [f"expert: {name}" for name in names]
+    assert [what for what, *_ in shown[:5]] == [f"pair: {name}" for name in names]
     assert [progress[1:] for progress in shown] == [(done, 5) for done in range(5)]
 
 
@@ -143,9 +143,9 @@ def test_the_command_names_what_is_left_out(asked, monkeypatch):
     _, process = asked
     process.fails = ("eager",)
     monkeypatch.chdir(runs.ROOT)
-    result = small.flexolmo("benchmark", "--config=configs/benchmark.py:300", "--step=expert", "--versus=transformers")
+    result = small.flexolmo("benchmark", "--config=configs/benchmark.py:300", "--step=pair", "--versus=transformers")
     assert result.status == 0
-    assert "\nexpert: transformers, eager is left out: eager fails\n" in result.out
+    assert "\npair: transformers, eager is left out: eager fails\n" in result.out
 
 
 def test_tables_show_medians_and_ratios_to_the_fastest_first(asked, capsys):
@@ -155,7 +155,7 @@ def test_tables_show_medians_and_ratios_to_the_fastest_first(asked, capsys):
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line and "--" not in line]
     lines = [[cell.strip() for cell in line] for line in lines]
     assert lines[1] == [
-        "expert",
+        "pair",
         "100.0",
         "1,000.0",
         "8.00 GFLOP/s",
@@ -177,7 +177,7 @@ def test_this_process_leaves_the_devices_to_its_workers():
 import jax._src.xla_bridge
 from configs import benchmark
 from flexolmo_jax.benchmark import results, run
-run.prepared(benchmark.get_config(), "expert")
+run.prepared(benchmark.get_config(), "pair")
 results.description()
 print(jax._src.xla_bridge.backends_are_initialized())
 """

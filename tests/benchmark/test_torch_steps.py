@@ -45,7 +45,7 @@ def test_the_anchor_is_dense_and_trained_whole():
 
 
 def test_of_the_pair_the_expert_alone_is_trained_where_it_has_parameters_of_its_own():
-    trained, everything = changed("expert", "eager")
+    trained, everything = changed("pair", "eager")
     layers = [f"model.layers.{i}.mlp" for i in range(2)]
     leaves = [("gate.weight", "experts.gate_up_proj.1", "experts.down_proj.1")]
     assert trained == {f"{layer}.{leaf}" for layer in layers for leaf in leaves[0]}
@@ -53,7 +53,7 @@ def test_of_the_pair_the_expert_alone_is_trained_where_it_has_parameters_of_its_
 
 
 def test_of_the_pair_one_tensor_is_trained_whole():
-    trained, everything = changed("expert", "grouped_mm")
+    trained, everything = changed("pair", "grouped_mm")
     assert trained == {name for name in everything if ".mlp." in name}
 
 
@@ -63,7 +63,7 @@ def test_of_the_mixture_all_or_the_router_is_trained():
     assert changed("router", "eager")[0] == {name for name in everything if ".mlp.gate." in name}
 
 
-@pytest.mark.parametrize("step", ["expert", "joint"])
+@pytest.mark.parametrize("step", ["pair", "joint"])
 def test_each_implementation_computes_the_same_loss(step):
     losses = []
     for experts in ("eager", "grouped_mm", "batched_mm"):
@@ -74,7 +74,7 @@ def test_each_implementation_computes_the_same_loss(step):
 
 
 def test_the_pair_has_two_experts_and_other_steps_those_of_the_mixture():
-    assert [random_model(spec(step, "eager")).config.num_experts for step in ("expert", "joint", "decode")] == [2, 4, 4]
+    assert [random_model(spec(step, "eager")).config.num_experts for step in ("pair", "joint", "decode")] == [2, 4, 4]
     assert random_model(spec("joint", "eager")).config.num_experts_per_tok == 2
 
 
@@ -93,7 +93,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch():
 
 
 def test_mixed_precision_holds_frozen_parameters_as_a_run_does():
-    subject = TrainStep(spec("expert", "eager", **{"compute.dtype": "bfloat16", "compute.frozen_dtype": "bfloat16"}))
+    subject = TrainStep(spec("pair", "eager", **{"compute.dtype": "bfloat16", "compute.frozen_dtype": "bfloat16"}))
     subject.build()
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in subject._forward.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}

@@ -16,7 +16,7 @@ from flexolmo_jax.benchmark.run import prepared
 from flexolmo_jax.benchmark.worker import Spec, Step, Worker
 from flexolmo_jax.errors import UserError
 
-SPEC = Spec("flexolmo", "expert", prepared(config_file.get_config("64"), "expert"))
+SPEC = Spec("flexolmo", "pair", prepared(config_file.get_config("64"), "pair"))
 
 PEAK = "from flexolmo_jax.benchmark.worker import peak_memory; {}; print(peak_memory())"
 
@@ -78,9 +78,9 @@ def test_both_sides_have_the_same_allocator(monkeypatch):
 
 def test_a_worker_that_is_killed_or_too_slow_says_so():
     with contextlib.closing(Worker(SPEC)) as started:
-        with pytest.raises(UserError, match="expert: flexolmo: no answer in 0 seconds"):
+        with pytest.raises(UserError, match="pair: flexolmo: no answer in 0 seconds"):
             started.ask("begin", patience=0)
         os.kill(started.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match="expert: flexolmo: its process was killed"):
+        with pytest.raises(UserError, match="pair: flexolmo: its process was killed"):
             started.ask("seconds")
     assert not psutil.pid_exists(started.pid)

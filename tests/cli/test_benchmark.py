@@ -81,7 +81,7 @@ def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(run, "VARIANTS", [("eager", False)])
     monkeypatch.setattr(run, "PAUSE", 0)
-    out, results = measured(tmp_path / "results.json", "--step=expert", "--versus=transformers")
+    out, results = measured(tmp_path / "results.json", "--step=pair", "--versus=transformers")
     (result,) = results["steps"]
     this_program, eager = result["sides"]["flexolmo"], result["sides"]["eager"]
     assert_metrics(this_program, 2 + 2)  # alone, and in turns
@@ -107,7 +107,7 @@ def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--step=sleep"], ["--step=sleep", "anchor|expert|joint|router|decode"]),
+        (["--step=sleep"], ["--step=sleep", "anchor|solo|pair|joint|router|decode"]),
         (["--runs=0"], ["--runs=0", "positive integer"]),
         (["--versus=megatron"], ["--versus=megatron", "transformers"]),
         (["--config.moe.num_experts=1"], ["--config.moe.num_experts=1", "step=joint", "2 at least"]),
@@ -134,7 +134,7 @@ def assert_refused_after_progress(result, *words):
 
 
 def test_a_refusal_of_a_worker_is_one_line():
-    arguments = ["--step=expert", "--config.mesh.data=3", *OVERRIDES]
+    arguments = ["--step=pair", "--config.mesh.data=3", *OVERRIDES]
     assert_refused_after_progress(flexolmo("benchmark", CONFIG, *arguments), "--config.mesh: data=3")
 
 

@@ -20,11 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
     "train": ["config", "workdir", "verify"],
-    "merge": ["anchor", "model", "contribution", "replace", "out", "method", "top_k", "dtype"],
+    "merge": ["anchor", "model", "contribution", "replace", "out", "method", "selection", "top_k", "dtype"],
+    "statistics": ["source", "data", "out", "selector"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
     "evaluate": [
         *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),
-        *("dtype", "verify", "json", "baseline"),
+        *("dtype", "verify", "json", "baseline", "top_k", "out"),
     ],
     "report": ["model", "data", "run", "reference", "title", "length", "batch_size", "dtype", "out"],
     "generate": [
@@ -41,7 +42,17 @@ FLAGS = {
     "convert": ["source", "anchor", "out"],
     "inspect": ["check"],
     "import-hf": ["source", "out", "expert_names", "router_weights_from", "as_contribution", "anchor", "expert"],
-    "export-hf": ["model", "contribution", "anchor", "out", "shard_size", "dtype", "model_type", "drop_bias"],
+    "export-hf": [
+        "model",
+        "contribution",
+        "anchor",
+        "out",
+        "shard_size",
+        "dtype",
+        "model_type",
+        "drop_bias",
+        "drop_selector",
+    ],
 }
 
 
@@ -148,6 +159,7 @@ REQUIRED = {
     "tokenize": {"out": "x"},
     "train": {"config": "configs/anchor.py", "workdir": "x"},
     "merge": {"anchor": "x", "out": "x"},
+    "statistics": {"source": "x", "out": "x"},
     "opt-out": {"model": "x", "out": "x"},
     "evaluate": {"model": "x"},
     "report": {"out": "x"},
@@ -172,6 +184,7 @@ def test_a_missing_flag_is_refused(command, flag):
     [
         ("tokenize", "input"),
         ("merge", "contribution"),
+        ("statistics", "data"),
         ("opt-out", "expert"),
         ("evaluate", "data"),
         ("report", "model"),
@@ -286,12 +299,15 @@ BAD_RUNS = [
     ([*EXPERT, "--config.expert=my news"], ["--config.expert=my news", "lower-case"]),
     (
         [ANCHOR, DATA, "--config.start_from={home}/anchor", "--config.expert=news"],
-        ["--config.partition", "configs/expert.py", "--config.expert="],
+        ["--config.partition", "configs/expert.py", "config.expert=NAME"],
     ),
     ([*EXPERT, "--config.start_from={home}/run"], ["is the workdir of a run", "{home}/run/model"]),
     ([ANCHOR, DATA, "--config.optimizer.learning_rate=nan"], ["learning_rate=nan", "finite"]),
     ([ANCHOR, DATA, "--config.loss.z_loss=inf"], ["--config.loss.z_loss=inf", "finite"]),
-    ([*EXPERT, "--config.start_from={home}/anchor"], ["--config.data.public_share", "--config.data.public=DIR"]),
+    (
+        ["--config=configs/pair.py", *EXPERT[1:], "--config.start_from={home}/anchor"],
+        ["--config.data.public_share", "--config.data.public=DIR"],
+    ),
 ]
 
 

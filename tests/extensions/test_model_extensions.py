@@ -64,17 +64,17 @@ def test_an_extension_trains_merges_opts_out_evaluates_and_generates(tmp_path, f
             return train(make_config(kind, **options, **values), tmp_path / directory).output
 
     anchor = run("anchor", "anchor", model__num_layers=1, **{f"model__{field}": name})
-    news = run("expert", "news", start_from=str(anchor), expert="news")
+    news = run("pair", "news", start_from=str(anchor), expert="news")
     law = small.contribution(tmp_path / "law", anchor, seed=1)
     trained = small.read_params(news)
     assert trained.keys() == leaves
     for leaf, initial in small.expert_leaves(anchor).items():
         assert not np.array_equal(trained[leaf], initial), leaf
 
-    merge(anchor, [news, law], tmp_path / "merged", top_k=2)
+    merge(anchor, [news, law], tmp_path / "merged", top_k=2, selection="router")
     tuned = run("router", "tuned", start_from=str(tmp_path / "merged")) if field == "router" else tmp_path / "merged"
     opt_out(tuned, ["law"], tmp_path / "without")
-    merge(anchor, [news], tmp_path / "expected", top_k=2)
+    merge(anchor, [news], tmp_path / "expected", top_k=2, selection="router")
     small.assert_same_leaves(small.read_params(tmp_path / "without"), small.read_params(tmp_path / "expected"))
 
     merged, without = (flexolmo_jax.load(tmp_path / directory) for directory in ("merged", "without"))

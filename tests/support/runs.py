@@ -183,7 +183,7 @@ class Runs:
         anchor, contributions, out = self.anchor.output, [self.expert.output], self.root / "merged"
         with once(out) as is_there:
             if not is_there:
-                merge(anchor, contributions, out, top_k=2)
+                merge(anchor, contributions, out, top_k=2, selection="router")
         return out
 
     @functools.cached_property

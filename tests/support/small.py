@@ -34,6 +34,7 @@ from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
+from flexolmo_jax.model.selectors import BUCKETS
 from flexolmo_jax.training import loop  # noqa: F401  grain defines flags of its own, once
 from flexolmo_jax.training.publish import Publication, publish
 from flexolmo_jax.training.state import Start
@@ -134,6 +135,12 @@ def save_tokenizer(directory, manifest):
     byte_tokenizer().save(directory / TOKENIZER_FILE)
 
 
+def ngram_statistics(seed, documents=5):
+    """{leaf: array} of an owner's text, random, for the selector "ngram"; every bucket occurs, for short texts."""
+    counts = np.random.default_rng(seed).geometric(0.02, BUCKETS)
+    return {"ngram/counts": counts, "ngram/documents": np.array(documents)}
+
+
 def slices(leaves):
     """{leaf: array} as what is to be written."""
     return {leaf: Slice(array, None, leaf) for leaf, array in leaves.items()}
@@ -189,14 +196,15 @@ def tuned(path, model, corpus_path, leaves=ROUTER, seed=9):
         architecture=ARCHITECTURE,
         roster=manifest.roster,
         trainable=frozenset(leaves),
-        corpus=data,
+        corpora=[data],
+        selector="",
         public_documents=0,
         seed=0,
     )
     rng = np.random.default_rng(seed)
     values = read_params(model)
     for leaf in sorted(leaves):
-        values[leaf] = (0.3 * rng.standard_normal(values[leaf].shape)).astype(np.float32)
+        values[leaf] = np.asarray(0.3 * rng.standard_normal(values[leaf].shape), np.float32)
     publish(epath.Path(path), values, publication)
     return path
 

@@ -88,7 +88,7 @@ def test_a_contribution_holds_the_leaves_of_the_expert_and_nothing_else(made):
     found = runs.read_params(made.expert.output)
     expected = {leaf: made.expert.leaves[f"{MOE}expert/{leaf}"] for leaf in LEAVES}
     assert as_bits(found) == as_bits(expected)
-    assert {path.name for path in made.expert.output.iterdir()} == {"contribution.json", "params"}
+    assert {path.name for path in made.expert.output.iterdir()} == {"contribution.json", "params", "statistics"}
 
 
 def test_a_contribution_says_what_it_is(made):
