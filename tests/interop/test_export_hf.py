@@ -108,6 +108,24 @@ def test_without_the_sidecar_names_and_cards_are_gone(home, tmp_path):
     assert before == after
 
 
+def test_a_selector_is_refused_or_dropped_and_measured(tmp_path):
+    leaves = unbiased(small.random_leaves(0))
+    small.anchor(tmp_path / "anchor", leaves=leaves, statistics=small.ngram_statistics(0))
+    leaves = unbiased(small.expert_leaves(tmp_path / "anchor", seed=1))
+    small.contribution(tmp_path / "news", tmp_path / "anchor", leaves=leaves, statistics=small.ngram_statistics(1))
+    merge(tmp_path / "anchor", [tmp_path / "news"], tmp_path / "merged")
+    result = flexolmo("export-hf", f"--model={tmp_path}/merged", f"--out={tmp_path}/out")
+    assert_refused(result, "export-hf", f"--model={tmp_path}/merged", "selection 'ngram'", "drop_selector")
+    printed = run("export-hf", f"--model={tmp_path}/merged", f"--out={tmp_path}/out", "--drop-selector")
+    assert "without the selection 'ngram', on random tokens:" in printed
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "no place for the selection 'ngram'" in page
+    assert "--drop_selector" in page
+    run("import-hf", f"--source={tmp_path}/out", f"--out={tmp_path}/back")
+    merge(tmp_path / "anchor", [tmp_path / "news"], tmp_path / "by-router", top_k=1, selection="router")
+    assert small.files(tmp_path / "back") == small.files(tmp_path / "by-router")
+
+
 def test_biases_are_refused(home, tmp_path):
     result = flexolmo("export-hf", f"--model={home}/biased", f"--out={tmp_path}/out")
     assert_refused(result, "export-hf", f"--model={home}/biased", "bias of math", "drop_bias")
