@@ -161,6 +161,15 @@ def declare() -> ConfigDict:
     # Selector whose statistics of data.train are shipped, so that a merge can choose experts by them; "": none.
     config.publish.selector = key("ngram", choices("", registry="model.selectors:SELECTORS"))
 
+    # Differential privacy of these statistics, per document (docs/privacy.md); it needs flexolmo-jax[privacy].
+    # 0: statistics are exact; 1 to 8 are common, less is more private.
+    config.publish.epsilon = key(0.0, at_least(0, below=100))
+    # Probability with which epsilon does not hold; far below 1 / number of documents.
+    config.publish.delta = key(1e-6, at_least(1e-10, below=0.1))
+    # L2 norm of a document's n-gram counts above which they are scaled down to it. Noise grows with it; where it is
+    # low, long documents count no more than short ones.
+    config.publish.clip = key(8.0, at_least(1))
+
     config.card = ConfigDict()  # what a data owner says of the data; it travels with the weights
     config.card.description = ""  # in words
     config.card.license = ""  # under which the data may be used

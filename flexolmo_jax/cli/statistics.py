@@ -5,7 +5,7 @@
 
 `flexolmo train` does this at its end. This command is for what was trained before, elsewhere, or with
 `config.publish.selector=` empty. It reads the corpora once and makes a copy; `flexolmo inspect` says what statistics
-reveal of the text.
+reveal of the text. With `--epsilon` they are noised (docs/privacy.md), differently each time: ship one copy alone.
 """
 
 from absl import flags
@@ -16,6 +16,9 @@ _DATA = flags.DEFINE_multi_string(
 )
 _OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
 _SELECTOR = flags.DEFINE_string("selector", "ngram", "Selector that the statistics are for.")
+_EPSILON = flags.DEFINE_float("epsilon", 0.0, "Of differential privacy for each document; 0: statistics are exact.")
+_DELTA = flags.DEFINE_float("delta", 1e-6, "Probability that epsilon does not hold; far below 1 / number of documents.")
+_CLIP = flags.DEFINE_float("clip", 8.0, "With --epsilon, L2 norm to which a document's counts are scaled down.")
 
 
 def run() -> None:
@@ -25,5 +28,6 @@ def run() -> None:
 
     if not _DATA.value:
         raise UserError("--data: none given; give the flag once for each corpus that it was trained on")
-    add_statistics(_SOURCE.value, _DATA.value, _OUT.value, _SELECTOR.value)
+    privacy = {"epsilon": _EPSILON.value, "delta": _DELTA.value, "clip": _CLIP.value}
+    add_statistics(_SOURCE.value, _DATA.value, _OUT.value, _SELECTOR.value, **privacy)
     print(f"{_OUT.value}: statistics for the selector {_SELECTOR.value}")

@@ -17,6 +17,8 @@ from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.privacy import CARD_KEY, privacy_words
+from flexolmo_jax.model.selectors import SELECTORS
 from flexolmo_jax.tables import printable
 
 
@@ -54,7 +56,7 @@ def _model(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table]:
         "shared leaves": f"{_parameters(shared):,} parameters",
         "dtype": _dtypes({"": shared, **experts}),
         **_casts([(expert.name, expert.casts) for expert in manifest.experts], manifest.casts),
-        **_statistics(statistics),
+        **_statistics(statistics, {expert.name: expert.card for expert in manifest.experts}),
         "experts per token": f"{min(manifest.top_k, len(manifest.experts))} of {len(manifest.experts)}",
         "tuned since": ", ".join(manifest.tuned.leaves) if manifest.tuned else "nothing",
     }
@@ -87,7 +89,7 @@ def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Ta
         "anchor digest": manifest.anchor_digest,
         "dtype": _dtypes({"expert": leaves}),
         **_casts([(manifest.name, manifest.casts)]),
-        **_statistics(statistics),
+        **_statistics(statistics, {manifest.name: manifest.card}),
     }
     return facts, _roster([(ExpertRecord.of(manifest), leaves)])
 
@@ -136,10 +138,20 @@ def _casts(experts: list[tuple[str, Casts]], shared: Casts | None = None) -> dic
     return {"cast": lines} if lines else {}
 
 
-def _statistics(statistics: Mapping[str, Mapping[str, Slice]]) -> dict[str, str]:
-    """A line where experts have statistics."""
-    lines = "; ".join(f"{name}: {', '.join(leaves)}" for name, leaves in statistics.items() if leaves)
-    return {"statistics": lines} if lines else {}
+def _statistics(
+    statistics: Mapping[str, Mapping[str, Slice]], cards: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
+    """Lines where experts have statistics: their leaves, what these reveal, and how private they are."""
+    with_some = {name: leaves for name, leaves in statistics.items() if leaves}
+    if not with_some:
+        return {}
+    found = {leaf.split("/")[0] for leaves in with_some.values() for leaf in leaves}
+    reveals = "; ".join(selector.reveals for name, selector in SELECTORS.items() if name in found)
+    return {
+        "statistics": "; ".join(f"{name}: {', '.join(leaves)}" for name, leaves in with_some.items()),
+        **({"they reveal": reveals} if reveals else {}),
+        "their privacy": "; ".join(f"{name}: {privacy_words(cards[name].get(CARD_KEY))}" for name in with_some),
+    }
 
 
 def _parameters(leaves: Mapping[str, Slice]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from flexolmo_jax.checkpoint.casts import Experts
 from flexolmo_jax.checkpoint.manifests import BY_ROUTER, SELECTOR, ModelManifest
 from flexolmo_jax.checkpoint.statistics import read_statistics
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.privacy import Privacy
 
 if TYPE_CHECKING:
     from flexolmo_jax.model.architecture import Architecture
@@ -33,6 +34,7 @@ NATS_PER_TOKEN = 0.3  # tokens are not independent: the weight of a token's evid
 BUCKETS = 2**16  # of hashed n-grams
 SMOOTHING = 0.1  # added to every count
 MAX_NGRAMS = 2**25  # possible n-grams, up to which n may grow
+SIGNIFICANT = 2.0  # standard deviations of noise at which a count and public text weigh the same
 BLOCK = 2**20  # tokens that are counted at once
 _MULTIPLIER, _FINALIZER = 0x9E3779B1, 0x85EBCA6B  # odd 32-bit integers of the hash
 
@@ -56,13 +58,21 @@ class Selector(abc.ABC):
 
     Attributes:
       name: its key in `SELECTORS`; its leaves among the statistics are `NAME/*`.
+      reveals: what they say of the text, in words for its owner.
     """
 
     name: str
+    reveals: str
 
     @abc.abstractmethod
     def statistics(self, documents: Iterable[np.ndarray], architecture: Architecture, eos_id: int) -> Statistics:
         """The statistics of documents (token ids, terminated by EOS), {leaf: array}, in one pass."""
+
+    @abc.abstractmethod
+    def private_statistics(
+        self, documents: Iterable[np.ndarray], architecture: Architecture, eos_id: int, privacy: Privacy
+    ) -> Statistics:
+        """The same with noise, differentially private (`model.privacy`); other values each time."""
 
     @abc.abstractmethod
     def problem(self, statistics: Statistics, documents: int | None) -> str | None:
@@ -97,10 +107,15 @@ class NgramSelector(Selector):
     """Naive Bayes on hashed n-grams of token ids: sums of log p_i(n-gram) - log p_public(n-gram).
 
     The statistics are `ngram/counts` [BUCKETS], how often n-grams of each bucket occur, and `ngram/documents`, a
-    scalar. n is 3 for bytes, 2 for small vocabularies, and 1 for those whose bigrams would collide.
+    scalar. n is 3 for bytes, 2 for small vocabularies, and 1 for those whose bigrams would collide. Private statistics
+    have `ngram/noise` besides, a scalar: the standard deviation of the noise in each count.
     """
 
     name = "ngram"
+    reveals = (
+        f"how often n-grams of tokens occur in the text, hashed to {BUCKETS} counts: whoever has the tokenizer can "
+        "test whether a sequence of words is likely to be in it, and how frequent it is"
+    )
 
     def order(self, architecture: Architecture) -> int:
         """n, of the n-grams."""
@@ -129,9 +144,25 @@ class NgramSelector(Selector):
                 tokens_in_block += len(document)
         return {"ngram/counts": counts, "ngram/documents": np.array(number)}
 
+    def private_statistics(
+        self, documents: Iterable[np.ndarray], architecture: Architecture, eos_id: int, privacy: Privacy
+    ) -> Statistics:
+        """The same with noise, float64: counts of bounded documents, projected to valid ones."""
+        order, number = self.order(architecture), 0
+
+        def counts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            nonlocal number
+            for document in documents:
+                number += 1
+                tokens = np.concatenate([[eos_id] * min(order - 1, 1), document]).astype(np.uint32)
+                yield np.unique(_buckets(tokens, order, np), return_counts=True)
+
+        noised = privacy.release(counts(), BUCKETS)
+        return {"ngram/counts": noised, "ngram/documents": np.array(number), "ngram/noise": np.array(privacy.stddev)}
+
     def problem(self, statistics: Statistics, documents: int | None) -> str | None:
         """Counts must be finite, not negative, and not all zero, and the number of documents that of the card."""
-        if statistics.keys() != {"ngram/counts", "ngram/documents"}:
+        if statistics.keys() - {"ngram/noise"} != {"ngram/counts", "ngram/documents"}:
             return f"has the leaves {', '.join(sorted(statistics))}; it must have ngram/counts and ngram/documents"
         counts, number = statistics["ngram/counts"], statistics["ngram/documents"]
         if counts.shape != (BUCKETS,):
@@ -140,6 +171,9 @@ class NgramSelector(Selector):
             return f"ngram/documents has shape {list(number.shape)}; it must be a scalar"
         if not (counts.min() >= 0 and 0 < counts.max() < 2**63):
             return "ngram/counts must be finite and not negative, with a positive sum"
+        noise = statistics.get("ngram/noise", np.array(0.0))
+        if noise.shape != () or not 0 <= noise < np.inf:
+            return f"ngram/noise is {noise}; it must be a number that is finite and not negative"
         if documents is not None and number != documents:
             return f"ngram/documents is {number}, and the data card says {documents}"
         return None
@@ -150,9 +184,12 @@ class NgramSelector(Selector):
 
     def tables(self, statistics: Sequence[Statistics]) -> dict[str, np.ndarray]:
         """The log of each bucket's probability, less that of public text, times `NATS_PER_TOKEN`."""
-        public, *owners = (np.log(_smoothed(np.asarray(s["ngram/counts"], np.float64))) for s in statistics)
-        ratios = [NATS_PER_TOKEN * (owner - public) for owner in owners]
-        return {"log_ratio": np.stack([np.zeros(BUCKETS), *ratios], axis=1).astype(np.float32)}
+        public = np.asarray(statistics[0]["ngram/counts"], np.float64)
+        columns, public_log = [np.zeros(BUCKETS)], np.log(_smoothed(public))
+        for owner in statistics[1:]:
+            counts = _shrunk(np.asarray(owner["ngram/counts"], np.float64), owner.get("ngram/noise"), public)
+            columns.append(NATS_PER_TOKEN * (np.log(_smoothed(counts)) - public_log))
+        return {"log_ratio": np.stack(columns, axis=1).astype(np.float32)}
 
     def token_evidence(
         self, tables: Mapping[str, jax.Array], tokens_BxT: jax.Array, has_context_BxS: jax.Array
@@ -161,6 +198,19 @@ class NgramSelector(Selector):
         order = tokens_BxT.shape[1] - has_context_BxS.shape[1] + 1
         evidence_BxSxE = tables["log_ratio"][_buckets(tokens_BxT.astype(jnp.uint32), order, jnp)]
         return jnp.where(has_context_BxS[..., None], evidence_BxSxE, 0)
+
+
+def _shrunk(counts: np.ndarray, noise: np.ndarray | None, public: np.ndarray) -> np.ndarray:
+    """Counts, drawn to those of public text where they do not stand out of noise of that standard deviation.
+
+    Without this, the noise outweighs the text: n-grams whose count is lost in it would speak against the owner. The
+    result has the sum of the public counts, so that smoothing does not matter more where there was little text.
+    """
+    if noise is None or noise == 0:
+        return counts
+    weight = counts**2 / (counts**2 + (SIGNIFICANT * noise) ** 2)
+    certain, rest = weight * counts / counts.sum(), (1 - weight) * _smoothed(public)
+    return public.sum() * (certain + (1 - certain.sum()) * rest / rest.sum())
 
 
 def _smoothed(counts: np.ndarray) -> np.ndarray:

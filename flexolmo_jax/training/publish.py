@@ -27,6 +27,7 @@ from flexolmo_jax.checkpoint.model_directory import (
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.data.corpus import Corpus, copy_documents
 from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.privacy import Privacy
 from flexolmo_jax.model.selectors import SELECTORS, is_derived
 from flexolmo_jax.training.state import EXPERT, Start, start_leaf
 from flexolmo_jax.training.statistics import collect_statistics
@@ -46,6 +47,7 @@ class Publication(NamedTuple):
       corpora: those trained on, but for public ones of an owner; the first brings the tokenizer, and the documents of
         a public sample.
       selector: whose statistics of the corpora are shipped, or "".
+      privacy: of these statistics; None: they are exact.
       public_documents: how many documents the sample has.
       seed: of the choice of these.
     """
@@ -58,6 +60,7 @@ class Publication(NamedTuple):
     trainable: frozenset[str]
     corpora: list[Corpus]
     selector: str
+    privacy: Privacy | None
     public_documents: int
     seed: int
 
@@ -116,7 +119,9 @@ def _collect(publication: Publication) -> dict[str, Slice]:
     """The statistics of the corpora that were trained on, if any are to be shipped."""
     if not publication.selector:
         return {}
-    return collect_statistics(SELECTORS[publication.selector], publication.corpora, publication.architecture)
+    return collect_statistics(
+        SELECTORS[publication.selector], publication.corpora, publication.architecture, publication.privacy
+    )
 
 
 def _manifest(publication: Publication) -> ContributionManifest | ModelManifest:

@@ -24,6 +24,7 @@ from flexolmo_jax.errors import ArgumentError, NotFoundError, UserError
 from flexolmo_jax.model.architecture import EXPERT_LAYOUTS, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.model.kernels import causal_attention, grouped_matmul
+from flexolmo_jax.model.privacy import CARD_KEY, Privacy, make_privacy
 from flexolmo_jax.model.selectors import is_derived
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
 from flexolmo_jax.training.publish import Publication
@@ -115,7 +116,8 @@ def read_run(config: ConfigDict) -> Run:
     _check_fresh(config)
     data = _open_data(config)
     tokenizer = _check_tokenizers(data, start)
-    card, record, warnings = _data_card(config, data), _record(config, data, start), _warnings(config)
+    privacy = _privacy(config, data, start)
+    card, record, warnings = _data_card(config, data, privacy), _record(config, data, start), _warnings(config)
     program = _make_program(config, start, devices)
     architecture = program.model.architecture
     if tokenizer.vocab_size > architecture.vocab_size:
@@ -130,6 +132,7 @@ def read_run(config: ConfigDict) -> Run:
         trainable=program.trainable,
         corpora=data.groups[0][0],
         selector=config.publish.selector,
+        privacy=privacy,
         public_documents=config.publish.public_documents,
         seed=config.seed,
     )
@@ -346,7 +349,16 @@ def _check_tokenizers(data: Data, start: Start | None) -> Tokenizer:
     return corpora[0].tokenizer()
 
 
-def _data_card(config: ConfigDict, data: Data) -> dict[str, Any]:
+def _privacy(config: ConfigDict, data: Data, start: Start | None) -> Privacy | None:
+    """The privacy of the statistics that are shipped; None where they are exact, or none are computed."""
+    options, is_merged = config.publish, start is not None and len(start.manifest.experts) > 1
+    if not options.selector or is_merged:
+        return None
+    documents = sum(corpus.documents for corpus in data.groups[0][0])
+    return make_privacy(options.epsilon, options.delta, options.clip, documents, section="config.publish.")
+
+
+def _data_card(config: ConfigDict, data: Data, privacy: Privacy | None) -> dict[str, Any]:
     """What the weights say of their data: the owner's words, counts, and how long they were trained on it."""
     corpora, _ = data.groups[0]
     return {
@@ -358,6 +370,7 @@ def _data_card(config: ConfigDict, data: Data) -> dict[str, Any]:
         # Of all sequences, public ones included.
         "trained_tokens": config.steps * data.tokens_per_step,
         "public_share": config.data.public_share,
+        **({CARD_KEY: privacy.card()} if privacy else {}),
     }
 
 

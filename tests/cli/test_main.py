@@ -21,7 +21,7 @@ FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
     "train": ["config", "workdir", "verify"],
     "merge": ["anchor", "model", "contribution", "replace", "out", "method", "selection", "top_k", "dtype"],
-    "statistics": ["source", "data", "out", "selector"],
+    "statistics": ["source", "data", "out", "selector", "epsilon", "delta", "clip"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
     "evaluate": [
         *("model", "data", "tasks", "include_path", "limit", "without", "length", "max_length", "batch_size"),

@@ -198,6 +198,7 @@ def tuned(path, model, corpus_path, leaves=ROUTER, seed=9):
         trainable=frozenset(leaves),
         corpora=[data],
         selector="",
+        privacy=None,
         public_documents=0,
         seed=0,
     )

@@ -9,10 +9,12 @@ import pytest
 
 from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FOLDER, read_contribution, read_model
 from flexolmo_jax.checkpoint.params import open_tree
+from flexolmo_jax.checkpoint.statistics import open_statistics, read_statistics
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import privacy
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.run import read_run
 from flexolmo_jax.training.state import initial_leaves
@@ -109,6 +111,20 @@ def test_a_contribution_says_what_it_is(made):
         "trained_tokens": 12 * 8 * 32,
         "public_share": 0.5,
     }
+
+
+def test_statistics_are_noised_if_asked_for_and_the_card_says_so(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(privacy, "noise_multiplier", lambda epsilon, delta: epsilon / 2)
+    options = {"publish__epsilon": 3.0, "publish__delta": 1e-5, "publish__clip": 4.0}
+    publication = read_run(runs.make_config("pair", **made.expert_values, **options)).publication
+    output = publish(tmp_path / "contribution", made.expert.leaves, publication)
+    before, after = read_contribution(made.expert.output), read_contribution(output)
+    guarantee = {"epsilon": 3.0, "delta": 1e-5, "clip": 4.0, "noise_multiplier": 1.5}
+    expected = {"statistics_privacy": {"mechanism": "gaussian", "unit": "document", **guarantee}}
+    assert after.card == before.card | expected
+    assert after.leaves == before.leaves
+    assert after.statistics.keys() == before.statistics.keys() | {"ngram/noise"}
+    assert read_statistics(open_statistics(output, after)["news"], "ngram")["ngram/noise"] == 6.0
 
 
 def test_a_tuned_router_is_recorded_and_the_one_of_the_merge_kept(made):
