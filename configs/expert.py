@@ -4,7 +4,7 @@ r"""Trains an expert: an owner's copy of the anchor's feed-forward, alone with w
         --config.expert=news --config.data.train=corpora/news
 
 `tiny` is 250 steps of 2048 bytes, about a minute on two CPU cores; on the owner's own text the loss ends well below
-the anchor's, by about 0.4 nats per token on Python source. `7b` takes as many tokens as the published run (50B).
+the anchor's, by about 0.3 nats per token on Python source. `7b` takes as many tokens as the published run (50B).
 configs/pair.py trains as the paper does. The argument is a size of configs/models.py.
 """
 
