@@ -93,8 +93,9 @@ def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epa
             chosen = np.random.default_rng(publication.seed).choice(len(corpus), count, replace=False)
             copy_documents(corpus, sorted(chosen.tolist()), directory / PUBLIC)
 
-    is_merged = start is not None and len(start.manifest.experts) > 1
-    statistics = start.statistics if start and is_merged else {publication.expert or ANCHOR_NAME: _collect(publication)}
+    statistics = (
+        start.statistics if start and start.is_merged else {publication.expert or ANCHOR_NAME: _collect(publication)}
+    )
     if isinstance(manifest, ContributionManifest):
         parts = {digest_name(path): part for path, part in slices.items()}
         write_contribution(output, manifest, parts, statistics=statistics[publication.expert])

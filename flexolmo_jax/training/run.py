@@ -280,7 +280,7 @@ def _check_expert(config: ConfigDict, start: Start | None) -> None:
         raise ArgumentError("config.expert", name, f"becomes the expert's name; {NAME_RULE}")
     if start is None:
         raise UserError(NEEDS_ANCHOR)
-    if len(start.manifest.experts) > 1:
+    if start.is_merged:
         problem = f"a merged model ({', '.join(start.manifest.roster)}); an expert starts from the anchor alone"
         raise ArgumentError("config.start_from", start.path, problem)
 
@@ -351,8 +351,8 @@ def _check_tokenizers(data: Data, start: Start | None) -> Tokenizer:
 
 def _privacy(config: ConfigDict, data: Data, start: Start | None) -> Privacy | None:
     """The privacy of the statistics that are shipped; None where they are exact, or none are computed."""
-    options, is_merged = config.publish, start is not None and len(start.manifest.experts) > 1
-    if not options.selector or is_merged:
+    options = config.publish
+    if not options.selector or (start and start.is_merged):
         return None
     documents = sum(corpus.documents for corpus in data.groups[0][0])
     return make_privacy(options.epsilon, options.delta, options.clip, documents, section="config.publish.")

@@ -57,6 +57,11 @@ class Start:
         return read_derived(self.manifest, self.statistics, f"config.start_from={self.path}")
 
     @property
+    def is_merged(self) -> bool:
+        """Whether it has contributed experts."""
+        return len(self.manifest.experts) > 1
+
+    @property
     def layout(self) -> Layout:
         """The layout of its experts."""
         return Layout.of_roster(len(self.manifest.experts), self.manifest.top_k, self.manifest.selection)
