@@ -12,21 +12,20 @@ import json
 import os
 import pathlib
 import resource
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import local_texts
-from rich.console import Console
+from commands import flexolmo, title
+from comparison import compare, findings, own_shares
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint.model_directory import CERTIFICATE_FILE
 from flexolmo_jax.data.corpus import Corpus, write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
-from flexolmo_jax.evaluation.loss import ModelResults, evaluate_models, evaluate_shown
+from flexolmo_jax.evaluation.loss import ModelResults
 from flexolmo_jax.evaluation.report import Certificate, bits_per_byte, read_curve, write_report
 from flexolmo_jax.evaluation.results import bits_per_byte_table
 from flexolmo_jax.tables import show
@@ -59,7 +58,6 @@ INTRODUCTION = (
     "Each data owner trained one expert in the frozen public anchor, on data that never left the owner. The "
     "contributed experts were then merged into one model, from which any owner can opt out."
 )
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -73,30 +71,31 @@ def main() -> None:
         sys.exit(f"quickstart.py: {out} exists already; name a new folder, or remove this one first")
     started = time.monotonic()
 
-    _title("1. Corpora from text on this machine")
+    title("1. Corpora from text on this machine")
     make_corpora(out, size["train_bytes"], size["heldout_bytes"])
 
-    _title("2. The anchor is trained on the public corpus, then each owner trains an expert alone")
+    title("2. The anchor is trained on the public corpus, then each owner trains an expert alone")
     train(out, "anchor", "anchor.py:tiny", PUBLIC, size["anchor"])
     for owner in OWNERS:
         start = [f"--config.start_from={out}/anchor/model", f"--config.expert={owner}"]
         train(out, owner, "expert.py:tiny", owner, [*start, *size["expert"]])
 
-    _title("3. The contributions are merged, and compared on held-out text")
+    title("3. The contributions are merged, and compared on held-out text")
     merge(out, "merged", OWNERS)
     held_out = {domain: Corpus.open(out / "corpora" / domain / "heldout") for domain in DOMAINS}
-    evaluated = compare(out, held_out)
+    evaluated = compare(out / "anchor" / "model", out / "models" / "merged", held_out, LENGTH)
 
-    _title(f"4. The owner of '{LEAVES}' opts out")
+    title(f"4. The owner of '{LEAVES}' opts out")
     opt_out = leave(out)
 
-    _title("5. What the merged model writes")
+    title("5. What the merged model writes")
     samples = continue_prompts(out, held_out)
 
     scores = bits_per_byte(evaluated, separator="-without:")
+    found = findings(scores, own_shares(evaluated["merged"]), PUBLIC)
     results = {
         "bits_per_byte": scores,
-        "findings": findings(scores, {owner: evaluated["merged"].losses[owner].routing[owner] for owner in OWNERS}),
+        "findings": {finding.text: finding.holds for finding in found},
         "routing": {domain: dict(loss.routing) for domain, loss in evaluated["merged"].losses.items()},
         "opt_out": opt_out,
         "samples": samples,
@@ -105,10 +104,10 @@ def main() -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     report(out, evaluated, results)
 
-    _title("Bits per byte of held-out text (lower is better)")
+    title("Bits per byte of held-out text (lower is better)")
     show(bits_per_byte_table(scores, DOMAINS))
-    for finding, holds in results["findings"].items():
-        print(f"{'yes' if holds else 'NO':<3} {finding}")
+    for finding in found:
+        print(finding)
     print(f"opting out: {opt_out['guarantee']}")
     print(f"compared with the merge that never had '{LEAVES}': {'identical' if opt_out['identical'] else 'DIFFERENT'}")
     print(f"{results['settings']['seconds']} seconds; see {out}/report.html and {out}/results.json")
@@ -139,20 +138,6 @@ def merge(out: pathlib.Path, name: str, owners: Sequence[str]) -> None:
     flexolmo("merge", f"--anchor={out}/anchor/model", *contributions, f"--out={out}/models/{name}")
 
 
-def compare(out: pathlib.Path, held_out: Mapping[str, Corpus]) -> dict[str, ModelResults]:
-    """Evaluates the anchor, each owner's expert alone, and the merged model with and without each owner."""
-    options: dict[str, Any] = {"length": LENGTH, "batch_size": 16}
-    anchor = evaluate_models({"anchor": out / "anchor" / "model"}, held_out, **options)
-    merged = evaluate_models({"merged": out / "models" / "merged"}, held_out, **options)
-    model = flexolmo_jax.load(out / "models" / "merged")
-    solos = {}
-    for owner in OWNERS:
-        others = [name for name in model.roster if name != owner]
-        losses = evaluate_shown(model, held_out, title=f"solo:{owner}", without=others, **options)
-        solos[f"solo:{owner}"] = ModelResults([owner], losses)
-    return {**anchor, **solos, **merged}
-
-
 def report(out: pathlib.Path, evaluated: Mapping[str, ModelResults], results: Mapping[str, Any]) -> None:
     """Writes `out/report.html`."""
     labelled = {label.replace("solo:", "only "): result for label, result in evaluated.items()}
@@ -173,47 +158,6 @@ def report(out: pathlib.Path, evaluated: Mapping[str, ModelResults], results: Ma
         samples=[{"title": sample["domain"], **sample} for sample in results["samples"]],
         settings=results["settings"],
     )
-
-
-def findings(scores: Mapping[str, Mapping[str, float]], own_shares: Mapping[str, float]) -> dict[str, bool]:
-    """What the method promises, and whether it holds.
-
-    Args:
-      scores: {model: {domain: bits per byte}}.
-      own_shares: {owner: the share of the routing weight that the owner's expert has on the owner's domain}.
-    """
-    anchor, merged = scores["anchor"], scores["merged"]
-    solos = {owner: scores[f"solo:{owner}"] for owner in OWNERS}
-    without = {owner: scores[f"merged-without:{owner}"] for owner in OWNERS}
-
-    def average(values: Mapping[str, float]) -> float:
-        return sum(values.values()) / len(values)
-
-    return {
-        "every owner's expert beats the anchor on its owner's domain": all(
-            solo[owner] < anchor[owner] for owner, solo in solos.items()
-        ),
-        "on each owner's domain the merged model is at most 2% worse than that owner's expert": all(
-            merged[owner] <= 1.02 * solo[owner] for owner, solo in solos.items()
-        ),
-        "there it keeps at least 90% of what that expert gains over the anchor": all(
-            anchor[owner] - merged[owner] >= 0.9 * (anchor[owner] - solo[owner]) for owner, solo in solos.items()
-        ),
-        "on public text the merged model is at most 1% worse than the anchor": merged[PUBLIC] <= 1.01 * anchor[PUBLIC],
-        "on average the merged model is better than the anchor and every single expert": all(
-            average(merged) < average(values) for values in (anchor, *solos.values())
-        ),
-        "opting one owner out changes every other domain by at most 1%": all(
-            abs(without[owner][domain] - merged[domain]) <= 0.01 * merged[domain]
-            for owner in OWNERS
-            for domain in DOMAINS
-            if domain != owner
-        ),
-        "without an owner, the owner's domain is no worse than with the anchor": all(
-            without[owner][owner] <= anchor[owner] for owner in OWNERS
-        ),
-        "an owner's expert has at least 70% of the weight on the owner's own text": min(own_shares.values()) >= 0.7,
-    }
 
 
 def leave(out: pathlib.Path) -> dict[str, Any]:
@@ -288,18 +232,6 @@ def peak_memory() -> float:
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, kilobytes on Linux
     return max(resource.getrusage(who).ru_maxrss for who in whose) * unit / 2**30
-
-
-def flexolmo(*arguments: str) -> None:
-    """Prints and runs one `flexolmo` command; its failure ends the quickstart."""
-    _console.print("$ " + shlex.join(["flexolmo", *arguments]), style="dim")
-    code = subprocess.run([sys.executable, "-m", "flexolmo_jax", *arguments], check=False).returncode
-    if code:
-        sys.exit(code)
-
-
-def _title(text: str) -> None:
-    _console.print(f"\n{text}", style="bold")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The quickstart, as the README gives it, in a small setting and from another directory."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -63,7 +62,7 @@ def test_every_finding_is_printed_with_its_answer(finished):
     findings = json.loads((out / "results.json").read_text())["findings"]
     assert len(findings) == 8
     for finding, holds in findings.items():
-        assert f"{'yes' if holds else 'NO '} {finding}\n" in result.stdout
+        assert f"{'yes' if holds else 'NO '} {finding}: " in result.stdout
 
 
 @pytest.mark.slow
@@ -83,58 +82,3 @@ def test_a_second_run_into_the_same_folder_is_refused(finished):
     again = run(out.name, "--size=small", cwd=out.parent)
     assert again.returncode != 0
     assert f"{out.name} exists already" in again.stderr
-
-
-# Bits per byte that bear every finding out, and what of them to change so that just one no longer holds.
-HOLDS = {
-    "anchor": {"public": 2.0, "code": 4.0, "headers": 4.0, "legal": 4.0},
-    "solo:code": {"public": 2.0, "code": 3.0, "headers": 4.0, "legal": 4.0},
-    "solo:headers": {"public": 2.0, "code": 4.0, "headers": 3.0, "legal": 4.0},
-    "solo:legal": {"public": 2.0, "code": 4.0, "headers": 4.0, "legal": 3.0},
-    "merged": {"public": 2.01, "code": 3.05, "headers": 3.05, "legal": 3.05},
-    "merged-without:code": {"public": 2.02, "code": 3.9, "headers": 3.06, "legal": 3.04},
-    "merged-without:headers": {"public": 2.0, "code": 3.04, "headers": 3.9, "legal": 3.06},
-    "merged-without:legal": {"public": 2.01, "code": 3.06, "headers": 3.04, "legal": 3.9},
-}
-SHARES = {"code": 0.7, "headers": 0.8, "legal": 0.9}
-FAILS = {
-    "an expert on its own domain": (0, {"solo:headers": {"headers": 4.0}, "merged": {"headers": 3.06}}),
-    "2% on an own domain": (1, {"merged": {"legal": 3.062}}),
-    "90% of the gain": (
-        2,
-        {
-            "anchor": {"legal": 3.1},
-            "merged": {"legal": 3.02},
-            "merged-without:headers": {"legal": 3.02},
-            "merged-without:code": {"legal": 3.02},
-            "merged-without:legal": {"legal": 3.05},
-        },
-    ),
-    "the public domain": (3, {"merged": {"public": 2.021}, "merged-without:headers": {"public": 2.02}}),
-    "the average, against an expert": (4, {"solo:legal": {"public": 0.0}}),
-    "another owner's domain": (5, {"merged-without:code": {"legal": 3.09}}),
-    "public text without an owner": (5, {"merged-without:legal": {"public": 1.98}}),
-    "the floor": (6, {"merged-without:legal": {"legal": 4.01}}),
-}
-
-
-@pytest.fixture(scope="module")
-def quickstart():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module("quickstart")
-
-
-def test_findings_hold_where_the_table_bears_them_out(quickstart):
-    assert list(quickstart.findings(HOLDS, SHARES).values()) == [True] * 8
-
-
-@pytest.mark.parametrize(("which", "changes"), FAILS.values(), ids=FAILS.keys())
-def test_a_finding_fails_where_the_table_denies_it(quickstart, which, changes):
-    table = {model: {**scores, **changes.get(model, {})} for model, scores in HOLDS.items()}
-    assert [i for i, holds in enumerate(quickstart.findings(table, SHARES).values()) if not holds] == [which]
-
-
-def test_an_expert_with_little_weight_on_its_own_text_fails(quickstart):
-    found = list(quickstart.findings(HOLDS, SHARES | {"legal": 0.69}).values())
-    assert found == [True] * 7 + [False]
