@@ -17,16 +17,16 @@ class Finding(NamedTuple):
 
     Attributes:
       text: the promise, a sentence without a full stop.
-      figure: the least favourable value that was found, as text.
+      result: the least favourable value that was found, as text.
       holds: whether the promise is kept.
     """
 
     text: str
-    figure: str
+    result: str
     holds: bool
 
     def __str__(self) -> str:
-        return f"{'yes' if self.holds else 'NO':<3} {self.text}: {self.figure}"
+        return f"{'yes' if self.holds else 'NO':<3} {self.text}: {self.result}"
 
 
 def compare(

@@ -9,7 +9,7 @@ once, with the shared leaves frozen (`joint`) or with every leaf trained (`unres
 as an expert, each with as many tokens of each domain.
 
 What is there already is not made again: an interrupted study goes on where it stopped, and seeds can be added.
-Choose settings by `--split=validation`; `test` is for the last figures. `results-SPLIT.json` has all scores.
+Choose settings by `--split=validation`; `test` is for the final results. `results-SPLIT.json` has all scores.
 """
 
 import argparse

@@ -69,7 +69,7 @@ def test_an_expert_with_little_weight_on_its_own_text_fails(findings):
     found = findings(HOLDS, SHARES | {"legal": 0.69}, "public")
     assert [finding.holds for finding in found] == [True] * 7 + [False]
     assert str(found[-1]).startswith("NO  ")
-    assert found[-1].figure == "69.0% (legal)"
+    assert found[-1].result == "69.0% (legal)"
 
 
 def test_another_owners_expert_may_be_the_best_single_model(findings):
