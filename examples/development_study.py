@@ -176,7 +176,7 @@ def main() -> None:
     shown = [*seeds.values()]
     scores = mean_scores(seed["bits_per_byte"] for seed in shown)
     shares = mean_scores({"": seed["own_shares"]} for seed in shown)[""]
-    title(f"Bits per byte of {options.split} text (lower is better), mean of {len(shown)} seeds")
+    title(f"Bits per byte of {options.split} text (lower is better), mean over seeds: {len(shown)}")
     show(bits_per_byte_table(scores, (PUBLIC, *OWNERS)))
     for finding in findings(scores, shares, PUBLIC, UNOWNED):
         print(finding)

@@ -21,6 +21,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
+def readers(script):
+    """The readers of packages' formats, which the example imports."""
+    return importlib.import_module("package_texts")
+
+
+@pytest.fixture(scope="module")
 def script():
     """The example, which is in no package."""
     with pytest.MonkeyPatch.context() as patch:
@@ -44,20 +50,25 @@ def database(*objects):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_strings_of_r(script, version):
-    assert script.r_strings(serialized(["CHAPTER 1", "", None, "Vöglein"], version)) == ["CHAPTER 1", "", "", "Vöglein"]
+def test_strings_of_r(readers, version):
+    assert readers.r_strings(serialized(["CHAPTER 1", "", None, "Vöglein"], version)) == [
+        "CHAPTER 1",
+        "",
+        "",
+        "Vöglein",
+    ]
 
 
-def test_other_objects_of_r_are_refused(script):
+def test_other_objects_of_r_are_refused(readers):
     with pytest.raises(ValueError, match="vector of strings"):
-        script.r_strings(b"X\n" + struct.pack(">iiiii", 2, 0, 0, 13, 1))
+        readers.r_strings(b"X\n" + struct.pack(">iiiii", 2, 0, 0, 13, 1))
     with pytest.raises(ValueError, match="XDR"):
-        script.r_strings(b"A\n2\n")
+        readers.r_strings(b"A\n2\n")
 
 
-def test_novels_are_cut_at_chapters(script):
+def test_novels_are_cut_at_chapters(readers):
     first = serialized(["TITLE", "", "CHAPTER I", "One.", "", "", "", "Two.  ", "Chapter 2", "Three chapter 4."])
-    texts = [text for _, text in script.novels({"Rdata.rdb": database(first, serialized(["Other."]))})]
+    texts = [text for _, text in readers.novels({"Rdata.rdb": database(first, serialized(["Other."]))})]
     assert texts == ["TITLE\n", "CHAPTER I\nOne.\n\nTwo.\n", "Chapter 2\nThree chapter 4.\n", "Other.\n"]
 
 
@@ -68,18 +79,18 @@ def compressed(text):
 
 
 @pytest.mark.skipif(shutil.which("gzip") is None, reason="gzip is not on this machine")
-def test_scripture_is_cut_at_chapters(script):
+def test_scripture_is_cut_at_chapters(readers):
     windows = [compressed(b"A title.\nGe1:1 In the beginning\nGe1:2 And"), compressed(b" the earth\n1Sa12:3 Behold\n")]
     starts = [108, 108 + len(windows[0]), 108 + len(windows[0]) + len(windows[1])]
     data = b"EC02".ljust(84, b"\0") + struct.pack(">II3I", 65536, 2, *starts) + b"\x1f\x9d\x90\0"
     assert len(data) == 108
-    assert list(script.scripture({"bible.data": data + b"".join(windows)})) == [
+    assert list(readers.scripture({"bible.data": data + b"".join(windows)})) == [
         ("bible.data:Ge1", "1:1 In the beginning\n1:2 And the earth\n"),
         ("bible.data:1Sa12", "12:3 Behold\n"),
     ]
 
 
-def test_entries_of_a_dictionary_come_once_and_in_groups(script):
+def test_entries_of_a_dictionary_come_once_and_in_groups(readers):
     words = " ".join(["meaning"] * 200)
     texts = [
         "About us\n",
@@ -98,20 +109,20 @@ def test_entries_of_a_dictionary_come_once_and_in_groups(script):
     headwords = ["00-database-info", "alpha", "beta", "gamma", "delta"]
     lines = [f"{word}\t{place}" for word, place in zip(headwords, places, strict=True)]
     index = "\n".join(sorted([*lines, f"aleph\t{places[1]}"], reverse=True)).encode()
-    groups = [text for _, text in script.dictd({"a/x.dict.dz": data, "a/x.index": index})]
+    groups = [text for _, text in readers.dictd({"a/x.dict.dz": data, "a/x.index": index})]
     assert groups == [f"alpha\n   {words}\n\nbeta [Gr.]\n   {words}\n\ngamma\n   {words}\n", "delta\n   the last\n"]
 
 
-def test_synonyms_of_wordnet_have_their_definition(script):
+def test_synonyms_of_wordnet_have_their_definition(readers):
     data = (
         b"  1 This software\n00002137 03 n 02 abstraction 0 abstract_entity 0 010 @ 00001740 n 0000 | a concept  \n"
         b'00001740 00 a 01 able(p) 0 000 | having the means; "able to swim"  \n'
     )
     expected = 'abstraction, abstract entity: a concept\nable: having the means; "able to swim"\n'
-    assert [text for _, text in script.wordnet({"data.noun": data})] == [expected]
+    assert [text for _, text in readers.wordnet({"data.noun": data})] == [expected]
 
 
-def test_messages_keep_subject_and_plain_text(script):
+def test_messages_keep_subject_and_plain_text(readers):
     head = "From: a@b.example\nReceived: here\nSubject: Re: tea\n  or coffee\n"
     plain = f"{head}\nTea, =3D please.\n-- \nA. Name\n"
     boundary = 'MIME-Version: 1.0\nContent-Type: multipart/alternative; boundary="x"\n\n--x\n'
@@ -121,10 +132,10 @@ def test_messages_keep_subject_and_plain_text(script):
     page = f"{head}Content-Type: text/html\n\n<html>No</html>\n"
     files = {name: json.dumps({"text": text}).encode() for name, text in {"a": plain, "b": mixed, "c": page}.items()}
     subject = "Subject: Re: tea or coffee\n\n"
-    assert list(script.messages(files)) == [("a", f"{subject}Tea, =3D please.\n"), ("b", f"{subject}Tea = tea.\n")]
+    assert list(readers.messages(files)) == [("a", f"{subject}Tea, =3D please.\n"), ("b", f"{subject}Tea = tea.\n")]
 
 
-def test_manual_pages_lose_their_markup(script):
+def test_manual_pages_lose_their_markup(readers):
     source = r"""'\" t
 .\" A comment
 .TH LS 1 "September 2022"
@@ -145,25 +156,25 @@ C:\edir, \*(Aqso\*(Aq \&.profile
 .SH ÜBERSETZUNG
 Gone
 """
-    assert script.roff_text(source) == (
+    assert readers.roff_text(source) == (
         "NAME UND ZWECK\n\nls - zeigt “Verzeichnisse” an\n\nSiehe\nls(1),\nein Wort zwei\n\n•\nC:\\dir, 'so' .profile\n"
     )
-    assert script.roff_text(".Dd May 1\n.Nm mdoc\n") == ""
+    assert readers.roff_text(".Dd May 1\n.Nm mdoc\n") == ""
 
 
-def test_pages_lose_navigation_and_keep_examples(script):
+def test_pages_lose_navigation_and_keep_examples(readers):
     page = """<html><head><title>No</title></head><body><div class="navheader"><div>No</div><br/>No</div>
 <h1>Title<a class="headerlink" href="#x">¶</a></h1><script>no()</script>
 <p>One &amp;
    two <b>three</b>.</p><pre>
   x  =  1
 </pre><nav><ul><li>No</li></ul></nav><table><tr><td>a</td><td>b</td></tr></table></body></html>"""
-    assert script.page_text(page) == "Title\n\nOne &\ntwo three.\n\n  x  =  1\n\n  a  b\n"
+    assert readers.page_text(page) == "Title\n\nOne &\ntwo three.\n\n  x  =  1\n\n  a  b\n"
 
 
 def test_a_missing_program_is_named(script):
     with pytest.raises(script.UnavailableError, match="no-such-program is not on this machine"):
-        script._run(["no-such-program"])
+        script.run_program(["no-such-program"])
 
 
 def sentences(seed, count=60, vocabulary=400):
