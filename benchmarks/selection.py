@@ -217,7 +217,7 @@ def alternatives(model: Model, train: Sequence[Corpus], texts: Texts) -> Iterato
     yield "no decay", ngram, decay(1)
     for tokens in (64, 256, 1024):
         yield f"fixed share 1/{tokens}", ngram, fixed_share(1 / tokens)
-    yield f"fixed share 1/1024, {NATS_PER_TOKEN} -> 1", ngram / NATS_PER_TOKEN, fixed_share(1 / 1024)
+    yield f"fixed share 1/1024, {NATS_PER_TOKEN} replaced by 1", ngram / NATS_PER_TOKEN, fixed_share(1 / 1024)
     for threshold in (2, 4, 8):
         yield f"change detection, {threshold} nats", ngram, change_detection(threshold)
     typical = typical_evidence(statistics[n]) * (np.arange(LENGTH)[:, None] >= n - 1)
