@@ -7,6 +7,9 @@ transformers and vLLM load the result; its README.md describes it. It is read ba
 digests, and its logits with ours where torch and transformers are installed and the model fits in memory twice in
 float32. import-hf makes the same model of it again. Weights keep their dtype, unless --dtype names another; then they
 are rounded to it, once, and the folder flexolmo/ keeps the digests from before.
+
+The published form has no selector. --keep-selector writes a form that has, with its code in PyTorch beside the weights:
+AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True) loads it, and vLLM does not.
 """
 
 import math
@@ -28,6 +31,9 @@ _DROP_BIAS = flags.DEFINE_bool("drop_bias", False, "Leave out expert biases, and
 _DROP_SELECTOR = flags.DEFINE_bool(
     "drop_selector", False, "Leave experts to the router where a selector chooses them, and measure what that changes."
 )
+_KEEP_SELECTOR = flags.DEFINE_bool(
+    "keep_selector", False, "Keep the selector, and biases, in a form with code of its own, which vLLM cannot load."
+)
 
 
 def run() -> None:
@@ -45,4 +51,5 @@ def run() -> None:
     else:
         raise UserError("--model: give either a model directory, or both --contribution and --anchor")
     shard_bytes = int(min(_SHARD_SIZE.value, 1e9) * 1e9)
-    print("\n".join(export(source, _OUT.value, shard_bytes, _DROP_BIAS.value, _MODEL_TYPE.value, _DROP_SELECTOR.value)))
+    options = (_DROP_BIAS.value, _MODEL_TYPE.value, _DROP_SELECTOR.value, _KEEP_SELECTOR.value)
+    print("\n".join(export(source, _OUT.value, shard_bytes, *options)))

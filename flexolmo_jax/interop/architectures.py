@@ -5,7 +5,7 @@ name its tensors, and add it to `ARCHITECTURES`. What the model itself computes 
 """
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.interop.config import (
@@ -13,12 +13,14 @@ from flexolmo_jax.interop.config import (
     CausalLMConfig,
     Config,
     MixtureConfig,
+    SelectorConfig,
     parse_config,
     read_document,
     short,
 )
 from flexolmo_jax.interop.tensors import TensorNames
 from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.selectors import LOG_SCALE
 
 
 class HuggingFaceArchitecture(NamedTuple):
@@ -30,6 +32,8 @@ class HuggingFaceArchitecture(NamedTuple):
       config: of the keys.
       names: of the tensors.
       in_transformers: whether transformers computes it, so that logits are compared.
+      modeling: the module of this package with its classes in PyTorch, where transformers has none; its file goes out
+        beside the weights.
     """
 
     model_type: str
@@ -37,11 +41,26 @@ class HuggingFaceArchitecture(NamedTuple):
     config: type[CausalLMConfig]
     names: TensorNames
     in_transformers: bool = True
+    modeling: str | None = None
 
     @property
     def is_mixture(self) -> bool:
         """Whether it has experts and a router."""
         return issubclass(self.config, MixtureConfig)
+
+    @property
+    def has_selector(self) -> bool:
+        """Whether a selector chooses its experts."""
+        return issubclass(self.config, SelectorConfig)
+
+    def header(self) -> dict[str, Any]:
+        """The keys of `config.json` that say which architecture it is."""
+        header: dict[str, Any] = {"architectures": [self.class_name], "model_type": self.model_type}
+        if self.modeling:
+            stem = f"{self.modeling}.{self.class_name.removesuffix('ForCausalLM')}"
+            classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+            header["auto_map"] = {auto: stem + suffix for auto, suffix in classes.items()}
+        return header
 
 
 _OLMO2_SHARED = {
@@ -79,8 +98,22 @@ FLEX_OLMO = HuggingFaceArchitecture(
     ),
 )
 
+FLEX_OLMO_SELECTOR = HuggingFaceArchitecture(
+    "flex_olmo_selector",
+    "FlexOlmoSelectorForCausalLM",
+    SelectorConfig,
+    TensorNames(
+        {**_OLMO2_SHARED, LOG_SCALE: "model.selector.log_scale"},
+        FLEX_OLMO.names.expert,
+        "model.layers.{layer}.mlp.gate.{leaf}",
+        {"router/weight": "weight", "router/bias": "bias"},
+        derived={"selector/log_ratio": "model.selector.log_ratio"},
+    ),
+    modeling="modeling_flexolmo_selector",
+)
+
 # {model_type: architecture}. A model is exported as the first that fits it, unless another is asked for.
-ARCHITECTURES = {architecture.model_type: architecture for architecture in (OLMO2, FLEX_OLMO)}
+ARCHITECTURES = {architecture.model_type: architecture for architecture in (OLMO2, FLEX_OLMO, FLEX_OLMO_SELECTOR)}
 
 
 def read_config(directory: pathlib.Path) -> tuple[HuggingFaceArchitecture, Config]:
@@ -127,7 +160,8 @@ def choose(
         raise ArgumentError(
             "model_type", model_type, f"is a dense model, this one has {num_experts} experts; give {mixtures[0]}"
         )
-    fields = {"num_experts": num_experts, "top_k": 1, "max_length": 1, "eos_ids": (0,)}  # none changes what is computed
+    fields = {"num_experts": num_experts, "top_k": 1, "max_length": 1, "eos_ids": (0,)}  # none is in the architecture
+    fields |= {"selection": "ngram", "order": 1}
     described = chosen.config.of(architecture, **fields).architecture()
     if described != architecture:
         differing = [f"{name} {x}" for name, x in vars(architecture).items() if getattr(described, name) != x]

@@ -59,6 +59,7 @@ def model_card(
         license=_license(manifest),
         class_name=kind.class_name,
         in_transformers=kind.in_transformers,
+        selection=manifest.selection if kind.has_selector else "",
         architecture=manifest.architecture,
         experts=experts,
         top_k=top_k,

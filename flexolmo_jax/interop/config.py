@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import pydantic
 from pydantic import Field
 
-from flexolmo_jax.checkpoint.manifests import DEFAULT_LENGTH
+from flexolmo_jax.checkpoint.manifests import BY_ROUTER, DEFAULT_LENGTH
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.selectors import DECAY, NgramSelector
 
 CONFIG_FILE = "config.json"
 SEQUENCE_LENGTH = "sequence_length"  # in a data card, as training writes it
@@ -83,6 +84,10 @@ class CausalLMConfig(pydantic.BaseModel):
     def experts(self) -> tuple[int | None, int]:
         """(number of experts, or None in a dense model; how many compute each token)."""
         return None, 1
+
+    def chosen_by(self) -> str:
+        """What chooses the experts, one of `selectors.SELECTIONS`."""
+        return BY_ROUTER
 
     def architecture(self) -> Architecture:
         """The model's architecture; raises UserError where sizes do not fit together."""
@@ -152,6 +157,26 @@ class MixtureConfig(CausalLMConfig):
         return super().document() | {"output_router_logits": False, "router_aux_loss_coef": 0.0}
 
 
+class SelectorConfig(MixtureConfig):
+    """A `config.json` of a mixture whose experts are chosen by the selector "ngram"."""
+
+    selection: Literal["ngram", "router+ngram"] = Field(description='it must be "ngram" or "router+ngram"')
+    order: Size = Field(alias="ngram_order")
+    decay: Positive = Field(DECAY, alias="evidence_decay", description=f"only {DECAY} is computed here")
+
+    def chosen_by(self) -> str:
+        """What chooses the experts, one of `selectors.SELECTIONS`."""
+        return self.selection
+
+    def problem(self) -> str | None:
+        """What is wrong between keys that are each valid, or None."""
+        problem, order = super().problem(), NgramSelector().order(self.architecture())
+        if problem is None and (self.order, self.decay) != (order, DECAY):
+            keys = f"{_key(type(self), 'order')} is {self.order}, {_key(type(self), 'decay')} {self.decay}"
+            return f"{keys}; only {order} and {DECAY} are computed here"
+        return problem
+
+
 class Config(NamedTuple):
     """What a `config.json` says, in the terms of this package.
 
@@ -161,6 +186,7 @@ class Config(NamedTuple):
       top_k: how many experts compute each token.
       eos_ids: the tokens that end a document, the first of which is used; none where the file names none.
       max_length: length of a sequence at most, tokens.
+      selection: what chooses the experts, one of `selectors.SELECTIONS`.
     """
 
     architecture: Architecture
@@ -168,6 +194,7 @@ class Config(NamedTuple):
     top_k: int
     eos_ids: tuple[int, ...]
     max_length: int
+    selection: str = BY_ROUTER
 
     @property
     def eos_id(self) -> int | None:
@@ -198,14 +225,14 @@ def parse_config(model: type[CausalLMConfig], document: Mapping[str, Any], file:
         config = model.model_validate(document)
     except pydantic.ValidationError as error:
         raise UserError(f"{file}: {_problem(model, document, error)}") from None
-    problem = config.problem()
-    if problem:
-        raise UserError(f"{file}: {problem}")
     try:
+        problem = config.problem()
+        if problem:
+            raise UserError(problem)
         architecture = config.architecture()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return Config(architecture, *config.experts(), config.eos_ids, config.max_length)
+    return Config(architecture, *config.experts(), config.eos_ids, config.max_length, config.chosen_by())
 
 
 def _problem(model: type[pydantic.BaseModel], document: Mapping[str, Any], error: pydantic.ValidationError) -> str:

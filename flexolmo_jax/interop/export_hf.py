@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.interop import architectures, card, parity
-from flexolmo_jax.interop.architectures import HuggingFaceArchitecture
+from flexolmo_jax.interop.architectures import FLEX_OLMO_SELECTOR, HuggingFaceArchitecture
 from flexolmo_jax.interop.config import CONFIG_FILE
 from flexolmo_jax.interop.hf_directory import (
     FOLDER,
@@ -41,12 +42,13 @@ from flexolmo_jax.interop.hf_directory import (
     export_tokenizer,
     open_directory,
     open_sidecar,
+    same_bytes,
     write_sidecar,
 )
 from flexolmo_jax.interop.safetensors_io import write_tensors
 from flexolmo_jax.interop.tensors import ROUTER_BIAS, Tensor, each_tensor, tensor_dtype, tensor_values
 from flexolmo_jax.model.architecture import Architecture
-from flexolmo_jax.model.selectors import read_derived
+from flexolmo_jax.model.selectors import NgramSelector, read_derived
 from flexolmo_jax.progress import byte_progress
 
 SAMPLE_TEXT = (
@@ -65,6 +67,7 @@ class Source(NamedTuple):
       shared: its shared leaves.
       experts: {expert: {leaf: slice}}.
       statistics: {expert: {leaf: slice}}.
+      derived: its selector's leaves, {path: float32}, which are derived from the statistics; none in a pair.
       merged_router: of a model that was changed after its merge, what `model_directory.open_merged_router` gives.
       pair: whether `path` is only the anchor's, so that its certificate and public sample are not exported.
     """
@@ -75,6 +78,7 @@ class Source(NamedTuple):
     shared: dict[str, Slice]
     experts: dict[str, dict[str, Slice]]
     statistics: dict[str, dict[str, Slice]]
+    derived: dict[str, np.ndarray]
     merged_router: dict[str, dict[str, Slice]] | None = None
     pair: bool = False
 
@@ -92,7 +96,8 @@ def open_source(model: epath.PathLike, dtype: str | None = None) -> Source:
         router = open_merged_router(model, manifest)
         manifest, router = cast_router(manifest, router, dtype)
     statistics = open_statistics(model, manifest)
-    return _resolved(Source(epath.Path(model), str(model), manifest, *slices, statistics, router))
+    derived = read_derived(manifest, statistics, str(model))
+    return _resolved(Source(epath.Path(model), str(model), manifest, *slices, statistics, derived, router))
 
 
 def open_pair(contribution: epath.PathLike, anchor: epath.PathLike, dtype: str | None = None) -> Source:
@@ -103,7 +108,7 @@ def open_pair(contribution: epath.PathLike, anchor: epath.PathLike, dtype: str |
     """
     inputs = gather(anchor, [contribution], 2, dtype, BY_ROUTER)
     statistics = {member.expert.name: member.statistics for member in inputs.members}
-    return _resolved(Source(epath.Path(anchor), str(contribution), *stack(inputs), statistics, pair=True))
+    return _resolved(Source(epath.Path(anchor), str(contribution), *stack(inputs), statistics, {}, pair=True))
 
 
 def _resolved(source: Source) -> Source:
@@ -126,6 +131,7 @@ def export(
     drop_bias: bool = False,
     model_type: str | None = None,
     drop_selector: bool = False,
+    keep_selector: bool = False,
 ) -> list[str]:
     """Makes a Hugging Face directory.
 
@@ -135,26 +141,36 @@ def export(
       shard_bytes: of tensors in a file at most.
       drop_bias: leave out expert biases, for which Hugging Face's form has no place, and measure what that changes.
       model_type: a key of `architectures.ARCHITECTURES`; by default that of the first which fits the model.
-      drop_selector: leave out the selector, for which Hugging Face's form has no place either, so that the router alone
+      drop_selector: leave out the selector, for which the published form has no place either, so that the router alone
         chooses experts, and measure what that changes.
+      keep_selector: write the form that has a place for it, and for biases, which transformers loads with the code that
+        lies beside the weights; the same as `model_type` "flex_olmo_selector".
 
     Returns:
       Lines that say what was found.
 
     Raises:
-      UserError: there is a selector, or biases are not zero, and they are not to be dropped, or the memory is too small
-        to measure what that changes, the source is not what its manifest says, the parity gate fails, or `out` exists.
+      UserError: there is a selector, or biases are not zero, and they are neither kept nor to be dropped, or the memory
+        is too small to measure what that changes, a selector is to be kept and there is none, the source is not what
+        its manifest says, the parity gate fails, or `out` exists.
     """
     if "://" in str(out):
         raise UserError(f"{out}: must be a local directory; copy it to its place afterwards")
     architecture = Architecture.from_dict(source.manifest.architecture, source.label)
+    if keep_selector:
+        model_type = _keeping_model_type(model_type, drop_selector)
     kind = architectures.choose(architecture, len(source.experts), source.label, model_type)
     selection, biased = source.manifest.selection, _biased_experts(source)
-    if selection != BY_ROUTER and not drop_selector:
+    if kind.has_selector and not source.derived:
+        raise UserError(f"{source.label}: has no selector to keep; export it without keep_selector")
+    is_dropped = selection != BY_ROUTER and not kind.has_selector
+    if is_dropped and not drop_selector:
         raise UserError(
-            f"{source.label}: Hugging Face's form has no place for the selection '{selection}'; drop_selector leaves "
-            "experts to the router and measures how the logits change"
+            f"{source.label}: the published form has no place for the selection '{selection}'; keep_selector writes a "
+            "form with code of its own that has, drop_selector leaves experts to the router and measures what changes"
         )
+    if ROUTER_BIAS in kind.names.of_expert(architecture):
+        biased = []
     if biased and not drop_bias:
         raise UserError(
             f"{source.label}: Hugging Face's form has no place for the bias of {', '.join(biased)}; drop_bias "
@@ -163,7 +179,7 @@ def export(
     with atomic_directory(out) as directory:
         dropped: dict[str, dict[str, parity.Difference]] = {}
         for what, is_there, without in (
-            (f"the selection '{selection}'", selection != BY_ROUTER, _without_selector),
+            (f"the selection '{selection}'", is_dropped, _without_selector),
             (f"the biases of {', '.join(biased)}", bool(biased), _without_bias),
         ):
             if is_there:
@@ -179,12 +195,19 @@ def export(
         write_sidecar(directory, manifest, unplaced, source.merged_router, source.statistics)
         if not source.pair:
             copy_certificate_and_sample(source.path, directory / FOLDER)
-        files = _write_weights(directory, table, source, shard_bytes)
+        files = _write_weights(directory, table, source, kind, shard_bytes)
         document = _config_document(kind, manifest, source.shared["embedding"].dtype)
         (directory / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
+        if kind.modeling:
+            code = resources.files("flexolmo_jax.interop").joinpath(f"{kind.modeling}.py")
+            (directory / f"{kind.modeling}.py").write_bytes(code.read_bytes())
         has_tokenizer = export_tokenizer(source.path, directory, manifest)
         gate = _check(directory, source, kind)
-        flags = [*(["drop_selector"] if selection != BY_ROUTER else []), *(["drop_bias"] if biased else [])]
+        flags = [
+            *(["keep_selector"] if kind.has_selector else []),
+            *(["drop_selector"] if is_dropped else []),
+            *(["drop_bias"] if biased else []),
+        ]
         page = card.model_card(
             manifest,
             kind,
@@ -200,6 +223,16 @@ def export(
         lines.append("no tokenizer.json: the directory takes and gives token ids only")
     content = f"{len(source.experts)} experts" if len(source.experts) > 1 else "an anchor"
     return [f"{out}: {content}, {len(files)} file{'s' * (len(files) > 1)} of weights", *lines, *gate.lines()]
+
+
+def _keeping_model_type(model_type: str | None, drop_selector: bool) -> str:
+    """The form with a place for a selector, unless other arguments say otherwise."""
+    if drop_selector:
+        raise ArgumentError("keep_selector", True, "drop_selector leaves it out; give one of the two")
+    if model_type not in (None, FLEX_OLMO_SELECTOR.model_type):
+        problem = f"has no place for a selector; leave it out, or give {FLEX_OLMO_SELECTOR.model_type}"
+        raise ArgumentError("model_type", model_type, problem)
+    return FLEX_OLMO_SELECTOR.model_type
 
 
 def _biased_experts(source: Source) -> list[str]:
@@ -237,7 +270,7 @@ def _without_selector(source: Source) -> Source:
     if tuned:
         tuned = tuned.but(leaves=[leaf for leaf in tuned.leaves if leaf in without_selector({leaf: None})])
     manifest = manifest.but(selection=BY_ROUTER, shared=without_selector(manifest.shared), tuned=tuned)
-    return source._replace(manifest=manifest, shared=without_selector(source.shared))
+    return source._replace(manifest=manifest, shared=without_selector(source.shared), derived={})
 
 
 def _measure_dropping(before: Source, after: Source) -> dict[str, parity.Difference]:
@@ -248,8 +281,7 @@ def _measure_dropping(before: Source, after: Source) -> dict[str, parity.Differe
         raise ArgumentError("drop_bias" if before.manifest.selection == BY_ROUTER else "drop_selector", True, problem)
     samples, logits = _samples(before), []
     for source in (before, after):
-        derived = read_derived(source.manifest, source.statistics, source.label)
-        model = parity.in_memory(source.manifest, source.shared, source.experts, derived)
+        model = parity.in_memory(source.manifest, source.shared, source.experts, source.derived)
         logits.append({name: parity.our_logits(model, tokens) for name, tokens in samples.items()})
         del model
     return {name: parity.compare(*(found[name] for found in logits)) for name in samples}
@@ -279,15 +311,27 @@ def _first_tokens(corpus: Corpus) -> np.ndarray:
     return ids
 
 
-def _write_weights(directory: epath.Path, table: Mapping[str, Tensor], source: Source, shard_bytes: int) -> list[str]:
+def _write_weights(
+    directory: epath.Path,
+    table: Mapping[str, Tensor],
+    source: Source,
+    kind: HuggingFaceArchitecture,
+    shard_bytes: int,
+) -> list[str]:
     experts = list(source.experts.values())
     tensors = {name: (tensor.shape, tensor_dtype(tensor, source.shared, experts)) for name, tensor in table.items()}
+    derived = {name: source.derived[leaf] for leaf, name in kind.names.derived.items()}
+    tensors |= {name: (values.shape, values.dtype) for name, values in derived.items()}
+
+    def values(name: str) -> np.ndarray:
+        return derived[name] if name in derived else tensor_values(table[name], source.shared, experts)
+
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     with byte_progress("export", total) as advance:
         return write_tensors(
             pathlib.Path(directory),
             tensors,
-            lambda name: tensor_values(table[name], source.shared, experts),
+            values,
             shard_bytes,
             advance,
         )
@@ -300,15 +344,17 @@ def _table(kind: HuggingFaceArchitecture, manifest: ModelManifest) -> dict[str, 
 
 def _config_document(kind: HuggingFaceArchitecture, manifest: ModelManifest, dtype: np.dtype) -> dict[str, Any]:
     """The `config.json` of a model; `dtype` is that of the weights."""
+    architecture = Architecture.from_dict(manifest.architecture, "the model")
     config = kind.config.of(
-        Architecture.from_dict(manifest.architecture, "the model"),
+        architecture,
         num_experts=len(manifest.experts),
         top_k=min(manifest.top_k, len(manifest.experts)),
         max_length=manifest.context_length,
         eos_ids=(manifest.eos_id,),
+        selection=manifest.selection,
+        order=NgramSelector().order(architecture),
     )
-    header = {"architectures": [kind.class_name], "model_type": kind.model_type}
-    return header | config.document() | {"dtype": dtype.name}
+    return kind.header() | config.document() | {"dtype": dtype.name}
 
 
 def _check(directory: epath.Path, source: Source, kind: HuggingFaceArchitecture) -> parity.Parity:
@@ -322,7 +368,10 @@ def _check(directory: epath.Path, source: Source, kind: HuggingFaceArchitecture)
         _check_leaves(opened.shared, manifest.stored[""], advance)
         for expert, leaves in zip(manifest.experts, opened.experts, strict=True):
             _check_leaves(leaves | sidecar.leaves[expert.name], expert.stored, advance)
-    difference = parity.compare_logits(path, manifest, source.shared, source.experts, kind.in_transformers)
+    for leaf, stored in opened.derived.items():
+        if not same_bytes(stored.read(), source.derived[leaf]):
+            raise UserError(f"{directory}: {kind.names.derived[leaf]} is not what was written; is the disk damaged?")
+    difference = parity.compare_logits(path, manifest, source.shared, source.experts, kind, source.derived)
     return parity.Parity(len(opened.table), difference)
 
 

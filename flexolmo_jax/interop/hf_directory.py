@@ -52,6 +52,7 @@ class Opened(NamedTuple):
       stored: where each is stored.
       shared: {path: slice} of the leaves that all experts share.
       experts: {leaf: slice} of each expert; those without a tensor are not there.
+      derived: {path: where it is stored} of the leaves that are derived when a model is loaded.
     """
 
     path: pathlib.Path
@@ -61,6 +62,7 @@ class Opened(NamedTuple):
     stored: dict[str, Stored]
     shared: dict[str, Slice]
     experts: list[dict[str, Slice]]
+    derived: dict[str, Stored]
 
 
 def open_directory(path: pathlib.Path, label: str | None = None) -> Opened:
@@ -83,14 +85,19 @@ def open_directory(path: pathlib.Path, label: str | None = None) -> Opened:
     if architecture.tied_embeddings and head in stored:
         _check_tie(stored, head, kind.names.shared["embedding"])
         del stored[head]
-    table = {}
+    table, missing = {}, "is missing, which config.json implies; copy it again"
     for name, tensor in each_tensor(kind.names, architecture, config.num_experts):
         if name not in stored:
-            raise UserError(f"{path}: tensor {name} is missing, which config.json implies; copy it again")
+            raise UserError(f"{path}: tensor {name} {missing}")
         table[name] = tensor
+    derived = {}
+    for leaf, name in kind.names.derived.items():
+        if name not in stored:
+            raise UserError(f"{path}: tensor {name} {missing}")
+        derived[leaf] = stored.pop(name)
     _check_tensors(path, table, stored)
     shared, experts = leaves_of(table, stored, leaf_shapes(architecture), label or str(path))
-    return Opened(path, kind, config, table, stored, shared, experts)
+    return Opened(path, kind, config, table, stored, shared, experts, derived)
 
 
 def absent_leaves(leaves: Mapping[str, Slice], architecture: Architecture, label: str) -> dict[str, Slice]:

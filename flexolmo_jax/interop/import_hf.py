@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from flexolmo_jax.checkpoint.manifests import (
@@ -51,6 +52,7 @@ from flexolmo_jax.interop.hf_directory import (
 )
 from flexolmo_jax.interop.tensors import ROUTER_BIAS, ROUTER_WEIGHT
 from flexolmo_jax.model.architecture import Architecture
+from flexolmo_jax.model.selectors import read_derived
 from flexolmo_jax.progress import byte_progress
 
 Experts = dict[str, dict[str, Slice]]
@@ -75,10 +77,16 @@ def import_model(
       (the manifest, lines that say what was found).
 
     Raises:
-      UserError: the source is not read here, a name is no name, or the parity gate fails.
+      UserError: the source is not read here, a name is no name, or the parity gate fails. The source keeps a selector,
+        and is not as it was exported, with the folder in which the selector's statistics are.
     """
     opened = open_directory(pathlib.Path(source))
     sidecar = _open_sidecar(opened, expert_names, router_weights_from)
+    if opened.kind.has_selector and sidecar is None:
+        raise UserError(
+            f"{source}: has a selector's tables, and not the statistics that they are derived from; copy it again with "
+            f"the folder {FOLDER}/ of its export"
+        )
     order = [ANCHOR_NAME, *_names(opened, expert_names, sidecar)]
     experts = _experts(opened, order, sidecar, _router_weights(opened, router_weights_from))
     digest, eos_id = read_tokenizer(opened.path, opened.config)
@@ -92,11 +100,17 @@ def import_model(
         top_k=opened.config.top_k,
         tokenizer_digest=digest,
         eos_id=eos_id,
+        selection=opened.config.selection,
     )
 
     def complete(directory: epath.Path, manifest: ModelManifest) -> ModelManifest:
         """Compares what was written with the source; gives back the exported manifest where nothing has changed."""
         changes = _changes(manifest, sidecar.manifest) if sidecar else []
+        if changes and opened.kind.has_selector:
+            raise UserError(
+                f"{source}: was changed since its export ({', '.join(changes)}); one with a selector is imported only "
+                "as it was exported"
+            )
         restored = sidecar is not None and not changes
         if sidecar is not None and restored:
             manifest = sidecar.manifest
@@ -142,6 +156,8 @@ def import_contribution(
         raise ArgumentError("expert", expert, f"is no name; {NAME_RULE}")
     base = read_anchor(anchor)
     opened = open_directory(pathlib.Path(source))
+    if opened.kind.has_selector:
+        raise UserError(f"{source}: keeps the selector of a model; import it as a model")
     if opened.config.num_experts != 2:
         raise UserError(f"{source}: has {opened.config.num_experts or 1} experts; a contribution comes of two")
     shared, experts = open_model(anchor, base)
@@ -214,10 +230,10 @@ def _gate(
     manifest: ModelManifest,
     shared: Mapping[str, Slice],
     experts: Mapping[str, Mapping[str, Slice]],
+    derived: Mapping[str, np.ndarray] | None = None,
 ) -> parity.Parity:
     """Compares the logits; the bytes were found equal before."""
-    in_transformers = opened.kind.in_transformers
-    difference = parity.compare_logits(opened.path, manifest, shared, experts, in_transformers)
+    difference = parity.compare_logits(opened.path, manifest, shared, experts, opened.kind, derived or {})
     return parity.Parity(len(opened.table), difference)
 
 
@@ -295,9 +311,13 @@ def _check(opened: Opened, directory: epath.Path, manifest: ModelManifest, order
     total = sum(size(leaves) for leaves in (opened.shared, *opened.experts))
     with byte_progress("compare", total) as advance:
         different = parity.check_bytes(opened.table, opened.stored, shared, [experts[name] for name in order], advance)
+    derived = read_derived(manifest, open_statistics(directory, manifest), str(opened.path)) if opened.derived else {}
+    for leaf, stored in opened.derived.items():
+        if not same_bytes(stored.read(), derived[leaf]):
+            different.append(opened.kind.names.derived[leaf])
     if different:
         raise _round_trip_error(opened, different)
-    return _gate(opened, manifest, shared, experts)
+    return _gate(opened, manifest, shared, experts, derived)
 
 
 def _changes(now: ModelManifest, then: ModelManifest) -> list[str]:
@@ -312,6 +332,7 @@ def _changes(now: ModelManifest, then: ModelManifest) -> list[str]:
         ("experts per token", min(now.top_k, experts) != min(then.top_k, experts)),
         ("eos_token_id", now.eos_id != then.eos_id),
         ("tokenizer.json", now.tokenizer_digest != then.tokenizer_digest),
+        ("selection", now.selection != then.selection),
     )
     return changes + [name for name, changed in settings if changed]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import math
 import pathlib
@@ -17,6 +18,7 @@ from flexolmo_jax.checkpoint.model_directory import stack_experts
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model
+from flexolmo_jax.interop.architectures import HuggingFaceArchitecture
 from flexolmo_jax.interop.hf_directory import same_bytes
 from flexolmo_jax.interop.safetensors_io import Stored
 from flexolmo_jax.interop.tensors import Tensor, tensor_values
@@ -136,7 +138,8 @@ def compare_logits(
     manifest: ModelManifest,
     shared: Mapping[str, Slice],
     experts: Mapping[str, Mapping[str, Slice]],
-    in_transformers: bool = True,
+    kind: HuggingFaceArchitecture,
+    derived: Mapping[str, np.ndarray],
 ) -> Difference | str:
     """Compares the logits of a directory, as transformers computes them, with ours on random tokens, in float32.
 
@@ -147,7 +150,8 @@ def compare_logits(
       manifest: of our model.
       shared: our shared leaves.
       experts: our experts' leaves.
-      in_transformers: whether transformers computes the directory's architecture.
+      kind: the directory's architecture.
+      derived: our leaves that are derived when a model is loaded, `selectors.read_derived`.
 
     Returns:
       The difference, or why there is none: transformers does not compute the architecture, torch and transformers are
@@ -156,15 +160,15 @@ def compare_logits(
     Raises:
       UserError: transformers cannot load the directory, or the logits are further apart than the gate allows.
     """
-    if not in_transformers:
+    if not kind.in_transformers:
         return NOT_IN_TRANSFORMERS
     reason = too_large(shared, experts) if transformers_installed() else NOT_INSTALLED
     if reason:
         return reason
     tokens = random_tokens(int(manifest.architecture["vocab_size"]), min(LENGTH, manifest.context_length))
     with _cycles_freed():
-        expected = _transformers_logits(directory, tokens)
-    difference = compare(expected, our_logits(in_memory(manifest, shared, experts), tokens))
+        expected = _transformers_logits(directory, tokens, kind)
+    difference = compare(expected, our_logits(in_memory(manifest, shared, experts, derived), tokens))
     # Written so that NaN fails.
     if not (difference.max_abs <= MAX_DIFFERENCE and difference.kl <= MAX_KL):
         raise UserError(
@@ -206,13 +210,18 @@ def _whole(part: Slice) -> np.ndarray:
     return part.read(tuple(slice(0, length) for length in part.shape))
 
 
-def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+def _transformers_logits(
+    directory: pathlib.Path, tokens: np.ndarray, kind: HuggingFaceArchitecture | None = None
+) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
+    if kind and kind.modeling:  # from this package: code in a directory that others may have written is not run
+        loader = getattr(importlib.import_module(f"flexolmo_jax.interop.{kind.modeling}"), kind.class_name)
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded = loader.from_pretrained(
                 str(directory), dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
             model, info = loaded

@@ -18,6 +18,7 @@ from flexolmo_jax.interop.safetensors_io import Stored
 from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.moe import ROUTER, expert_leaves
+from flexolmo_jax.model.selectors import LOG_SCALE
 
 # Leaves of an expert that a directory may lack.
 ROUTER_WEIGHT, ROUTER_BIAS = ROUTER + "weight", ROUTER + "bias"
@@ -42,6 +43,7 @@ class TensorNames(NamedTuple):
       leaves: {an expert's leaf: its name}, where that is not the one which the leaf's declaration gives.
       fused: {name: leaves}, another layout of the same experts that is read: [experts, outputs of all these leaves,
         inputs].
+      derived: {path of a leaf that is derived when a model is loaded: name}; what is read is only compared with it.
     """
 
     shared: Mapping[str, str]
@@ -49,6 +51,7 @@ class TensorNames(NamedTuple):
     router: str | None = None
     leaves: Mapping[str, str] = {}
     fused: Mapping[str, tuple[str, ...]] = {}
+    derived: Mapping[str, str] = {}
 
     def of_expert(self, architecture: Architecture) -> dict[str, str]:
         """{an expert's leaf: name of its tensor}; a leaf without a tensor is not there."""
@@ -93,19 +96,20 @@ class Tensor(NamedTuple):
     def join(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor of its leaves' values; a view where it can be."""
         shape = self.shape[1:] if self.stacked else self.shape
-        values = [x.reshape(shape[::-1]).T if self.transposed else x.reshape(shape) for x in values]
+        arrays = map(np.asarray, values)  # a scalar of some dtypes has no methods
+        values = [x.reshape(shape[::-1]).T if self.transposed else x.reshape(shape) for x in arrays]
         return np.stack(values) if self.stacked else values[0]
 
     def split(self, tensor: np.ndarray, position: int, shape: Sequence[int]) -> np.ndarray:
         """The values of the leaf at `position`, in our shape of one layer; a view where it can be."""
-        values = tensor[position] if self.stacked else tensor
+        values = np.asarray(tensor[position]) if self.stacked else tensor
         return (values.T if self.transposed else values).reshape(shape)
 
 
 def leaf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """{leaf: shape} of a model with one expert; an expert's leaves under their own names."""
+    """{leaf: shape} of a model with one expert, and of a selector's; an expert's leaves under their own names."""
     abstract = Decoder(architecture, ANCHOR).abstract()
-    return {digest_name(path): leaf.shape for path, leaf in abstract.items()}
+    return {digest_name(path): leaf.shape for path, leaf in abstract.items()} | {LOG_SCALE: ()}
 
 
 def expert_leaf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -157,7 +161,7 @@ def _tensor_shapes(names: TensorNames, architecture: Architecture) -> dict[str, 
         if inputs:
             shapes[leaf] = (math.prod(shape[inputs:]), math.prod(shape[:inputs])), True
         else:
-            shapes[leaf] = shape if leaf == "embedding" else (math.prod(shape),), False
+            shapes[leaf] = shape if leaf == "embedding" or not shape else (math.prod(shape),), False
     return shapes
 
 
@@ -216,7 +220,7 @@ class LazyLeaf:
     def _block(self, layer: int, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
         if self._layer != layer or self._values is None:
             self._layer, self._values = layer, self._read(layer)
-        block = self._values[index]
+        block = np.asarray(self._values[index])
         if all(along.indices(length)[1] == length for along, length in zip(index, shape, strict=True)):
             self._layer, self._values = None, None
         return block

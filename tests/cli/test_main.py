@@ -52,6 +52,7 @@ FLAGS = {
         "model_type",
         "drop_bias",
         "drop_selector",
+        "keep_selector",
     ],
 }
 

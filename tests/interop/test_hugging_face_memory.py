@@ -13,7 +13,7 @@ from flexolmo_jax.checkpoint.manifests import DEFAULT_LENGTH
 from flexolmo_jax.checkpoint.model_directory import read_model
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.interop import config, parity
-from flexolmo_jax.interop.architectures import FLEX_OLMO
+from flexolmo_jax.interop.architectures import FLEX_OLMO, OLMO2
 from flexolmo_jax.interop.safetensors_io import write_tensors
 from flexolmo_jax.interop.tensors import each_tensor
 from flexolmo_jax.model.architecture import Architecture
@@ -136,8 +136,8 @@ def test_logits_are_compared_over_no_more_tokens_than_the_model_was_trained_on(
     monkeypatch.setattr(parity, "transformers_installed", lambda: True)
     monkeypatch.setattr(parity, "in_memory", lambda *_: None)
     for side in ("_transformers_logits", "our_logits"):
-        monkeypatch.setattr(parity, side, lambda _, tokens: np.zeros((*tokens.shape, 3), np.float32))
-    assert parity.compare_logits(tmp_path, manifest, {}, {}).tokens == parity.BATCH * length
+        monkeypatch.setattr(parity, side, lambda _, tokens, *kind: np.zeros((*tokens.shape, 3), np.float32))
+    assert parity.compare_logits(tmp_path, manifest, {}, {}, OLMO2, {}).tokens == parity.BATCH * length
     assert manifest.context_length == (16 if length == 16 else DEFAULT_LENGTH)
 
 
