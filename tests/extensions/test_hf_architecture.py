@@ -161,7 +161,10 @@ def test_a_model_that_does_not_fit_is_not_exported(tmp_path):
     small.anchor(tmp_path / "anchor")
     small.contribution(tmp_path / "news", tmp_path / "anchor")
     merge(tmp_path / "anchor", [tmp_path / "news"], tmp_path / "merged", top_k=2)
-    for model_type, words in (("toy", ["dense", "2 experts"]), ("other", ["unknown", "olmo2, flex_olmo, toy"])):
+    for model_type, words in (
+        ("toy", ["dense", "2 experts"]),
+        ("other", ["unknown", "flex_olmo, flex_olmo_selector, toy"]),
+    ):
         flags = [f"--model={tmp_path}/merged", f"--out={tmp_path}/out", f"--model_type={model_type}"]
         assert_refused(flexolmo("export-hf", *flags), "export-hf", f"--model_type={model_type}: ", *words)
     assert kind_of(tmp_path / "out") is None
