@@ -15,13 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from flexolmo_jax.benchmark.worker import Step
-from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, ExpertRecord, ModelManifest
+from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, BY_ROUTER, ExpertRecord, ModelManifest
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.flops import decode_step_bytes, decode_step_flops, train_step_flops
 from flexolmo_jax.model.leaves import INIT_STDDEV
+from flexolmo_jax.model.selectors import is_derived
 from flexolmo_jax.training.run import build_model, make_program
 from flexolmo_jax.training.state import Initialization, initial_leaves
 from flexolmo_jax.training.step import Batch, Program, compile_step, initial_state
@@ -92,7 +93,8 @@ class Decoding(JaxStep):
         self._new = self._length // 2
         self._timed = math.ceil(self._new * 3 / 4)
         decoder, _ = build_model(self._config)
-        self._model = random_model(decoder, self._config)
+        self._model = random_model(decoder, self._config, self._spec.selection)
+        decoder = self._model.decoder
         shape = self._batch_size, self._length - self._new
         self._prompts = np.random.default_rng(self._config.seed).integers(0, self._config.model.vocab_size, shape)
         architecture, layout, params = decoder.architecture, decoder.layout, self._model.params
@@ -102,6 +104,7 @@ class Decoding(JaxStep):
             flops=decode_step_flops(architecture, layout, self._batch_size, keys),
             bytes=decode_step_bytes(architecture, layout, params, self._batch_size, keys),
             limit_of="memory, read",
+            experts=layout.num_experts,
         )
 
     def step(self) -> None:
@@ -136,8 +139,11 @@ def random_batch(program: Program, seed: int) -> Batch:
     return jax.device_put(batch, {name: array.sharding for name, array in program.batch.items()})
 
 
-def random_model(decoder: Decoder, config: ConfigDict) -> Model:
-    """A model with random weights, as `flexolmo_jax.load` would hold it, in the dtype of the computation."""
+def random_model(decoder: Decoder, config: ConfigDict, selection: str = BY_ROUTER) -> Model:
+    """A model with random weights, as `flexolmo_jax.load` would hold it, in the dtype of the computation.
+
+    A selector's tables are random too, so that it chooses now one expert, now another.
+    """
     names = [ANCHOR_NAME, *(f"expert{i}" for i in range(1, decoder.layout.num_experts))]
     manifest = ModelManifest(
         architecture=dataclasses.asdict(decoder.architecture),
@@ -146,6 +152,7 @@ def random_model(decoder: Decoder, config: ConfigDict) -> Model:
         top_k=decoder.layout.top_k,
         tokenizer_digest="",
         eos_id=-1,  # no token, so that no continuation ends early
+        selection=selection if len(names) > 1 else BY_ROUTER,
     )
 
     model = Model(manifest, {}, dtype=config.compute.dtype)
@@ -154,7 +161,7 @@ def random_model(decoder: Decoder, config: ConfigDict) -> Model:
     for path, leaf in sorted(model.decoder.abstract().items(), key=lambda item: item[1].size, reverse=True):
         is_scale = path.endswith("scale")
         values = np.ones(leaf.shape) if is_scale else rng.standard_normal(leaf.shape, np.float32) * INIT_STDDEV
-        model.params[path] = jnp.asarray(values, config.compute.dtype)
+        model.params[path] = jnp.asarray(values, jnp.float32 if is_derived(path) else config.compute.dtype)
     return model
 
 

@@ -38,13 +38,29 @@ def steps_table(results: Sequence[Metrics]) -> Table:
     return table
 
 
+def experts_table(result: Metrics) -> Table:
+    """Decoding a token with each number of experts, the anchor among them, and the ratio of its time to the first's."""
+    memory = _memory_columns([result])
+    table = plain_table(f"{result['step']}: experts", ("token, ms", "to the first", "tokens/s", *memory))
+    for side in result["sides"].values():
+        if "experts" in side:
+            table.add_row(
+                str(side["experts"]),
+                f"{1e3 * side['step_seconds']:,.2f}",
+                f"{side['token_ratio']:.2f}",
+                f"{side['tokens_per_second']:,.1f}",
+                *(f"{side[key] / _GIB:.2f}" for key in memory.values()),
+            )
+    return table
+
+
 def versus_table(result: Metrics) -> Table:
-    """The sides of a step: this program, then those that it is least ahead of, with its ratios to them.
+    """This program, then transformers' sides, those that it is least ahead of first, with its ratios to them.
 
     Of tokens/s a ratio above 1 speaks for this program; of memory, one below 1.
     """
-    sides, memory = dict(result["sides"]), _memory_columns([result])
-    reference = sides.pop(FLEXOLMO)
+    memory, reference = _memory_columns([result]), result["sides"][FLEXOLMO]
+    sides = {name: side for name, side in result["sides"].items() if "limit_of" not in side}
     columns = [column for title in ("tokens/s", *memory) for column in (title, "ours / it")]
     table = plain_table(result["step"], columns)
     values = [reference["tokens_per_second"], *(reference[key] / _GIB for key in memory.values())]

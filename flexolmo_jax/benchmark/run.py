@@ -1,4 +1,7 @@
-"""Runs a benchmark: one step after the other, this program in turns with the implementations of transformers."""
+"""Runs a benchmark: one step after the other, this program in turns with what it is compared with.
+
+That is the implementations of transformers, and models with other numbers of experts.
+"""
 
 import contextlib
 import itertools
@@ -11,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs.base import PARTITIONS
 from flexolmo_jax.benchmark.worker import Spec, Worker
+from flexolmo_jax.checkpoint.manifests import BY_ROUTER
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.model.architecture import EXPERT_LAYOUTS
 from flexolmo_jax.training.run import ANY_PLATFORM, build_model
@@ -28,7 +32,13 @@ Say = Callable[[str, int, int], None]
 
 
 def benchmark(
-    config: ConfigDict, steps: Sequence[str], runs: int, versus: bool = False, say: Say = lambda *_: None
+    config: ConfigDict,
+    steps: Sequence[str],
+    runs: int,
+    versus: bool = False,
+    say: Say = lambda *_: None,
+    num_experts: Sequence[int] = (),
+    selection: str = BY_ROUTER,
 ) -> list[Metrics]:
     """Measures steps on this machine.
 
@@ -38,16 +48,25 @@ def benchmark(
       runs: how often each is measured.
       versus: whether to measure transformers too.
       say: called with what is being done, and how many sides are done and in all.
+      num_experts: of the models that decode, in place of the configuration's; the first is this program's side, to
+        which the others, sides such as "16 experts", are compared.
+      selection: what chooses their experts, one of `model.selectors.SELECTIONS`.
 
     Returns:
       For each step {"step", "sides": {side: metrics}, "left_out": {side: why}}. Metrics are a worker's answers, a list
-      for those asked in each run ("seconds", "token_seconds", "limit"), of transformers "seconds_of_ours" in the runs
-      taken in turns with it, and what `_summary` makes of them.
+      for those asked in each run ("seconds", "token_seconds", "limit"), of other sides those of this program's in the
+      runs taken in turns with it ("seconds_of_ours", "token_seconds_of_ours"), and what `_summary` makes of them.
 
     Raises:
       UserError: the configuration does not fit a step, or a step does not fit the machine.
     """
-    specs = [_specs(step, prepared(config, step), versus) for step in steps]  # refuses before time is spent
+    if "decode" not in steps and (num_experts or selection != BY_ROUTER):
+        value = ("num_experts", ",".join(map(str, num_experts))) if num_experts else ("selection", selection)
+        raise ArgumentError(*value, "is for decoding alone; measure step=decode")
+    if versus and selection != BY_ROUTER:
+        raise ArgumentError("selection", selection, f"transformers has no selector; use {BY_ROUTER}, or no comparison")
+    # Refuses before time is spent.
+    specs = [_specs(step, config, versus, num_experts, selection) for step in steps]
     done, total = itertools.count(), sum(map(len, specs))
     return [_measure(sides, runs, lambda what: say(what, next(done), total)) for sides in specs]
 
@@ -72,15 +91,30 @@ def prepared(config: ConfigDict, step: str) -> FrozenConfigDict:
     return FrozenConfigDict(config)
 
 
-def _specs(step: str, config: FrozenConfigDict, versus: bool) -> dict[str, Spec]:
-    """What to measure, by name; this program first.
+def _specs(step: str, config: ConfigDict, versus: bool, num_experts: Sequence[int], selection: str) -> dict[str, Spec]:
+    """What to measure, by name; this program first."""
+    if step != "decode":
+        return _versus(Spec(FLEXOLMO, step, prepared(config, step)), versus)
+    models = []
+    for count in dict.fromkeys(num_experts) or [config.moe.num_experts]:
+        if count < 1:
+            raise ArgumentError("num_experts", count, "it must be at least 1, for the anchor alone")
+        of_count = config.copy_and_resolve_references()
+        of_count.moe.num_experts, of_count.moe.top_k = count, min(config.moe.top_k, count)
+        models.append(Spec(FLEXOLMO, step, prepared(of_count, step), selection=selection))
+    return _versus(models[0], versus) | {f"{spec.config.moe.num_experts} experts": spec for spec in models[1:]}
+
+
+def _versus(spec: Spec, versus: bool) -> dict[str, Spec]:
+    """The side of this program and, with `versus`, those of transformers.
 
     With `data.grad_accum_steps` above 1, transformers takes the batch at once, and uncompiled in as many micro-batches
     too; with all that is compiled besides, the processes would take twice the memory.
     """
-    specs = {FLEXOLMO: Spec(FLEXOLMO, step, config)}
+    specs = {FLEXOLMO: spec}
     if not versus:
         return specs
+    step, config = spec.step, spec.config
     count, at_once = config.data.grad_accum_steps, ConfigDict(config)
     at_once.data.grad_accum_steps = 1
     is_dense = step in ("anchor", "solo") or (step == "decode" and config.moe.num_experts == 1)
@@ -97,8 +131,8 @@ def _specs(step: str, config: FrozenConfigDict, versus: bool) -> dict[str, Spec]
 def _measure(specs: Mapping[str, Spec], runs: int, begin: Callable[[str], None]) -> Metrics:
     """All metrics of a step.
 
-    On the host this program takes turns with one implementation of transformers after another, so that two at most hold
-    memory; a device is held by one at a time.
+    On the host this program takes turns with one other side after another, so that two at most hold memory; a device is
+    held by one at a time.
     """
     specs = dict(specs)
     spec = specs.pop(FLEXOLMO)
@@ -118,13 +152,14 @@ def _measure(specs: Mapping[str, Spec], runs: int, begin: Callable[[str], None])
             begin(f"{spec.step}: {name}")
             with contextlib.closing(Worker(spec)) as worker:
                 try:
-                    built = worker.ask("begin", PATIENCE) | worker.ask("memory")
+                    built = worker.ask("begin", None if spec.side == FLEXOLMO else PATIENCE) | worker.ask("memory")
                 except UserError as error:
                     left_out[name] = str(error)
                     continue
                 sides[name] = built
                 _take_turns({**workers, name: worker}, sides, runs)
-            built["seconds_of_ours"] = reference["seconds"][-runs:]
+            for key in {"seconds", "token_seconds"} & built.keys():
+                built[f"{key}_of_ours"] = reference[key][-runs:]
     return {"step": spec.step, "sides": {name: _summary(side) for name, side in sides.items()}, "left_out": left_out}
 
 
@@ -132,7 +167,7 @@ def _take_turns(workers: Mapping[str, Worker], sides: Mapping[str, Metrics], run
     """Asks workers in turns, and adds their answers to the metrics of their sides."""
     for _, (name, worker) in itertools.product(range(runs), workers.items()):
         requests = {"seconds": "seconds"}
-        if name == FLEXOLMO:
+        if "limit_of" in sides[name]:
             requests = {"limit": "limit", **requests, **({"token": "token_seconds"} if "bytes" in sides[name] else {})}
         for request, key in requests.items():
             time.sleep(PAUSE)
@@ -143,11 +178,16 @@ def _summary(side: Metrics) -> Metrics:
     """Metrics with what follows from their medians.
 
     "step_seconds" is a training step's time, or that of decoding a token for each sequence; "tokens_per_second" counts
-    all tokens of a step, of decoding the new ones; "ratio" is the seconds of a side to this program's in the same runs.
+    all tokens of a step, of decoding the new ones; "ratio" is the seconds of a side to this program's in the same runs,
+    and "token_ratio" the median over runs of that of decoding a token.
     """
     seconds = statistics.median(side["seconds"])
     ratio = seconds / statistics.median(side.get("seconds_of_ours", side["seconds"]))
     summary = {"tokens_per_second": side["tokens"] / seconds, "ratio": ratio}
+    if "token_seconds" in side:
+        tokens = side["token_seconds"]
+        pairs = zip(tokens, side.get("token_seconds_of_ours", tokens), strict=True)
+        summary["token_ratio"] = statistics.median(side_seconds / reference for side_seconds, reference in pairs)
     if "limit" in side:
         step = statistics.median(side.get("token_seconds", side["seconds"]))
         summary["step_seconds"], summary["flops_per_second"] = step, side["flops"] / step

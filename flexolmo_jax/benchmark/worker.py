@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 from ml_collections import FrozenConfigDict
 
+from flexolmo_jax.checkpoint.manifests import BY_ROUTER
 from flexolmo_jax.errors import UserError, first_line
 
 _LEAST_SECONDS = 0.3  # to time at once: short steps are repeated
@@ -30,6 +31,7 @@ class Spec(NamedTuple):
     config: FrozenConfigDict
     experts: str = ""  # transformers' `experts_implementation`; "" for a model without experts
     compiled: bool = False  # whether transformers' model goes through `torch.compile`
+    selection: str = BY_ROUTER  # what chooses experts of a model that decodes, one of `model.selectors.SELECTIONS`
 
 
 class Step:

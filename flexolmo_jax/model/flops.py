@@ -28,7 +28,7 @@ from flexolmo_jax.checkpoint.manifests import ROUTER
 from flexolmo_jax.model.architecture import Architecture, Layout
 from flexolmo_jax.model.leaves import Leaf
 from flexolmo_jax.model.moe import expert_leaves
-from flexolmo_jax.model.selectors import uses_router
+from flexolmo_jax.model.selectors import is_derived, uses_router
 
 
 def train_step_flops(
@@ -95,20 +95,19 @@ def decode_step_bytes(
 ) -> float:
     """Bytes that decoding one token for each of `batch` sequences must read: weights, and `keys` cached positions.
 
-    Of the embedding each sequence reads one vector; of stacked experts those are read that its tokens choose, as many
-    as independent choices would reach.
+    Of the embedding and of a selector's tables each sequence reads one vector; of stacked experts those are read that
+    its tokens choose, as many as independent choices would reach.
     """
     arch = architecture
     reached = 1 - (1 - layout.top_k / layout.num_experts) ** batch
     looked_up = not arch.tied_embeddings
+    tables = {path for path in params if is_derived(path) or (looked_up and path == "embedding")}
     weights = sum(
-        leaf.nbytes * (reached if "/experts/" in path else 1)
-        for path, leaf in params.items()
-        if not (looked_up and path == "embedding")
+        leaf.nbytes * (reached if "/experts/" in path else 1) for path, leaf in params.items() if path not in tables
     )
-    itemsize = params["embedding"].itemsize
-    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * itemsize
-    return weights + batch * (keys * cache + looked_up * arch.d_model * itemsize)
+    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * params["embedding"].itemsize
+    vectors = sum(params[path].nbytes / len(params[path]) for path in tables)
+    return weights + batch * (keys * cache + vectors)
 
 
 def _token(arch: Architecture, layout: Layout, trainable: Collection[str], keys: float) -> float:

@@ -81,6 +81,17 @@ def test_decoding_writes_half_of_each_sequence(decoding, monkeypatch):
     assert written == [2] * 2 + [6] * 2
 
 
+def test_a_model_with_a_selector_decodes_with_more_than_one_expert():
+    overrides = {"data.batch_size": 2, "moe.num_experts": 6, "moe.top_k": 1}
+    subject = Decoding(spec("decode", **overrides)._replace(selection="ngram"))
+    assert subject.build()["experts"] == 6
+    engine = subject._started()
+    engine.step(7)
+    posterior_BxTxLxE = np.asarray(engine._state.routing_BxTxLxE[:, :14])  # of the tokens that were read
+    assert len(np.unique(posterior_BxTxLxE.argmax(-1))) > 2
+    np.testing.assert_allclose(posterior_BxTxLxE.sum(-1), 1, rtol=1e-5)
+
+
 def test_decoding_counts_the_positions_that_timed_tokens_see(decoding):
     subject, built = decoding
     # The last six of eight new tokens are timed: they see 13 positions on average.

@@ -7,7 +7,7 @@ import pytest
 
 from configs import benchmark as config_file
 from flexolmo_jax.benchmark import run
-from flexolmo_jax.benchmark.results import steps_table, versus_table
+from flexolmo_jax.benchmark.results import experts_table, steps_table, versus_table
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.tables import show
 from tests.support import runs, small
@@ -25,8 +25,11 @@ def asked(monkeypatch):
 
         def __init__(self, spec):
             count = spec.config.data.grad_accum_steps
+            self.decodes, self.experts = spec.step == "decode", spec.config.moe.num_experts
             self.name = spec.experts or spec.side
             is_divided = count > 1 and spec.side != "flexolmo"
+            if self.decodes and self.experts > 1 and spec.side == "flexolmo":
+                self.name = f"{self.experts} experts"
             self.name += ", compiled" * spec.compiled + f", {count} micro-batches" * is_divided
             log.append((self.name, "start"))
 
@@ -39,12 +42,15 @@ def asked(monkeypatch):
             log.append((self.name, request))
             if self.name in self.fails:
                 raise UserError(f"{self.name} fails")
-            seconds = SECONDS[self.name.partition(",")[0]]
+            seconds = SECONDS.get(self.name.partition(",")[0], 3.0)
             this_program = {"device": "d", "devices": 1, "flops": 8e9, "limit_of": "float32 matmul"}
+            if self.decodes:
+                this_program |= {"bytes": 4e9, "experts": self.experts}
             built = {"platform": self.platform, "tokens": 100, "compile_seconds": 3.0}
             return {
-                "begin": built | (this_program if self.name == "flexolmo" else {}),
+                "begin": built | (this_program if self.name.startswith(("flexolmo", *"123456789")) else {}),
                 "seconds": seconds,
+                "token": seconds / 2 * (1.1 if self.experts == 16 else 0.5),
                 "limit": 1e10,
                 "memory": {"peak_bytes": 2**30, "peak_bytes_above_libraries": 2**29},
             }[request]
@@ -104,6 +110,53 @@ def test_micro_batches_are_compared_with_the_batch_at_once_and_with_as_many(aske
     expected = ["flexolmo", "eager", "eager, compiled", "eager, 2 micro-batches"]
     assert list(measure(accumulate=2)["sides"]) == expected
     assert [name for name, request in log if request == "start"] == expected
+
+
+def decoding(num_experts, **options):
+    (result,) = run.benchmark(config_file.get_config(), ["decode"], 2, num_experts=num_experts, **options)
+    return result
+
+
+def test_models_with_more_experts_decode_in_turns_with_the_first(asked, capsys):
+    log, _ = asked
+    result = decoding([1, 4, 16], selection="ngram")
+    assert list(result["sides"]) == ["flexolmo", "4 experts", "16 experts"]
+    started = log.index(("4 experts", "memory")) + 1
+    requests = ("limit", "seconds", "token")
+    turns = [(name, request) for name in ("flexolmo", "4 experts") for request in requests]
+    assert log[started : started + 13] == [*turns, *turns, ("4 experts", "close")]
+    # Tokens, of 0.25 s with the anchor: 0.75 and 1.65.
+    ratios = [side["token_ratio"] for side in result["sides"].values()]
+    assert ratios == pytest.approx([1, 3, 6.6])
+    show(experts_table(result))
+    lines = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if "|" in line and "--" not in line]
+    assert [[cell.strip() for cell in line] for line in lines[1:]] == [
+        ["1", "250.00", "1.00"],
+        ["4", "750.00", "3.00"],
+        ["16", "1,650.00", "6.60"],
+    ]
+
+
+def test_the_number_of_experts_per_token_is_at_most_theirs():
+    config = config_file.get_config()
+    config.moe.top_k = 3
+    specs = run._specs("decode", config, False, [1, 2, 64], "ngram")
+    assert [(spec.config.moe.num_experts, spec.config.moe.top_k) for spec in specs.values()] == [
+        (1, 1),
+        (2, 2),
+        (64, 3),
+    ]
+    assert {spec.selection for spec in specs.values()} == {"ngram"}
+
+
+def test_options_of_decoding_are_refused_elsewhere():
+    config = config_file.get_config()
+    with pytest.raises(UserError, match="num_experts=1,4: is for decoding alone"):
+        run.benchmark(config, ["pair"], 1, num_experts=[1, 4])
+    with pytest.raises(UserError, match="selection=ngram: is for decoding alone"):
+        run.benchmark(config, ["pair"], 1, selection="ngram")
+    with pytest.raises(UserError, match="selection=ngram: transformers has no selector"):
+        run.benchmark(config, ["decode"], 1, versus=True, selection="ngram")
 
 
 def test_decoding_needs_no_batch_that_divides_into_micro_batches():

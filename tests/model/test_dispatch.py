@@ -10,7 +10,7 @@ import pytest
 from flexolmo_jax.model import dispatch as dispatch_module
 from flexolmo_jax.model.decoder import REMAT_POLICIES
 from flexolmo_jax.model.dispatch import stacked_experts
-from flexolmo_jax.model.kernels import expert_loop
+from flexolmo_jax.model.kernels import expert_loop, few_tokens
 from flexolmo_jax.model.moe import top_k_weights
 from tests.support.mixtures import BATCH, D_MODEL, EXPERTS, LENGTH, masked_sum, plain_sum, random_mixture, to_float32
 from tests.support.tiny import ARCHITECTURE, COMPILE_FAST, assert_trees_close
@@ -22,6 +22,7 @@ jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
 @pytest.fixture(autouse=True)
 def few_tokens_are_dispatched_too(monkeypatch):
     monkeypatch.setattr(dispatch_module, "FEW_TOKENS", 0)
+    monkeypatch.setattr(few_tokens, "MOST", 0)
 
 
 def sum_of_chosen(x, kernels, weights, top_k, normalize=False, dispatch="ragged"):
@@ -74,6 +75,45 @@ def test_no_token_is_dropped_when_all_choose_one_expert(favourite, dispatch):
     actual = summed(*to_float32((x, kernels, weights)), 1, False, dispatch)
     np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, 1), rtol=1e-4, atol=1e-4)
     assert (np.abs(actual).max(axis=-1) > 0).all()
+
+
+@pytest.fixture
+def sparse_for_all(monkeypatch):
+    monkeypatch.setattr(few_tokens, "MOST", BATCH * LENGTH * EXPERTS)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_sparse_matmul_of_a_few_tokens_sums_as_plain_loops_do(sparse_for_all, top_k):
+    """A token has experts that weigh nothing; one has none but these, and is zero."""
+    x, kernels, weights = random_mixture()
+    weights[0, 0, 1:] = 0
+    weights[1, 1] = 0
+    loop = jit(functools.partial(sum_of_chosen, top_k=top_k, dispatch="loop"))
+    actual = loop(*to_float32((x, kernels, weights)))
+    np.testing.assert_allclose(actual, plain_sum(x, kernels, weights, top_k), rtol=1e-4, atol=1e-4)
+    assert (actual[1, 1] == 0).all()
+    compiled = str(loop.lower(*to_float32((x, kernels, weights))).compile().as_text())
+    assert "cpu_csr_sparse_dense" in compiled
+    assert "dynamic-slice" not in compiled  # of the stacks, which would be a copy
+
+
+def test_experts_that_weigh_nothing_are_not_read(sparse_for_all):
+    x, kernels, weights = to_float32(random_mixture())
+    weights[..., 2] = 0
+    kernels = {name: kernel.copy() for name, kernel in kernels.items()}
+    for kernel in kernels.values():
+        kernel[2] = np.nan
+    weights_NxK, expert_NxK = top_k_weights(weights.reshape(-1, EXPERTS), EXPERTS, False)
+    actual = few_tokens.sparse_experts(x.reshape(-1, D_MODEL), kernels, weights_NxK, expert_NxK)
+    assert np.isfinite(actual).all()
+
+
+def test_a_few_tokens_get_the_gradients_of_many(sparse_for_all):
+    actual = uneven_gradient(functools.partial(sum_of_chosen, dispatch="loop"), 3)
+    assert_trees_close(actual, expected_gradient(3), 1e-5)
 
 
 def uneven_gradient(experts_sum, top_k):

@@ -189,3 +189,6 @@ def test_decoding_reads_the_weights_that_its_tokens_choose():
     block = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 + 16  # attention, three norms of the width and that of keys
     shared = layers * block + 32 + 32 * 64  # and the last norm, and the head
     assert read[1] == pytest.approx(4 * shared + 2 * layers * expert + sequence)
+    # Of a selector's table each token reads a number for each of the four experts.
+    params["selector/log_ratio"] = jnp.zeros((1000, 4))
+    assert decode_step_bytes(ARCHITECTURE, STACKED, params, 2, 13.0) == pytest.approx(read[2] + 2 * 4 * 4)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flexolmo_jax.model.experts import swiglu
+from flexolmo_jax.model.kernels.few_tokens import few_assignments, sparse_experts
 from flexolmo_jax.model.layers import MLP_RESIDUALS
 
 # The tokens of a block are a multiple of `STEP`. All blocks of an expert but the last have the maximum, `STEPS` times
@@ -25,6 +26,8 @@ LEAVES = ("gate", "up", "down")
 @jax.custom_vjp
 def looped_experts(x_NxD: jax.Array, experts: dict, weights_NxK: jax.Array, expert_NxK: jax.Array) -> jax.Array:
     """The weighted sum of each token's experts, as in `dispatch.sum_experts`; a weight of 0 gets no gradient."""
+    if few_assignments(x_NxD, expert_NxK):  # without gradients: `_forward` computes what has some
+        return sparse_experts(x_NxD, experts, weights_NxK, expert_NxK)
     y_NxD, _ = _compute(x_NxD, experts, weights_NxK, expert_NxK, keep=False)
     return y_NxD
 
