@@ -87,6 +87,7 @@ def test_a_model_with_a_selector_decodes_with_more_than_one_expert():
     assert subject.build()["experts"] == 6
     engine = subject._started()
     engine.step(7)
+    assert engine._state is not None
     posterior_BxTxLxE = np.asarray(engine._state.routing_BxTxLxE[:, :14])  # of the tokens that were read
     assert len(np.unique(posterior_BxTxLxE.argmax(-1))) > 2
     np.testing.assert_allclose(posterior_BxTxLxE.sum(-1), 1, rtol=1e-5)
