@@ -2,15 +2,18 @@
 
 A slice of a stack is a copy for XLA, which takes longer than the matmul that reads it. So the inputs of token-expert
 assignments are the entries of a sparse matrix, each input in the columns of its expert, which multiplies the whole
-stack: only the rows of the stack that meet an entry are read, where they lie.
+stack: only the rows of the stack that meet an entry are read, where they lie. Such a matmul runs on one core, so each is
+a sum of several.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flexolmo_jax.model.experts import swiglu
 
 MOST = 16  # assignments; more share experts, and matmuls pay
+PARTS = 16  # sums of a matmul that are computed apart; XLA divides so many among cores, but not a few
 DTYPES = (jnp.float32,)  # of JAX's sparse matmul for CPUs
 
 
@@ -39,9 +42,12 @@ def _sparse_matmul(x_RxI: jax.Array, stack_ExIxO: jax.Array, expert_R: jax.Array
     """x_r @ stack[expert_r] for the first `used` r, and 0 for the others."""
     from jax.experimental import sparse  # takes a while, and few programs need it
 
-    count, size = x_RxI.shape
-    column_RxI = expert_R[:, None] * size + jnp.arange(size)
-    start = jnp.minimum(jnp.arange(count + 1), used) * size  # of each x_r among the entries
-    entries = x_RxI.reshape(-1), column_RxI.reshape(-1), start.astype(column_RxI.dtype)
-    matrix = sparse.BCSR(entries, shape=(count, stack_ExIxO.shape[0] * size))
-    return matrix @ stack_ExIxO.reshape(-1, stack_ExIxO.shape[-1])
+    (count, size), experts = x_RxI.shape, stack_ExIxO.shape[0]
+    stack_ExIxO = stack_ExIxO.reshape(-1, stack_ExIxO.shape[-1])
+    products = []
+    for index in np.array_split(np.arange(size), min(PARTS, size)):
+        column_RxI = expert_R[:, None] * size + index
+        start = jnp.minimum(jnp.arange(count + 1), used) * len(index)  # of each x_r among the entries
+        entries = x_RxI[:, index[0] : index[-1] + 1].reshape(-1), column_RxI.reshape(-1), start.astype(column_RxI.dtype)
+        products.append(sparse.BCSR(entries, shape=(count, experts * size)) @ stack_ExIxO)
+    return sum(products[1:], products[0])
