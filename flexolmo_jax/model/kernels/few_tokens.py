@@ -2,8 +2,8 @@
 
 A slice of a stack is a copy for XLA, which takes longer than the matmul that reads it. So the inputs of token-expert
 assignments are the entries of a sparse matrix, each input in the columns of its expert, which multiplies the whole
-stack: only the rows of the stack that meet an entry are read, where they lie. Such a matmul runs on one core, so each is
-a sum of several.
+stack: only the rows of the stack that meet an entry are read, where they lie. Such a matmul runs on one core, so each
+is a sum of several.
 """
 
 import jax
