@@ -43,8 +43,8 @@ SIZES = {
     "full": {
         "train_bytes": 2_500_000,
         "heldout_bytes": 32_000,
-        "anchor": [*SMALL_STEPS, "--config.steps=1500", "--config.optimizer.learning_rate=2e-3"],
-        "expert": [*SMALL_STEPS, "--config.steps=450"],
+        "anchor": [*SMALL_STEPS, "--config.steps=950", "--config.optimizer.learning_rate=2e-3"],
+        "expert": [*SMALL_STEPS, "--config.steps=300"],
     },
     # Enough to see that every step runs; the results mean nothing.
     "small": {

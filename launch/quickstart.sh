@@ -7,7 +7,7 @@ usage: bash launch/quickstart.sh [OUT] [--size=small]
 
 Installs what it needs into .venv (once), then trains an anchor and three experts on text found on this
 machine, merges them, evaluates, opts one owner out, and writes OUT/results.json and OUT/report.html.
-OUT is runs/quickstart unless given, relative to the folder you call this from. Two CPU cores take about four
+OUT is runs/quickstart unless given, relative to the folder you call this from. Two CPU cores take about six
 minutes, once packages are installed.
 
   --size=small   only shows that every step runs, in about a minute; the results mean nothing

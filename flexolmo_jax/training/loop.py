@@ -96,6 +96,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
                 state, metrics = train_step(state, frozen, next(placed_batches))
                 reporter.step(step, metrics)
                 if data.held_out and (step == run.steps or (run.evaluation.every and step % run.evaluation.every == 0)):
+                    reporter.flush()  # so that the step's rate does not include the evaluation
                     losses = evaluate({**frozen, **state.trainable})
                     best = _better(run, best, step, losses)
                     reporter.evaluation(step, losses, best)

@@ -30,7 +30,8 @@ def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it()
     before = np.ones(2**28, np.uint8)
     small = peak("pass")
     assert small < before.nbytes
-    assert peak(f"import numpy; numpy.ones({before.nbytes}, 'uint8')") > small + before.nbytes
+    # Without the array, two processes differ by some hundred kilobytes.
+    assert peak(f"import numpy; numpy.ones({before.nbytes}, 'uint8')") > small + 0.9 * before.nbytes
 
 
 class AfterAPause(Step):
