@@ -13,7 +13,7 @@ import numpy as np
 from flexolmo_jax.model.experts import swiglu
 
 MOST = 16  # assignments; more share experts, and matmuls pay
-PARTS = 16  # sums of a matmul that are computed apart; XLA divides so many among cores, but not a few
+SUMS = 16  # into which a matmul is split; XLA divides so many among cores, but not a few
 DTYPES = (jnp.float32,)  # of JAX's sparse matmul for CPUs
 
 
@@ -45,7 +45,7 @@ def _sparse_matmul(x_RxI: jax.Array, stack_ExIxO: jax.Array, expert_R: jax.Array
     (count, size), experts = x_RxI.shape, stack_ExIxO.shape[0]
     stack_ExIxO = stack_ExIxO.reshape(-1, stack_ExIxO.shape[-1])
     products = []
-    for index in np.array_split(np.arange(size), min(PARTS, size)):
+    for index in np.array_split(np.arange(size), min(SUMS, size)):
         column_RxI = expert_R[:, None] * size + index
         start = jnp.minimum(jnp.arange(count + 1), used) * len(index)  # of each x_r among the entries
         entries = x_RxI[:, index[0] : index[-1] + 1].reshape(-1), column_RxI.reshape(-1), start.astype(column_RxI.dtype)
