@@ -19,7 +19,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     models.set_size(config, size)
     config.partition = base.PARTITIONS["solo"]
     # Public sequences keep the expert from harm to text that is not its owner's, when no other expert knows it better.
-    config.data.public_share = 0.25
+    config.data.public_share = 0.15
     if size == "tiny":
         config.steps = 250
         config.optimizer.learning_rate = 1.5e-3
