@@ -69,7 +69,7 @@ def versus_table(result: Metrics) -> Table:
         cells = [f"{side['tokens_per_second']:,.2f}", f"{side['ratio']:.2f}"]
         for key in memory.values():
             cells += [f"{side[key] / _GIB:,.2f}", f"{reference[key] / side[key]:.2f}"]
-        table.add_row(Text(f"transformers, {name}"), *cells)
+        table.add_row(Text(name), *cells)
     return table
 
 

@@ -122,7 +122,7 @@ def _versus(spec: Spec, versus: bool) -> dict[str, Spec]:
     for is_divided, (experts, compiled) in itertools.product((False, True), variants):
         if is_divided and (compiled or count == 1):
             continue
-        name = (experts or "dense") + ", compiled" * compiled + f", {count} micro-batches" * is_divided
+        name = f"transformers, {experts or 'dense'}" + ", compiled" * compiled + f", {count} micro-batches" * is_divided
         chosen = config if is_divided else FrozenConfigDict(at_once)
         specs[name] = Spec("transformers", step, chosen, experts, compiled)
     return specs

@@ -70,8 +70,7 @@ def run() -> None:
             print()
             show(versus_table(result))
         for name, why in result["left_out"].items():
-            label = name if name.endswith(" experts") else f"transformers, {name}"
-            print(f"{result['step']}: {label} is left out: {why}")
+            print(f"{result['step']}: {name} is left out: {why}")
     if _JSON.value:
         configuration = json.loads(_CONFIG.value.to_json())
         write_json(_JSON.value, {**description(), "config": configuration, "steps": results})
@@ -82,6 +81,6 @@ def _counts() -> list[int]:
     from flexolmo_jax.errors import ArgumentError
 
     for text in _NUM_EXPERTS.value:
-        if not (text.isdecimal() and int(text)):
-            raise ArgumentError("num_experts", text, "must be an integer from 1 on, the anchor included")
+        if not text.isdecimal():
+            raise ArgumentError("num_experts", text, "must be integers, the anchor included")
     return [int(text) for text in _NUM_EXPERTS.value]

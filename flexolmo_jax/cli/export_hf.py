@@ -51,5 +51,13 @@ def run() -> None:
     else:
         raise UserError("--model: give either a model directory, or both --contribution and --anchor")
     shard_bytes = int(min(_SHARD_SIZE.value, 1e9) * 1e9)
-    options = (_DROP_BIAS.value, _MODEL_TYPE.value, _DROP_SELECTOR.value, _KEEP_SELECTOR.value)
-    print("\n".join(export(source, _OUT.value, shard_bytes, *options)))
+    lines = export(
+        source,
+        _OUT.value,
+        shard_bytes,
+        drop_bias=_DROP_BIAS.value,
+        model_type=_MODEL_TYPE.value,
+        drop_selector=_DROP_SELECTOR.value,
+        keep_selector=_KEEP_SELECTOR.value,
+    )
+    print("\n".join(lines))

@@ -157,8 +157,8 @@ class SelectorLayer(DynamicLayer):
         return self.values[:, 0, :, 0]  # pyright: ignore[reportOptionalSubscript]
 
 
-class FlexOlmoSelectorModel(FlexOlmoModel):
-    """FlexOlmo's decoder with a selector."""
+class SelectorSettings:
+    """What transformers is told of the models below."""
 
     config: FlexOlmoSelectorConfig
     config_class = FlexOlmoSelectorConfig
@@ -166,6 +166,10 @@ class FlexOlmoSelectorModel(FlexOlmoModel):
     _keep_in_fp32_modules_strict = ["selector"]  # noqa: RUF012
     _can_compile_fullgraph = False
     _supports_attention_backend = False  # programs with a cache of their own would lose the selector's state
+
+
+class FlexOlmoSelectorModel(SelectorSettings, FlexOlmoModel):
+    """FlexOlmo's decoder with a selector."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -237,15 +241,8 @@ class FlexOlmoSelectorModel(FlexOlmoModel):
         return state
 
 
-class FlexOlmoSelectorForCausalLM(FlexOlmoForCausalLM):
+class FlexOlmoSelectorForCausalLM(SelectorSettings, FlexOlmoForCausalLM):
     """FlexOlmo with a selector, and a head."""
-
-    config: FlexOlmoSelectorConfig
-    config_class = FlexOlmoSelectorConfig
-    _no_split_modules = ["FlexOlmoSelectorDecoderLayer"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["selector"]  # noqa: RUF012
-    _can_compile_fullgraph = False
-    _supports_attention_backend = False
 
     def __init__(self, config):
         super().__init__(config)

@@ -92,14 +92,16 @@ def test_a_ratio_compares_runs_that_took_turns(asked, monkeypatch):
 
     monkeypatch.setattr(process, "ask", slowing)
     sides = measure()["sides"]
-    assert sides["grouped_mm"]["seconds_of_ours"] == [3.0, 3.0]
-    assert [sides[name]["ratio"] for name in ("flexolmo", "eager", "grouped_mm")] == pytest.approx([1, 2, 1.6])
+    assert sides["transformers, grouped_mm"]["seconds_of_ours"] == [3.0, 3.0]
+    names = ("flexolmo", "transformers, eager", "transformers, grouped_mm")
+    assert [sides[name]["ratio"] for name in names] == pytest.approx([1, 2, 1.6])
 
 
 def test_progress_counts_sides(asked):
     shown = []
     run.benchmark(config_file.get_config(), ["pair"], 1, True, say=lambda *progress: shown.append(progress))
-    names = ("flexolmo", "eager", "grouped_mm", "eager, 2 micro-batches", "grouped_mm, 2 micro-batches")
+    of_transformers = ("eager", "grouped_mm", "eager, 2 micro-batches", "grouped_mm, 2 micro-batches")
+    names = ["flexolmo", *(f"transformers, {name}" for name in of_transformers)]
     assert [what for what, *_ in shown[:5]] == [f"pair: {name}" for name in names]
     assert [progress[1:] for progress in shown] == [(done, 5) for done in range(5)]
 
@@ -108,7 +110,7 @@ def test_micro_batches_are_compared_with_the_batch_at_once_and_with_as_many(aske
     log, _ = asked
     monkeypatch.setattr(run, "VARIANTS", [("eager", False), ("eager", True)])
     expected = ["flexolmo", "eager", "eager, compiled", "eager, 2 micro-batches"]
-    assert list(measure(accumulate=2)["sides"]) == expected
+    assert [name.removeprefix("transformers, ") for name in measure(accumulate=2)["sides"]] == expected
     assert [name for name, request in log if request == "start"] == expected
 
 
@@ -180,7 +182,7 @@ def test_each_side_has_a_device_alone(asked):
 def test_a_failure_leaves_a_side_out_unless_it_is_this_program(asked):
     log, process = asked
     process.fails = ("eager",)
-    assert measure()["left_out"]["eager"] == "eager fails"
+    assert measure()["left_out"]["transformers, eager"] == "eager fails"
     log.clear()
     process.fails = ("flexolmo",)
     with pytest.raises(UserError, match="flexolmo fails"):

@@ -83,7 +83,7 @@ def test_compares_with_transformers_in_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PAUSE", 0)
     out, results = measured(tmp_path / "results.json", "--step=pair", "--versus=transformers")
     (result,) = results["steps"]
-    this_program, eager = result["sides"]["flexolmo"], result["sides"]["eager"]
+    this_program, eager = result["sides"]["flexolmo"], result["sides"]["transformers, eager"]
     assert_metrics(this_program, 2 + 2)  # alone, and in turns
     trained = {f"blocks/moe/expert/{leaf}" for leaf in ("gate", "up", "down", "router/weight", "router/bias")}
     assert this_program["tokens"] == 32
