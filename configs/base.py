@@ -151,6 +151,13 @@ def declare() -> ConfigDict:
     config.checkpoint.every = key(1000, at_least(1))  # steps between checkpoints; the last step is always saved
     config.checkpoint.keep = key(2, at_least(1))  # most recent checkpoints kept
 
+    # How long the processes of a run wait for each other, seconds; a process alone waits for none.
+    config.distributed = ConfigDict()
+    config.distributed.start_timeout = key(300, at_least(1))  # until all have started
+    config.distributed.heartbeat_timeout = key(30, at_least(5))  # without a sign of life, after which one is lost
+    # Until all have come to the same point; longer than the slowest compilation, and than reading the data once.
+    config.distributed.agreement_timeout = key(1800, at_least(1))
+
     config.log = ConfigDict()  # metrics of training steps
     config.log.every = key(10, at_least(1))  # steps between lines of metrics.jsonl and TensorBoard points
 

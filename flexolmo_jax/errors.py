@@ -37,6 +37,10 @@ class NotFoundError(UserError, FileNotFoundError):
     """A path does not exist: "PATH: no such directory; give a model directory"."""
 
 
+class ProcessesError(Exception):
+    """Processes that work as one have lost each other; to be run again, all of them, as schedulers do."""
+
+
 @contextlib.contextmanager
 def rust_errors(problem: str, remedy: str) -> Iterator[None]:
     """Converts errors of a library written in Rust to a `UserError`: "PROBLEM (its message); REMEDY".

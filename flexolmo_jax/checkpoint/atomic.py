@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from flexolmo_jax import distributed
 from flexolmo_jax.errors import UserError
 
 
@@ -19,6 +20,8 @@ def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection
     Locally that is a temporary directory beside `path`, renamed at the end. Object stores (`://`) cannot rename a
     directory in one step: there `path` itself is filled, and it counts as absent until it has its manifest, which the
     block writes last. What a killed attempt left behind is removed by the next one.
+
+    Of several processes, all fill the directory of the first one, which makes and renames it.
 
     Args:
       path: the directory to make.
@@ -33,16 +36,19 @@ def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection
     filled = path if in_place else path.parent / f".{path.name}.incomplete"
     complete = True
     try:
-        check_absent(path, manifest, names)
-        if filled.exists():
-            filled.rmtree()
-        complete = False
-        filled.mkdir(parents=True)
+        with distributed.agreed(f"begin {path.name}"):
+            if distributed.is_primary():
+                check_absent(path, manifest, names)
+                if filled.exists():
+                    filled.rmtree()
+                complete = False
+                filled.mkdir(parents=True)
         yield filled
-        if not in_place:
-            _sync(filled)
-            filled.rename(path)
-            _sync(path.parent)
+        with distributed.agreed(f"finish {path.name}"):
+            if distributed.is_primary() and not in_place:
+                _sync(filled)
+                filled.rename(path)
+                _sync(path.parent)
         complete = True
     except OSError as error:
         # An error of writing names no file, or one in the temporary directory, which the user does not know.

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
+from flexolmo_jax.checkpoint.copying import digest_slice
 from flexolmo_jax.checkpoint.manifests import (
     MOE,
     Cast,
@@ -13,7 +14,7 @@ from flexolmo_jax.checkpoint.manifests import (
     ModelManifest,
     digest_name,
 )
-from flexolmo_jax.checkpoint.params import Slice, digest_slice
+from flexolmo_jax.checkpoint.params import Slice
 
 Experts = dict[str, dict[str, Slice]]
 """{expert: {leaf: slice}}, in the order of the roster."""

@@ -14,6 +14,7 @@ import pydantic
 from etils import epath
 
 from flexolmo_jax.checkpoint.casts import Experts
+from flexolmo_jax.checkpoint.copying import check_digest, digest_slice
 from flexolmo_jax.checkpoint.digests import chunk_shape, chunks, combined_digest, whole
 from flexolmo_jax.checkpoint.files import check_files
 from flexolmo_jax.checkpoint.manifests import (
@@ -42,7 +43,7 @@ from flexolmo_jax.checkpoint.model_directory import (
     write_contribution,
     write_model,
 )
-from flexolmo_jax.checkpoint.params import Slice, check_digest, digest_slice, open_tree
+from flexolmo_jax.checkpoint.params import Slice, open_tree
 from flexolmo_jax.errors import UserError, first_line
 
 _MIXTURE = "blocks/mixture"  # of a path in format 1, what is blocks/moe

@@ -8,8 +8,10 @@ import pydantic
 import tensorstore as ts
 from etils import epath
 
+from flexolmo_jax import distributed
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.casts import Experts, group_digests, with_digests
+from flexolmo_jax.checkpoint.copying import digest_slice, write_tree
 from flexolmo_jax.checkpoint.files import FILE, Content, Names, check_files, is_system_file
 from flexolmo_jax.checkpoint.manifests import (
     MOE,
@@ -23,7 +25,7 @@ from flexolmo_jax.checkpoint.manifests import (
     read_manifest,
     write_manifest,
 )
-from flexolmo_jax.checkpoint.params import Slice, digest_slice, open_tree, write_tree
+from flexolmo_jax.checkpoint.params import Slice, open_tree
 from flexolmo_jax.checkpoint.zarr import tree_content
 from flexolmo_jax.errors import NotFoundError, UserError
 from flexolmo_jax.progress import byte_progress, progress_bar
@@ -232,13 +234,14 @@ def check_model(manifest: ModelManifest, shared: Mapping[str, Slice], experts: E
 
 
 def check_content(groups: Mapping[str, Mapping[str, Slice]], named: Mapping[str, Mapping[str, str]]) -> None:
-    """Reads groups of leaves and compares them with the digests that are named for each group."""
+    """Reads groups of leaves and compares them with the digests that are named for each group.
+
+    Of several processes each reads its share.
+    """
+    leaves = [item for group, leaves in groups.items() for item in expecting(leaves, named[group]).items()]
     with progress_bar() as progress:
-        task = progress.add_task("digests", total=sum(map(len, groups.values())))
-        for group, leaves in groups.items():
-            for leaf, part in expecting(leaves, named[group]).items():
-                digest_slice(part, digest_name(leaf))
-                progress.advance(task)
+        for leaf, part in progress.track(leaves[distributed.index() :: distributed.count()], description="digests"):
+            digest_slice(part, digest_name(leaf))
 
 
 def size(leaves: Mapping[str, Slice]) -> int:
@@ -274,7 +277,7 @@ def write_model(
       title: of the progress bar.
 
     Returns:
-      The manifest that was written.
+      The manifest that was written; what `complete` changes is known to process 0 alone.
 
     Raises:
       UserError: a leaf is not what the manifest says, is not finite, or too large for its dtype; or `path` exists.
@@ -315,11 +318,13 @@ def _write(
             digests = {folder: write_tree(directory / folder, *tree, advance) for folder, tree in trees.items()}
         found = group_digests(digests[PARAMS], slices)
         manifest = with_digests(manifest, slices, found, digests.get(STATISTICS))
-        manifest = complete(directory, manifest) or manifest
-        if isinstance(manifest, ContributionManifest) and manifest.casts:
-            document = {leaf: cast.model_dump() for leaf, cast in sorted(manifest.casts.items())}
-            (directory / CASTS_FILE).write_text(json.dumps(document, indent=2) + "\n")
-        write_manifest(directory / kind.manifest, manifest)
+        with distributed.primary_alone(kind.manifest) as is_this:
+            if is_this:
+                manifest = complete(directory, manifest) or manifest
+                if isinstance(manifest, ContributionManifest) and manifest.casts:
+                    document = {leaf: cast.model_dump() for leaf, cast in sorted(manifest.casts.items())}
+                    (directory / CASTS_FILE).write_text(json.dumps(document, indent=2) + "\n")
+                write_manifest(directory / kind.manifest, manifest)
     return manifest
 
 

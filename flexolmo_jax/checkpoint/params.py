@@ -1,20 +1,13 @@
-"""Flat trees of arrays on disk, read, checked, digested and written chunk by chunk.
+"""Flat trees of arrays on disk, and how ranges of their leaves are read.
 
-A tree is a directory in Orbax's layout (zarr3, one folder for each leaf), so `orbax.checkpoint` restores it too. Its
-chunks are copied directly, in few bytes at a time, by several threads: never is a whole leaf in memory. Any other
-layout that zarr3 allows is read through tensorstore, a chunk at a time.
+A tree is a directory in Orbax's layout (zarr3, one folder for each leaf), so `orbax.checkpoint` restores it too.
+`copying` writes it in chunks of its own; any other layout that zarr3 allows is read through tensorstore.
 """
 
-import collections
 import functools
-import hashlib
-import itertools
 import json
 import math
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -23,21 +16,16 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from flexolmo_jax.checkpoint.digests import Index, chunk_shape, chunks, leaf_digest, whole
+from flexolmo_jax.checkpoint.digests import Index
 from flexolmo_jax.checkpoint.files import is_system_file
 from flexolmo_jax.checkpoint.zarr import (
     METADATA,
-    TreeWriter,
-    chunk_folder,
     folder_name,
     leaf_names,
-    read_chunk_file,
     with_expert,
 )
 from flexolmo_jax.errors import UserError, first_line
 
-# What is read, checked, digested and written at a time: little enough to stay in a core's cache from first to last.
-BUFFER_BYTES = 2**19
 # One more than there are cores: a thread that waits for the disk leaves a core to another.
 COPY_THREADS = min(8, 1 + (os.cpu_count() or 1))
 
@@ -93,7 +81,7 @@ def read_block(leaf: ts.TensorStore, index: Index, name: str) -> np.ndarray:
     try:
         return leaf[index].read().result()
     except ValueError as error:
-        raise _unreadable(name, error) from None
+        raise unreadable(name, error) from None
 
 
 def read_leaf(leaf: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: np.dtype, name: str) -> jax.Array:
@@ -163,7 +151,7 @@ class Slice(NamedTuple):
             return values
         with np.errstate(over="ignore"):  # what overflows is refused below
             rounded = values.astype(self.cast)
-        if not _all_finite(rounded) and _all_finite(values):
+        if not all_finite(rounded) and all_finite(values):
             limit = float(jnp.finfo(self.cast).max)
             raise UserError(
                 f"{self.name}: holds values beyond {limit:.6g}, the largest of {self.cast.name}; use another dtype"
@@ -178,197 +166,7 @@ class Slice(NamedTuple):
         return np.asarray(jax.device_get(self.source[index]))
 
 
-def write_tree(
-    path: epath.PathLike,
-    leaves: Mapping[str, Slice | Sequence[Slice]],
-    digest_name: Callable[[str], str],
-    advance: Callable[[int], None] = lambda size: None,
-) -> dict[str, str | list[str]]:
-    """Writes a tree; threads copy its chunks, each holding a small buffer, whatever the leaves' sizes and number.
-
-    From a source that is not stored in the chunks written here, a thread reads and holds whole chunks.
-
-    Args:
-      path: directory to make.
-      leaves: {path in the tree: its content}; several slices are stacked on a new axis 1, in order.
-      digest_name: path in the tree -> the name that enters a slice's digest.
-      advance: called with the number of bytes written, as they are.
-
-    Returns:
-      {path: digest of what was written}, or {path: [digest of each slice]} for stacked leaves.
-
-    Raises:
-      UserError: a value is not finite or too large for the dtype it is cast to, a source cannot be read, or the
-        content of a slice is not what its digest says.
-    """
-    writer = TreeWriter(path)
-    jobs: dict[str, list[_Copy]] = {}
-    with ThreadPoolExecutor(COPY_THREADS) as pool:
-        buffer = _Buffer()
-        for leaf, content in leaves.items():
-            stacked = not isinstance(content, Slice)
-            parts = list(content) if stacked else [content]
-            chunk = chunk_shape(parts[0].shape, parts[0].dtype.itemsize)
-            writer.create(leaf, parts[0].shape, parts[0].dtype, chunk, len(parts) if stacked else None)
-            jobs[leaf] = []
-            for i, part in enumerate(parts):
-                write = functools.partial(writer.write, leaf, i if stacked else None)
-                jobs[leaf].append(_Copy(pool, part, digest_name(leaf), buffer, advance, write))
-        try:
-            digests = {leaf: [job.digest() for job in jobs[leaf]] for leaf in leaves}
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    writer.finish()
-    return {leaf: found[0] if isinstance(leaves[leaf], Slice) else found for leaf, found in digests.items()}
-
-
-def digest_slice(part: Slice, name: str, advance: Callable[[int], None] = lambda size: None) -> str:
-    """Reads a leaf and returns its digest under `name`; raises UserError as `write_tree` does."""
-    with ThreadPoolExecutor(COPY_THREADS) as pool:
-        try:
-            return _Copy(pool, part, name, _Buffer(), advance).digest()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def check_digest(label: str, found: str, expected: str) -> None:
-    """Raises UserError where the content of a leaf, called `label`, has not the digest that a manifest names."""
-    if found != expected:
-        raise UserError(
-            f"{label}: altered (its digest is {found[:12]}, the manifest says {expected[:12]}); "
-            "copy it again from its source"
-        )
-
-
-class _Buffer(threading.local):
-    """Memory of a thread: to be given fresh memory for each read takes longer than to read."""
-
-    def __init__(self) -> None:
-        self.bytes = np.empty(BUFFER_BYTES, np.uint8)
-
-
-def _skip(index: Index, values: Iterable[np.ndarray]) -> None:
-    """Reads the values of a chunk, and does nothing with them."""
-    collections.deque(values, maxlen=0)
-
-
-class _Copy:
-    """A leaf that the threads of a pool read once, check, digest and give to `write`, chunk by chunk.
-
-    A cast leaf has chunks of another shape than its source. The chunks of one are unions of those of the other
-    (`digests.chunk_shape`); a thread takes the larger one at a time.
-    """
-
-    def __init__(
-        self,
-        pool: ThreadPoolExecutor,
-        part: Slice,
-        digest_name: str,
-        buffer: _Buffer,
-        advance: Callable[[int], None],
-        write: Callable[[Index, Iterable[np.ndarray]], None] = _skip,
-    ):
-        self._part, self._digest_name, self._buffer, self._advance, self._write = (
-            *(part, digest_name, buffer),
-            *(advance, write),
-        )
-        self._source_chunk = chunk_shape(part.shape, part.source_dtype.itemsize)
-        self._chunk = chunk_shape(part.shape, part.dtype.itemsize)
-        self._read = _reader(part, self._source_chunk, buffer)
-        larger = tuple(map(max, self._source_chunk, self._chunk))
-        units = list(chunks(whole(part.shape), larger))
-        parallel = isinstance(part.source, ts.TensorStore | np.ndarray | jax.Array)
-        groups = [[unit] for unit in units] if parallel else [units]
-        self._jobs: list[Future] = [pool.submit(lambda group: [*map(self._copy, group)], group) for group in groups]
-
-    def digest(self) -> str:
-        """Waits until the leaf is copied, and returns its digest; raises UserError as `write_tree` does."""
-        part, results = self._part, [result for job in self._jobs for result in job.result()]
-        source, written = (itertools.chain.from_iterable(column) for column in zip(*results, strict=True))
-        digest = leaf_digest(self._digest_name, part.dtype, part.shape, written)
-        if part.digest is not None:
-            cast = part.cast is not None
-            before = leaf_digest(self._digest_name, part.source_dtype, part.shape, source) if cast else digest
-            check_digest(part.name, before, part.digest)
-        return digest
-
-    def _copy(self, unit: Index) -> tuple[list[bytes], list[bytes]]:
-        """Copies a range; returns the digests of its chunks in the source and as they are written."""
-        before: list[bytes] = []
-        values = self._source_values(unit, before)
-        if self._part.cast is None:
-            self._write(unit, values)
-            after = before
-        else:
-            after = self._write_cast(unit, map(self._part.rounded, values))
-        self._advance(_count(unit) * self._part.dtype.itemsize)
-        return before, after
-
-    def _source_values(self, unit: Index, digests: list[bytes]) -> Iterator[np.ndarray]:
-        """Yields the values of a range before the cast, checked; adds each chunk's digest once it was read."""
-        for index in chunks(unit, self._source_chunk):
-            digest = hashlib.sha256()
-            for values in self._read(index):
-                if not _all_finite(values):
-                    raise UserError(f"{self._part.name}: holds values that are not finite (NaN or infinity)")
-                digest.update(values.view(np.uint8).data)
-                yield values
-            digests.append(digest.digest())
-
-    def _write_cast(self, unit: Index, values: Iterator[np.ndarray]) -> list[bytes]:
-        """Writes the values of a range, which is in C order, in chunks; returns their digests."""
-        digests, rest = [], np.empty(0, np.uint8)
-
-        def take(count: int, digest: "hashlib._Hash") -> Iterator[np.ndarray]:
-            nonlocal rest
-            while count:
-                rest = rest if rest.size else next(values)
-                part, rest = rest[:count], rest[count:]
-                count -= part.size
-                digest.update(part.view(np.uint8).data)
-                yield part
-
-        for index in chunks(unit, self._chunk):
-            digest = hashlib.sha256()
-            self._write(index, take(_count(index), digest))
-            digests.append(digest.digest())
-        collections.deque(values, maxlen=0)  # so that the source's last chunk is digested
-        return digests
-
-
-def _reader(part: Slice, chunk: Sequence[int], buffer: _Buffer) -> Callable[[Index], Iterator[np.ndarray]]:
-    """Returns a function that yields a chunk's values before a cast, flat in C order, one buffer after another.
-
-    Values are there until the next are asked for.
-    """
-    stored_chunk = with_expert(chunk, None if part.expert is None else 1)
-    folder = chunk_folder(part.source, stored_chunk) if isinstance(part.source, ts.TensorStore) else None
-    itemsize = part.source_dtype.itemsize
-    size = BUFFER_BYTES // itemsize
-
-    def from_file(folder: epath.Path, index: Index) -> Iterator[np.ndarray]:
-        try:
-            values = buffer.bytes[: size * itemsize].view(part.source_dtype)
-            yield from read_chunk_file(folder, index, chunk, part.expert, values)
-        except OSError as error:
-            raise _unreadable(part.name, error) from None
-
-    def at_once(index: Index) -> Iterator[np.ndarray]:
-        values = np.ascontiguousarray(part.read_source(index)).reshape(-1)
-        for start in range(0, values.size, size):
-            yield values[start : start + size]
-
-    return at_once if folder is None else functools.partial(from_file, folder)
-
-
-def _count(index: Index) -> int:
-    """Number of values in a range."""
-    return math.prod(at.stop - at.start for at in index)
-
-
-def _all_finite(values: np.ndarray) -> bool:
+def all_finite(values: np.ndarray) -> bool:
     """Whether no number's exponent is all ones; in bfloat16 this takes a tenth of `np.isfinite`'s time."""
     if not jnp.issubdtype(values.dtype, jnp.floating):
         return True
@@ -395,5 +193,5 @@ def _context() -> ts.Context:
     )
 
 
-def _unreadable(name: str, error: Exception) -> UserError:
+def unreadable(name: str, error: Exception) -> UserError:
     return UserError(f"{name}: cannot be read, missing or truncated ({first_line(error)[:160]})")

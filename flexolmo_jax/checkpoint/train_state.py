@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from flexolmo_jax import distributed
 from flexolmo_jax.checkpoint.digests import chunks, whole
 from flexolmo_jax.checkpoint.params import COPY_THREADS
 from flexolmo_jax.errors import UserError
@@ -165,11 +166,15 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()
         folder = self._directory / str(step)
-        try:
-            _check(folder, like_position)
-        except DamagedError as error:
-            remedy = "run the same command again, which resumes from another checkpoint"
-            raise UserError(f"{folder}: damaged ({error}); {remedy}") from None
+
+        def check() -> None:
+            try:
+                _check(folder, like_position)
+            except DamagedError as error:
+                remedy = "run the same command again, which resumes from another checkpoint"
+                raise UserError(f"{folder}: damaged ({error}); {remedy}") from None
+
+        distributed.from_primary("best checkpoint", check)
         return self.restore(step, like)[0]
 
     def __enter__(self) -> "Checkpoints":

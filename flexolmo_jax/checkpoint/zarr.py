@@ -21,10 +21,16 @@ LEAF_METADATA = "zarr.json"
 class TreeWriter:
     """Makes a tree: `create` each leaf, write its chunks, then `finish`."""
 
-    def __init__(self, path: epath.PathLike):
-        """Starts a tree in `path`, which must not exist."""
-        self._path = epath.Path(path)
-        self._path.mkdir(parents=True)
+    def __init__(self, path: epath.PathLike, makes: bool = True):
+        """Starts a tree in `path`, which must not exist.
+
+        Args:
+          path: directory to make.
+          makes: whether to make folders and metadata; one of the processes that write a tree together does.
+        """
+        self._path, self._makes = epath.Path(path), makes
+        if makes:
+            self._path.mkdir(parents=True)
         self._shapes: dict[str, Sequence[int]] = {}
         self._chunks: dict[str, tuple[Sequence[int], int]] = {}
 
@@ -36,8 +42,9 @@ class TreeWriter:
         self._chunks[name] = chunk, math.prod(chunk) * np.dtype(dtype).itemsize
         stored_chunk = with_expert(chunk, None if experts is None else 1)
         folder = self._path / folder_name(name)
-        folder.mkdir()
-        (folder / LEAF_METADATA).write_text(json.dumps(_metadata(self._shapes[name], dtype, stored_chunk)))
+        if self._makes:
+            folder.mkdir()
+            (folder / LEAF_METADATA).write_text(json.dumps(_metadata(self._shapes[name], dtype, stored_chunk)))
 
     def write(self, name: str, expert: int | None, index: Index, values: Iterable[np.ndarray]) -> None:
         """Writes one chunk; zeros fill it up where the array ends within it.
@@ -57,6 +64,8 @@ class TreeWriter:
 
     def finish(self) -> None:
         """Writes the index that makes the directory an Orbax checkpoint."""
+        if not self._makes:
+            return
         entries = {}
         for name, shape in sorted(self._shapes.items()):
             keys = name.split("/")

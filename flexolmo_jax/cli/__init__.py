@@ -172,6 +172,10 @@ def _end(line: str, status: int) -> NoReturn:
     except OSError:
         _drop_output()
     sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+    distributed = sys.modules.get("flexolmo_jax.distributed")
+    if distributed is not None and distributed.count() > 1:
+        os._exit(status)  # a proper end would wait for the others, which may wait for this one
     sys.exit(status)
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from flexolmo_jax.errors import UserError, first_line
+from flexolmo_jax.errors import ProcessesError, UserError, first_line
 
-USER, PROGRAM = 2, 1  # exit statuses: the user can fix it; a bug
+# Exit statuses: the user can fix it; a bug; to be run again (EX_TEMPFAIL of sysexits.h).
+USER, PROGRAM, AGAIN = 2, 1, 75
 _ROOT = Path(__file__).parents[2]
 _MAKE_ROOM = "make room there, or name a place with more"
 # Errors of the operating system, {errno: (problem, remedy)}. Others count as bugs.
@@ -69,6 +70,9 @@ def describe(
     """
     if isinstance(error, UserError):
         return Failure(_one_line(translate(error)), USER)
+    lost = _lost_processes(error)
+    if lost is not None:
+        return Failure(_one_line(f"{lost}; run the same command again, with all of its processes"), AGAIN)
     line = _user_line(error, destination or "standard output", memory_remedy or _MEMORY_REMEDY)
     if line is not None:
         return Failure(_one_line(line), USER)
@@ -101,6 +105,18 @@ def _user_line(error: BaseException, destination: str, memory_remedy: str) -> st
         return f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{detail}; name others, or leave it unset"
     if isinstance(error, ImportError) and re.search(r"gcsfs|s3fs|fsspec|tensorflow", str(error)):
         return f"a path in a bucket: {first_line(error)}; install that package, or mount the bucket"
+    return None
+
+
+def _lost_processes(error: BaseException) -> str | None:
+    """What happened to the other processes of a run, if they are why it ends."""
+    if isinstance(error, ProcessesError):
+        return str(error)
+    jax, distributed = sys.modules.get("jax"), sys.modules.get("flexolmo_jax.distributed")
+    if jax is None or distributed is None or distributed.count() == 1 or _is_out_of_memory(error):
+        return None
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return f"another process of the run has ended, or cannot be reached ({first_line(error)[:200]}); see its log"
     return None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from etils import epath
 
 from flexolmo_jax.checkpoint.casts import cast_slices
+from flexolmo_jax.checkpoint.copying import digest_slice
 from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, BY_ROUTER, STACK, ModelManifest
 from flexolmo_jax.checkpoint.model_directory import (
     copy_tokenizer,
@@ -12,7 +13,7 @@ from flexolmo_jax.checkpoint.model_directory import (
     read_model,
     write_model,
 )
-from flexolmo_jax.checkpoint.params import Slice, digest_slice
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine import stack
 from flexolmo_jax.combine.contribution import Alias, Member, check_statistics, has_statistics, open_contribution

@@ -17,6 +17,7 @@ from etils import epath
 from flexolmo_jax.checkpoint import model_directory
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.casts import cast_router, cast_slices, with_digests
+from flexolmo_jax.checkpoint.copying import digest_slice
 from flexolmo_jax.checkpoint.manifests import (
     BY_ROUTER,
     MOE,
@@ -26,7 +27,7 @@ from flexolmo_jax.checkpoint.manifests import (
     without_selector,
 )
 from flexolmo_jax.checkpoint.model_directory import open_merged_router, open_model, size
-from flexolmo_jax.checkpoint.params import Slice, digest_slice
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine.merge import gather
 from flexolmo_jax.combine.stack import stack

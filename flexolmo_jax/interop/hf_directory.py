@@ -15,9 +15,10 @@ import numpy as np
 from etils import epath
 
 from flexolmo_jax.checkpoint import model_directory
+from flexolmo_jax.checkpoint.copying import write_tree
 from flexolmo_jax.checkpoint.manifests import ModelManifest, write_manifest
 from flexolmo_jax.checkpoint.model_directory import model_trees, open_merged_router, trees_beside
-from flexolmo_jax.checkpoint.params import Slice, write_tree
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer

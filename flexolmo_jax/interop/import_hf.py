@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from flexolmo_jax.checkpoint.copying import write_tree
 from flexolmo_jax.checkpoint.manifests import (
     ANCHOR_NAME,
     NAME_RULE,
@@ -30,7 +31,7 @@ from flexolmo_jax.checkpoint.model_directory import (
     write_contribution,
     write_model,
 )
-from flexolmo_jax.checkpoint.params import Slice, write_tree
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine.merge import read_anchor
 from flexolmo_jax.combine.opt_out import IMPORTED, with_merged_router

@@ -3,17 +3,20 @@
 import contextlib
 import functools
 import itertools
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 from etils import epath
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from flexolmo_jax import distributed
+from flexolmo_jax.checkpoint.digests import document_digest
 from flexolmo_jax.checkpoint.model_directory import check_model, open_model
 from flexolmo_jax.checkpoint.train_state import Best, Checkpoints, latest_whole_step
-from flexolmo_jax.data.corpus import verify_corpora
+from flexolmo_jax.data.corpus import Corpus, verify_corpora
 from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.loss import make_loss_step
@@ -30,7 +33,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, verify: bool = False) 
 
     Args:
       config: of the run.
-      workdir: its directory, in which one process at a time may work.
+      workdir: its directory, in which one run at a time may work, and which all its processes see.
       verify: compare every token file with its digest before anything else; without it the corpora trained on are
         compared before the output is written.
 
@@ -42,46 +45,77 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, verify: bool = False) 
       TypeError: the configuration is no `ConfigDict`.
       UserError: the configuration (`ArgumentError`, a ValueError), the data, the start or the workdir is not fit for
         this run, or a value is not finite.
+      ProcessesError: of the processes of the run, some are lost, or disagree.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"train: {jax.process_count()} processes; a run is one process with all of its devices")
-    run, workdir = read_run(config), epath.Path(workdir)
-    output = workdirs.finished(workdir, run.record)
+    workdir = epath.Path(workdir)
+    if jax.process_count() != distributed.count():
+        raise UserError(
+            f"train: the devices belong to {jax.process_count()} processes, which have not joined; give distributed, "
+            "or call flexolmo_jax.distributed.start first"
+        )
+    with distributed.agreed("configuration"):
+        run = read_run(config)
+    _check_alike(run)
+    output = _finished(run, workdir)
     if output:
         return output
     try:
         with workdirs.handle_sigterm() as sigterm, workdirs.locked(workdir), jax.set_mesh(run.program.mesh):
-            output = workdirs.finished(workdir, run.record)  # of the process that had the lock until now
+            output = _finished(run, workdir)  # of the run that had the lock until now
             return output or _train(run, workdir, sigterm, verify)
     except workdirs.Terminated:
         return None
+
+
+def _check_alike(run: Run) -> None:
+    """All processes have read the same configuration and data."""
+    digests = distributed.gather("configuration", document_digest(run.record))
+    others = [str(process) for process, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise UserError(
+            f"config: process {', '.join(others)} has read another configuration or other data than process 0; all of "
+            "them need the same"
+        )
+
+
+def _finished(run: Run, workdir: epath.Path) -> epath.Path | None:
+    """The output of a run that has ended, as process 0 sees it."""
+
+    def find() -> str | None:
+        output = workdirs.finished(workdir, run.record)
+        return output and os.fspath(output)
+
+    output = distributed.from_primary("finished", find)
+    return epath.Path(output) if output else None
 
 
 def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: bool) -> epath.Path | None:
     """Trains from the last checkpoint on, in a locked workdir; returns the output, or None after SIGTERM."""
     program, data, start = run.program, run.data, run.start
     if verify:
-        verify_corpora([*data.training, *data.held_out.values()])
-    for warning in run.warnings:
+        distributed.from_primary("corpora", lambda: verify_corpora([*data.training, *data.held_out.values()]))
+    for warning in run.warnings if distributed.is_primary() else ():
         sys.stderr.write(f"{warning}\n")
     batches = training_batches(data.groups, data.sequence_length, data.batch_size, data.seed)
     batch_sharding = program.batch["tokens"].sharding
     placed_batches = _placed(batches, batch_sharding)
-    first = latest_whole_step(workdir / workdirs.CHECKPOINTS, batches.get_state()) or 0
-    if start:
-        check_model(start.manifest, *open_model(start.path, start.manifest))
-    trainable, frozen = initial_leaves(
-        program.model, program.state.trainable, program.frozen, start, run.initialization
-    )
+    folder = workdir / workdirs.CHECKPOINTS
+    first = distributed.from_primary("checkpoint", lambda: latest_whole_step(folder, batches.get_state())) or 0
+    with distributed.agreed("start"):
+        if start:
+            check_model(start.manifest, *open_model(start.path, start.manifest))
+        trainable, frozen = initial_leaves(
+            program.model, program.state.trainable, program.frozen, start, run.initialization
+        )
     state = initial_state(trainable, program.optimizer, program.state)
     train_step = compile_step(program.step, state, frozen, program.batch)
     evaluate = functools.partial(_evaluate, run, jax.jit(make_loss_step(program.model)), batch_sharding)
-    workdirs.claim(workdir, run.record)
+    distributed.from_primary("claim", lambda: workdirs.claim(workdir, run.record))
 
     publication, best = run.publication, None
     with (
         contextlib.ExitStack() as until_saved,
-        Checkpoints(workdir / workdirs.CHECKPOINTS, run.checkpoint.keep) as checkpoints,
+        Checkpoints(folder, run.checkpoint.keep) as checkpoints,
     ):
         if first:
             state, position = checkpoints.restore(first, state)
@@ -100,7 +134,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
                     losses = evaluate({**frozen, **state.trainable})
                     best = _better(run, best, step, losses)
                     reporter.evaluation(step, losses, best)
-                stop, done = sigterm.received, _is_done(run, step, best)
+                stop, done = sigterm.asks_to_stop(step), _is_done(run, step, best)
                 is_best = best is not None and best.step == step
                 if stop or done or is_best or step % run.checkpoint.every == 0:
                     # Before the checkpoint is there: a rerun reports only the steps after it, and no checkpoint is of
@@ -110,7 +144,10 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
                 if stop and not done:
                     return None
         if best:
-            sys.stderr.write(f"{title}: step {best.step} of {step} is the best, with held-out loss {best.loss:.4f}\n")
+            if distributed.is_primary():
+                sys.stderr.write(
+                    f"{title}: step {best.step} of {step} is the best, with held-out loss {best.loss:.4f}\n"
+                )
             tokens = best.step * data.tokens_per_step
             card = {**publication.card, "trained_tokens": tokens, "best_step": best.step}
             publication = publication._replace(card=card)
@@ -119,13 +156,19 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
                 state = checkpoints.restore_checked(best.step, program.state, batches.get_state())
 
     if not verify:
-        try:
-            # What is held out chooses what is published, where the best is kept.
-            verify_corpora([*data.training, *(data.held_out.values() if best else ())])
-        except UserError as error:
-            raise workdirs.refuse_output(workdir, error) from None
+        # What is held out chooses what is published, where the best is kept.
+        used = [*data.training, *(data.held_out.values() if best else ())]
+        distributed.from_primary("corpora", lambda: _verify_used(used, workdir))
     name = workdirs.CONTRIBUTION if publication.expert else workdirs.MODEL
     return publish(workdir / name, {**frozen, **state.trainable}, publication)
+
+
+def _verify_used(corpora: Sequence[Corpus], workdir: epath.Path) -> None:
+    """As `verify_corpora`, after the training: where one is damaged the run may never give an output."""
+    try:
+        verify_corpora(corpora)
+    except UserError as error:
+        raise workdirs.refuse_output(workdir, error) from None
 
 
 def _better(run: Run, best: Best | None, step: int, losses: Mapping[str, float]) -> Best | None:

@@ -11,6 +11,7 @@ from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from flexolmo_jax import distributed
 from flexolmo_jax.checkpoint.train_state import Best
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.progress import progress_bar
@@ -20,7 +21,10 @@ LOG_LINES_EVERY = 10  # lines of metrics.jsonl for one line in a log
 
 
 class Reporter:
-    """Reports the steps of one run: on disk, and as a progress bar or, in a log, a line now and then."""
+    """Reports the steps of one run: on disk, and as a progress bar or, in a log, a line now and then.
+
+    Of a run with several processes the first one reports; the others wait for each step as it does.
+    """
 
     def __init__(self, workdir: epath.Path, title: str, roster: Sequence[str], steps: int, every: int, first: int):
         """Opens the logs in `workdir`, to resume after step `first`.
@@ -39,16 +43,18 @@ class Reporter:
         self._pending: tuple[int, Any] | None = None
         self._tokens, self._since = 0.0, time.perf_counter()
         self._file = workdir / METRICS_FILE
-        if self._file.exists():
+        self._reports = distributed.is_primary()
+        if self._reports and self._file.exists():
             kept = [line for line in self._file.read_text().splitlines() if _step_of(line) <= first]
             temporary = self._file.with_name(f".{METRICS_FILE}.incomplete")
             temporary.write_text("".join(f"{line}\n" for line in kept))
             temporary.replace(self._file)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1, write_to_disk=self._reports)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"), TimeRemainingColumn())
         self._bar = progress_bar(TextColumn("{task.description}"), *columns)
         self._task = self._bar.add_task(self._title, total=steps, completed=first, summary="")
-        self._bar.start()
+        if self._reports:
+            self._bar.start()
 
     def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of a step just dispatched, and reports the step before it, which is done."""
@@ -76,6 +82,8 @@ class Reporter:
         scalars["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
         self._tokens, self._since = 0.0, now
         self._write(step, scalars)
+        if not self._reports:
+            return
         summary = f"loss {scalars['loss']:.3f}  {scalars['tokens_per_second']:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, summary=summary)
         if self._bar.disable and (step == self._steps or step % (self._every * LOG_LINES_EVERY) == 0):
@@ -106,6 +114,8 @@ class Reporter:
 
     def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl, and a TensorBoard point for each scalar."""
+        if not self._reports:
+            return
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():

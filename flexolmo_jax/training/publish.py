@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
+from flexolmo_jax import distributed
 from flexolmo_jax.checkpoint.manifests import (
     ANCHOR_NAME,
     MOE,
@@ -117,12 +119,21 @@ def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epa
 
 
 def _collect(publication: Publication) -> dict[str, Slice]:
-    """The statistics of the corpora that were trained on, if any are to be shipped."""
+    """The statistics of the corpora that were trained on, if any are to be shipped.
+
+    Process 0 computes and writes them; others know their shapes.
+    """
     if not publication.selector:
         return {}
-    return collect_statistics(
-        SELECTORS[publication.selector], publication.corpora, publication.architecture, publication.privacy
-    )
+    collected: dict[str, Slice] = {}
+
+    def collect() -> dict[str, tuple[list[int], str]]:
+        selector, corpora = SELECTORS[publication.selector], publication.corpora
+        collected.update(collect_statistics(selector, corpora, publication.architecture, publication.privacy))
+        return {leaf: (list(part.shape), part.dtype.name) for leaf, part in collected.items()}
+
+    shapes = distributed.from_primary("statistics", collect)
+    return collected or {leaf: Slice(jax.ShapeDtypeStruct(*like), None, leaf) for leaf, like in shapes.items()}
 
 
 def _manifest(publication: Publication) -> ContributionManifest | ModelManifest:

@@ -185,11 +185,16 @@ def initial_leaves(
 
     def initial(abstract: Mapping[str, Any]) -> Leaves:
         return {
-            path: jax.device_put(new[path], leaf.sharding) if path in new else _read(path, leaf, start)
+            path: _placed(new[path], leaf.sharding) if path in new else _read(path, leaf, start)
             for path, leaf in abstract.items()
         }
 
     return initial(trainable), initial(frozen)
+
+
+def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on devices; each process places its own shards."""
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def start_leaf(path: str) -> str:

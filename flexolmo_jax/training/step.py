@@ -158,7 +158,7 @@ def _ending_at_blocks(model: Decoder) -> Decoder:
 def initial_state(trainable: Leaves, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
     """The train state of step 0 around leaves, with the shardings of `abstract`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
-    step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+    step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=abstract.step.sharding)()
     return TrainState(step, trainable, jax.jit(optimizer.init, out_shardings=shardings)(trainable))
 
 

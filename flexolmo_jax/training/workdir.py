@@ -16,6 +16,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from configs import base, keys
+from flexolmo_jax import distributed
 from flexolmo_jax.errors import ArgumentError, UserError
 
 CONFIG_FILE = "config.json"
@@ -24,7 +25,7 @@ OUTPUTS = MODEL, CONTRIBUTION = "model", "contribution"
 LOCK_FILE = ".lock"
 DAMAGED_FILE = "damaged_corpus.txt"  # why no output may ever come of this run
 # What may differ when a run is resumed: where it runs, what it keeps, and what its owner says of the data.
-MAY_CHANGE = ("mesh", "sharding_rules", "checkpoint", "log", "card")
+MAY_CHANGE = ("mesh", "sharding_rules", "checkpoint", "distributed", "log", "card")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 
@@ -80,10 +81,21 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 
     The operating system holds the lock, and releases it when the process ends, however it ends; the file names the
     process, and stays. On a file system that has no locks (or `gs://`) the run has no lock, and a warning is written.
+    Of a run's processes the first takes the lock.
 
     Raises:
       ArgumentError: another process holds the lock; the message names its host and process id.
     """
+    with contextlib.ExitStack() as until_done:
+        with distributed.agreed("lock"):
+            if distributed.is_primary():
+                until_done.enter_context(_locked(workdir))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: epath.Path) -> Iterator[None]:
+    """As `locked`, for this process."""
     workdir.mkdir(parents=True, exist_ok=True)
     if "://" in os.fspath(workdir):
         _warn_unlocked(workdir)
@@ -115,7 +127,8 @@ class Terminated(BaseException):
 class Sigterm:
     """A handler of SIGTERM, by which schedulers ask a run to end. Only the first signal counts.
 
-    It raises `Terminated` at once, except within `waiting`, where the step under way is to be finished first.
+    It raises `Terminated` at once, except within `waiting`, where the step under way is to be finished first. Of a run
+    with several processes JAX handles the signal, which may come to one of them, and finds the step that all finish.
     """
 
     def __init__(self):
@@ -129,9 +142,13 @@ class Sigterm:
         if first and not self._waits:
             raise Terminated
 
+    def asks_to_stop(self, step: int) -> bool:
+        """Whether the run ends after this step; all processes get the same answer, and ask after each step."""
+        return self.received if distributed.count() == 1 else distributed.asked_to_stop(step)
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Lets the block decide what to do: it reads `received`."""
+        """Lets the block decide what to do: it calls `asks_to_stop`."""
         self._waits = True
         try:
             yield
@@ -143,6 +160,9 @@ class Sigterm:
 def handle_sigterm() -> Iterator[Sigterm]:
     """Handles SIGTERM while the block runs; Python handles signals in the main thread only."""
     handler = Sigterm()
+    if distributed.count() > 1:  # JAX's own handler stays
+        yield handler
+        return
     before = signal.signal(signal.SIGTERM, handler)
     try:
         yield handler

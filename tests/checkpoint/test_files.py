@@ -9,9 +9,10 @@ import socket
 import pytest
 
 from flexolmo_jax.checkpoint import model_directory
+from flexolmo_jax.checkpoint.copying import write_tree
 from flexolmo_jax.checkpoint.files import check_files, is_system_file
 from flexolmo_jax.checkpoint.manifests import MOE
-from flexolmo_jax.checkpoint.params import Slice, open_tree, write_tree
+from flexolmo_jax.checkpoint.params import Slice, open_tree
 from flexolmo_jax.checkpoint.zarr import METADATA, tree_content
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import parity

@@ -11,8 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from flexolmo_jax.checkpoint import digests, params
-from flexolmo_jax.checkpoint.params import Slice, digest_slice, open_tree, read_block, read_leaf, write_tree
+from flexolmo_jax.checkpoint import copying, digests
+from flexolmo_jax.checkpoint.copying import digest_slice, write_tree
+from flexolmo_jax.checkpoint.params import Slice, open_tree, read_block, read_leaf
 from flexolmo_jax.checkpoint.zarr import METADATA, chunk_folder
 from flexolmo_jax.errors import UserError
 from tests.support import small
@@ -36,7 +37,7 @@ def small_chunks(monkeypatch, request):
     if request.node.name == "test_a_chunk_grid_is_that_of_the_format":
         return
     monkeypatch.setattr(digests, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(params, "BUFFER_BYTES", 24)
+    monkeypatch.setattr(copying, "BUFFER_BYTES", 24)
 
 
 def array(shape, dtype=np.float32, seed=0):
@@ -208,7 +209,7 @@ def test_digest_depends_on_name_dtype_shape_and_every_value():
 def test_digest_does_not_depend_on_how_much_is_read_at_once(monkeypatch):
     part = Slice(array((4, 5, 6)), None, "")
     small = digest_slice(part, "gate")
-    monkeypatch.setattr(params, "BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(copying, "BUFFER_BYTES", 2**20)
     assert digest_slice(part, "gate") == small
 
 

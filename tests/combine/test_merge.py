@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
-from flexolmo_jax.checkpoint import digests, params
+from flexolmo_jax.checkpoint import copying, digests
 from flexolmo_jax.checkpoint.manifests import ExpertRecord
 from flexolmo_jax.checkpoint.model_directory import read_contribution, read_model
 from flexolmo_jax.combine.merge import merge
@@ -96,10 +96,10 @@ def test_untouched_copies_compute_what_the_anchor_computes(home, tmp_path, top_k
 KILLED = """
 import sys, time
 from tests.support import small
-from flexolmo_jax.checkpoint import params
+from flexolmo_jax.checkpoint import copying
 from flexolmo_jax.combine.merge import merge
 
-chunks, read_chunk_file = [], params.read_chunk_file
+chunks, read_chunk_file = [], copying.read_chunk_file
 
 def slow_read(*args):
     chunks.append(args)
@@ -108,7 +108,7 @@ def slow_read(*args):
         time.sleep(600)
     return read_chunk_file(*args)
 
-params.read_chunk_file = slow_read
+copying.read_chunk_file = slow_read
 merge(sys.argv[1], sys.argv[3:], sys.argv[2], top_k=2)
 """
 
@@ -170,4 +170,4 @@ def test_peak_memory_does_not_grow_with_the_number_of_experts(tmp_path):
     # The six experts more are 18 leaves more, and a stacked leaf alone is six leaves larger.
     assert peaks[8] - peaks[2] < digests.CHUNK_BYTES < leaf_bytes / 1.4
     # The threads hold buffers; a chunk for each would be more than this with two threads, besides what reads it.
-    assert peaks[8] < params.COPY_THREADS * leaf_bytes / 2 + digests.CHUNK_BYTES
+    assert peaks[8] < copying.COPY_THREADS * leaf_bytes / 2 + digests.CHUNK_BYTES

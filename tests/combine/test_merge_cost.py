@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
-from flexolmo_jax.checkpoint import digests, params
+from flexolmo_jax.checkpoint import copying, digests, params
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import opt_out
 from flexolmo_jax.model.architecture import Architecture
@@ -21,13 +21,13 @@ CHUNK_BYTES, BUFFER_BYTES = 2**14, 2**12
 
 
 class Reads:
-    """Stands for `params.read_chunk_file` and `params.read_block`, and keeps account of what they read and hold."""
+    """Stands for `copying.read_chunk_file` and `params.read_block`, and keeps account of what they read and hold."""
 
     def __init__(self, monkeypatch):
         self.blocks, self.peak = [], 0
         self._buffers, self._lock = {}, threading.Lock()
-        self._read_chunk_file, self._read_block = params.read_chunk_file, params.read_block
-        monkeypatch.setattr(params, "read_chunk_file", self.read_chunk_file)
+        self._read_chunk_file, self._read_block = copying.read_chunk_file, params.read_block
+        monkeypatch.setattr(copying, "read_chunk_file", self.read_chunk_file)
         monkeypatch.setattr(params, "read_block", self.read_block)
 
     def read_chunk_file(self, folder, index, chunk, expert, buffer):
@@ -56,7 +56,7 @@ class Reads:
 @pytest.fixture
 def reads(tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(params, "BUFFER_BYTES", BUFFER_BYTES)
+    monkeypatch.setattr(copying, "BUFFER_BYTES", BUFFER_BYTES)
     small.anchor(tmp_path / "anchor", architecture=ARCHITECTURE, leaves=small.random_leaves(0, ARCHITECTURE))
     for seed, name in enumerate(NAMES, 1):
         small.contribution(tmp_path / name, tmp_path / "anchor", seed=seed)
@@ -73,8 +73,8 @@ def sizes():
 def check(reads, total, most):
     assert len({block[:2] for block in reads.blocks}) == len(reads.blocks)
     assert sum(size for *_, size in reads.blocks) == total
-    assert len(reads.blocks) > 5 * params.COPY_THREADS
-    assert most / 2 < reads.peak <= params.COPY_THREADS * most < total / 5
+    assert len(reads.blocks) > 5 * copying.COPY_THREADS
+    assert most / 2 < reads.peak <= copying.COPY_THREADS * most < total / 5
 
 
 def test_a_merge_reads_every_byte_once_and_holds_a_buffer_for_each_thread(tmp_path, reads):
@@ -97,6 +97,6 @@ def test_opting_out_does_not_read_what_it_removes(tmp_path, reads):
 def test_the_number_of_threads_changes_no_byte(tmp_path, reads, monkeypatch, threads):
     inputs = [tmp_path / name for name in NAMES]
     merge(tmp_path / "anchor", inputs, tmp_path / "merged", top_k=2)
-    monkeypatch.setattr(params, "COPY_THREADS", threads)
+    monkeypatch.setattr(copying, "COPY_THREADS", threads)
     merge(tmp_path / "anchor", inputs, tmp_path / "again", top_k=2)
     assert small.files(tmp_path / "again") == small.files(tmp_path / "merged")

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 
 from configs import base
 from flexolmo_jax import sharding
-from flexolmo_jax.checkpoint.params import Slice, write_tree
+from flexolmo_jax.checkpoint.copying import write_tree
+from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR
 from flexolmo_jax.model.decoder import Decoder
