@@ -53,6 +53,7 @@ def write_tree(
       UserError: a value is not finite or too large for the dtype it is cast to, a source cannot be read, or the
         content of a slice is not what its digest says.
     """
+    leaves = dict(sorted(leaves.items()))  # all processes in the same order
     writer = TreeWriter(path, makes=distributed.is_primary())
     slices = {leaf: [content] if isinstance(content, Slice) else list(content) for leaf, content in leaves.items()}
     with distributed.agreed(f"folders of {epath.Path(path).name}"):

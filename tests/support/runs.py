@@ -188,14 +188,7 @@ class Runs:
 
     @functools.cached_property
     def router(self) -> Run:
-        values = {
-            "start_from": str(self.merged),
-            "data__train": str(self.public.path),
-            "compute__frozen_dtype": "bfloat16",
-            "optimizer__schedule": "wsd",
-            "optimizer__decay_fraction": 0.5,
-        }
-        return train(make_config("router", **values), self.root / "router")
+        return train(make_config("router", **self.router_values), self.root / "router")
 
     @property
     def anchor_values(self) -> dict:
@@ -214,6 +207,16 @@ class Runs:
             "data__train": str(self.private.path),
             "evaluation__data": str(self.held_out.path),
             "evaluation__every": 6,
+        }
+
+    @property
+    def router_values(self) -> dict:
+        return {
+            "start_from": str(self.merged),
+            "data__train": str(self.public.path),
+            "compute__frozen_dtype": "bfloat16",
+            "optimizer__schedule": "wsd",
+            "optimizer__decay_fraction": 0.5,
         }
 
 
