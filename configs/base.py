@@ -158,6 +158,17 @@ def declare() -> ConfigDict:
     # Until all have come to the same point; longer than the slowest compilation, and than reading the data once.
     config.distributed.agreement_timeout = key(1800, at_least(1))
 
+    config.faults = ConfigDict()  # what a run does when something goes wrong
+    # Seconds after which a process that has not finished a step is ended, with the stacks of its threads; evaluation
+    # and checkpoint count. 0: never.
+    config.faults.step_timeout = key(1800.0, at_least(0))
+    # Steps in a row that may be skipped, their gradient not being finite, or far above the others; with the next one
+    # the run stops, and its state is saved. 0: it stops at once, and is not.
+    config.faults.skip_steps = key(0, at_least(0))
+    # A step is also skipped if its loss or gradient norm is that many standard deviations above the mean of the last
+    # 128 steps. 0: only if it is not finite.
+    config.faults.spike = key(0.0, at_least(0))
+
     config.log = ConfigDict()  # metrics of training steps
     config.log.every = key(10, at_least(1))  # steps between lines of metrics.jsonl and TensorBoard points
 

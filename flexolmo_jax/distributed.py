@@ -10,6 +10,8 @@ import contextvars
 import itertools
 import json
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +21,7 @@ from orbax.checkpoint import multihost
 
 from flexolmo_jax.errors import ArgumentError, ProcessesError, UserError, first_line
 
+LOST = 75  # exit status of a process that has lost the others: EX_TEMPFAIL of sysexits.h, to be run again
 T = TypeVar("T")
 _KEYS = "flexolmo_jax"  # of what processes tell each other
 
@@ -51,6 +54,8 @@ def start(
 ) -> None:
     """Joins the other processes; to be called before anything touches a device.
 
+    If they have not all started in time, this process ends, with status `LOST`: JAX would abort it.
+
     Args:
       coordinator: HOST:PORT of process 0. With none of these three, they are what the scheduler says: Cloud TPU, GKE,
         SLURM, Open MPI or Kubernetes.
@@ -60,7 +65,6 @@ def start(
 
     Raises:
       UserError: the scheduler is not known, or what is given makes no sense.
-      ProcessesError: they have not all started in time.
     """
     global _timeouts, _index, _count
     given = (coordinator or None, num_processes, process_id)
@@ -68,24 +72,19 @@ def start(
         _check_given(coordinator, num_processes, process_id)
         _forget_other_clusters()
     _timeouts = timeouts
-    try:
-        jax.distributed.initialize(
-            *given,
-            initialization_timeout=timeouts.start_timeout,
-            heartbeat_timeout_seconds=timeouts.heartbeat_timeout,
-            shutdown_timeout_seconds=timeouts.agreement_timeout,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"distributed: no scheduler that JAX knows says which processes there are ({first_line(error)}); give "
-            "coordinator, num_processes and process_id"
-        ) from None
-    except jax.errors.JaxRuntimeError as error:
-        where = f" at {coordinator}" if coordinator else ""
-        raise ProcessesError(
-            f"not all processes have started within {timeouts.start_timeout} seconds, or the first cannot be "
-            f"reached{where} ({first_line(error)[:200]}); see the logs of the others"
-        ) from None
+    with _ending_after(timeouts.start_timeout, coordinator):
+        try:
+            jax.distributed.initialize(
+                *given,
+                initialization_timeout=timeouts.start_timeout + 60,
+                heartbeat_timeout_seconds=timeouts.heartbeat_timeout,
+                shutdown_timeout_seconds=timeouts.agreement_timeout,
+            )
+        except ValueError as error:
+            problem = (
+                f"no scheduler that JAX knows says which processes there are ({first_line(error)}); give HOST:PORT"
+            )
+            raise ArgumentError("coordinator", coordinator, f"{problem}, num_processes and process_id") from None
     _index, _count = jax.process_index(), jax.process_count()
 
 
@@ -210,6 +209,28 @@ def _missing(client: Any, number: int, name: str, error: Exception) -> Processes
         f"'{name}': not there within {_timeouts.agreement_timeout} seconds: process {', '.join(absent)} of {count()}; "
         "see the logs there"
     )
+
+
+@contextlib.contextmanager
+def _ending_after(timeout: float, coordinator: str) -> Iterator[None]:
+    """Ends the process where the block takes longer than `timeout` seconds."""
+
+    def end() -> None:
+        where = f" at {coordinator}" if coordinator else ""
+        sys.stderr.write(
+            f"distributed: not all processes have started within {timeout:g} seconds, or the first cannot be "
+            f"reached{where}; see the logs of the others, and run the same command again, in all of them\n"
+        )
+        sys.stderr.flush()
+        os._exit(LOST)
+
+    timer = threading.Timer(timeout, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_given(coordinator: str, num_processes: int | None, process_id: int | None) -> None:

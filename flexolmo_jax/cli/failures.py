@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from flexolmo_jax.errors import ProcessesError, UserError, first_line
 
-# Exit statuses: the user can fix it; a bug; to be run again (EX_TEMPFAIL of sysexits.h).
-USER, PROGRAM, AGAIN = 2, 1, 75
+USER, PROGRAM = 2, 1  # exit statuses: the user can fix it; a bug
 _ROOT = Path(__file__).parents[2]
 _MAKE_ROOM = "make room there, or name a place with more"
 # Errors of the operating system, {errno: (problem, remedy)}. Others count as bugs.
@@ -72,7 +71,9 @@ def describe(
         return Failure(_one_line(translate(error)), USER)
     lost = _lost_processes(error)
     if lost is not None:
-        return Failure(_one_line(f"{lost}; run the same command again, with all of its processes"), AGAIN)
+        from flexolmo_jax.distributed import LOST
+
+        return Failure(_one_line(f"{lost}; run the same command again, with all of its processes"), LOST)
     line = _user_line(error, destination or "standard output", memory_remedy or _MEMORY_REMEDY)
     if line is not None:
         return Failure(_one_line(line), USER)

@@ -21,11 +21,12 @@ from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batch
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.loss import make_loss_step
 from flexolmo_jax.training import workdir as workdirs
-from flexolmo_jax.training.metrics import Reporter
+from flexolmo_jax.training.metrics import Reporter, TooManySkippedError
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.run import Run, read_run
 from flexolmo_jax.training.state import initial_leaves
 from flexolmo_jax.training.step import Leaves, compile_step, initial_state
+from flexolmo_jax.training.watchdog import Watchdog
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, verify: bool = False) -> epath.Path | None:
@@ -123,10 +124,13 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
             best = checkpoints.best
         until_saved.enter_context(sigterm.waiting())
         title, step = publication.expert or "model", first
-        reporter = Reporter(workdir, title, run.roster, run.steps, run.log.every, first)
-        with reporter, jax.transfer_guard("disallow"):
+        reporter = Reporter(workdir, title, run.roster, run.steps, run.log.every, first, run.faults.skip_steps)
+        watchdog = Watchdog(run.faults.step_timeout)
+        saving = _saving_after_skips(lambda: checkpoints.save(step, state, batches.get_state(), best))
+        with reporter, watchdog, jax.transfer_guard("disallow"), saving:
             while not _is_done(run, step, best):
                 step += 1
+                watchdog.beat(step)
                 state, metrics = train_step(state, frozen, next(placed_batches))
                 reporter.step(step, metrics)
                 if data.held_out and (step == run.steps or (run.evaluation.every and step % run.evaluation.every == 0)):
@@ -161,6 +165,16 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
         distributed.from_primary("corpora", lambda: _verify_used(used, workdir))
     name = workdirs.CONTRIBUTION if publication.expert else workdirs.MODEL
     return publish(workdir / name, {**frozen, **state.trainable}, publication)
+
+
+@contextlib.contextmanager
+def _saving_after_skips(save: Callable[[], None]) -> Iterator[None]:
+    """Saves the state where too many steps in a row were skipped: it is as if they had not been taken."""
+    try:
+        yield
+    except TooManySkippedError:
+        save()
+        raise
 
 
 def _verify_used(corpora: Sequence[Corpus], workdir: epath.Path) -> None:

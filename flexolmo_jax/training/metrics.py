@@ -20,13 +20,26 @@ METRICS_FILE = "metrics.jsonl"
 LOG_LINES_EVERY = 10  # lines of metrics.jsonl for one line in a log
 
 
+class TooManySkippedError(UserError):
+    """A run stops after steps that were skipped; its state is that before them, and can be saved."""
+
+
 class Reporter:
     """Reports the steps of one run: on disk, and as a progress bar or, in a log, a line now and then.
 
     Of a run with several processes the first one reports; the others wait for each step as it does.
     """
 
-    def __init__(self, workdir: epath.Path, title: str, roster: Sequence[str], steps: int, every: int, first: int):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        title: str,
+        roster: Sequence[str],
+        steps: int,
+        every: int,
+        first: int,
+        skip_steps: int = 0,
+    ):
         """Opens the logs in `workdir`, to resume after step `first`.
 
         Lines of later steps, left by a run that was killed after its last checkpoint, are dropped.
@@ -38,8 +51,10 @@ class Reporter:
           steps: of the whole run.
           every: steps between lines of the logs; the first and the last step always have one.
           first: the step resumed from, or 0.
+          skip_steps: how many steps in a row may be skipped.
         """
         self._title, self._roster, self._steps, self._every = title, roster, steps, every
+        self._skip_steps = skip_steps
         self._pending: tuple[int, Any] | None = None
         self._tokens, self._since = 0.0, time.perf_counter()
         self._file = workdir / METRICS_FILE
@@ -65,13 +80,15 @@ class Reporter:
         """Waits for the last step taken, and reports it.
 
         Raises:
+          TooManySkippedError: more steps in a row were skipped than may be.
           UserError: a metric of that step is not finite.
         """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
         metrics = jax.device_get(metrics)
-        self._check_finite(step, metrics)
+        if self._was_skipped(step, metrics):
+            return
         self._tokens += float(metrics["tokens"])
         if step % self._every and step not in (1, self._steps):
             return
@@ -88,6 +105,21 @@ class Reporter:
         self._bar.update(self._task, completed=step, summary=summary)
         if self._bar.disable and (step == self._steps or step % (self._every * LOG_LINES_EVERY) == 0):
             self._bar.console.print(f"{self._title} {step}/{self._steps} {summary}")
+
+    def _was_skipped(self, step: int, metrics: dict[str, Any]) -> bool:
+        """Whether the step changed nothing, which is reported; raises what `flush` does."""
+        in_a_row = int(metrics.get("skipped_in_a_row", 0))
+        if not in_a_row:
+            self._check_finite(step, metrics)
+            return False
+        if in_a_row > self._skip_steps:
+            raise TooManySkippedError(
+                f"step {step}: the {in_a_row}th in a row whose loss or gradient norm is not finite, or a spike (loss "
+                f"{metrics['loss']:.4g}, norm {metrics['gradient_norm']:.4g}); stopped, and the state is saved as it "
+                "was before them: check the data, or lower config.optimizer.learning_rate, in a new workdir"
+            )
+        self._write(step, {name: float(metrics[name]) for name in ("skipped", "skipped_in_a_row")})
+        return True
 
     def evaluation(self, step: int, losses: Mapping[str, float], best: Best | None = None) -> None:
         """Reports held-out losses; the time they took does not count as that of training.

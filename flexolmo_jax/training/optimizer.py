@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+
+SPIKE_WINDOW = 128  # steps that a spike is compared with
 
 
 def warmup_steps(config: ConfigDict, steps: int) -> int:
@@ -54,6 +57,51 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
             mask=decayed,
         ),
     )
+
+
+class SkipState(NamedTuple):
+    """State of an optimizer that skips steps.
+
+    Attributes:
+      inner: of the optimizer.
+      norms: float32 [2, SPIKE_WINDOW], gradient norms and losses of the last steps that were taken.
+      taken: how many were.
+      in_a_row: how many were skipped since.
+      skipped: how many were skipped in all.
+    """
+
+    inner: optax.OptState
+    norms: jax.Array
+    taken: jax.Array
+    in_a_row: jax.Array
+    skipped: jax.Array
+
+
+def skipping(optimizer: optax.GradientTransformation, spike: float) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that changes nothing in a step whose gradient norm or loss is not finite, or a spike.
+
+    A spike is `spike` standard deviations above the mean of the last `SPIKE_WINDOW` steps that were taken; 0: none is.
+    The schedule does not count skipped steps. `update` takes the loss as `value`.
+    """
+
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        return SkipState(optimizer.init(params), jnp.zeros((2, SPIKE_WINDOW)), zero, zero, zero)
+
+    def update(gradient, state, params=None, *, value, **_):
+        now = jnp.stack([optax.tree.norm(gradient), value]).astype(jnp.float32)
+        is_good = jnp.isfinite(now).all()
+        if spike:
+            limits = jnp.mean(state.norms, axis=1) + spike * jnp.std(state.norms, axis=1)
+            is_good &= (state.taken < SPIKE_WINDOW) | (now <= limits).all()
+        updates, inner = optimizer.update(gradient, state.inner, params)
+        updates = jax.tree.map(lambda update: jnp.where(is_good, update, 0), updates)
+        inner = jax.tree.map(lambda after, before: jnp.where(is_good, after, before), inner, state.inner)
+        norms = jnp.where(is_good, state.norms.at[:, state.taken % SPIKE_WINDOW].set(now), state.norms)
+        taken, skipped = state.taken + is_good, state.skipped + ~is_good
+        return updates, SkipState(inner, norms, taken, jnp.where(is_good, 0, state.in_a_row + 1), skipped)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -26,7 +26,7 @@ from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.model.kernels import causal_attention, grouped_matmul
 from flexolmo_jax.model.privacy import CARD_KEY, Privacy, make_privacy
 from flexolmo_jax.model.selectors import is_derived
-from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, warmup_steps
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, skipping, warmup_steps
 from flexolmo_jax.training.publish import Publication
 from flexolmo_jax.training.state import (
     EXPERT,
@@ -83,6 +83,7 @@ class Run(NamedTuple):
       evaluation: the section of the configuration: `every`, `batches`, `keep_best`, `patience`.
       checkpoint: the section of the configuration: `every`, `keep`.
       log: the section of the configuration: `every`.
+      faults: the section of the configuration: `step_timeout`, `skip_steps`, `spike`.
       roster: names of experts, in the order of the router's logits.
       publication: what the output holds beside trained leaves.
       record: what `config.json` holds: the configuration, and digests of what its paths name.
@@ -97,6 +98,7 @@ class Run(NamedTuple):
     evaluation: ConfigDict
     checkpoint: ConfigDict
     log: ConfigDict
+    faults: ConfigDict
     roster: list[str]
     publication: Publication
     record: dict[str, Any]
@@ -145,6 +147,7 @@ def read_run(config: ConfigDict) -> Run:
         evaluation=config.evaluation,
         checkpoint=config.checkpoint,
         log=config.log,
+        faults=config.faults,
         roster=list(program.model.layout.sets) if config.expert else publication.roster,
         publication=publication,
         record=record,
@@ -213,6 +216,8 @@ def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[sha
     model = _decoder(config, start, sharding.platform_of(devices[0]))
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, schedule)
+    if config.faults.skip_steps:
+        optimizer = skipping(optimizer, config.faults.spike)
     step = make_train_step(model, optimizer, schedule, LossWeights(**config.loss), config.data.grad_accum_steps)
     mesh = sharding.make_mesh(config.mesh, devices)
     batch_sharding = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), config.sharding_rules))
@@ -245,6 +250,8 @@ def _check_values(config: ConfigDict, platform: str) -> None:
         problem = f"must divide config.data.batch_size={config.data.batch_size}"
         raise ArgumentError("config.data.grad_accum_steps", config.data.grad_accum_steps, problem)
     _check_evaluation(config.evaluation)
+    if config.faults.spike and not config.faults.skip_steps:
+        raise ArgumentError("config.faults.spike", config.faults.spike, "needs config.faults.skip_steps of 1 at least")
     for name, kernels in (("attention", causal_attention), ("dispatch", grouped_matmul)):
         kernel = config.compute[name]
         platforms = kernels.PLATFORMS.get(kernel, (platform,))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.model.decoder import Decoder, Output
 from flexolmo_jax.model.loss import load_balancing, prediction_loss, router_z_loss, routing_shares, token_mask
 from flexolmo_jax.model.selectors import LOG_SCALE
+from flexolmo_jax.training.optimizer import SkipState
 
 Leaves = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -103,8 +104,9 @@ def make_train_step(
 
     Metrics, float32: `loss`, `cross_entropy`, `z_loss`, `router_z_loss`, `load_balancing` (means per token),
     `gradient_norm` before clipping, `learning_rate` (of `schedule`, for the log), `tokens`, and `routing_E`, each
-    expert's share of the routing weight.
+    expert's share of the routing weight; of an optimizer that skips steps also `skipped` and `skipped_in_a_row`.
     """
+    update = optax.with_extra_args_support(optimizer).update
 
     def micro_batch_loss(trainable: Leaves, frozen: Leaves, tokens: jax.Array, micro_batch: Batch):
         """(contribution to the mean over `tokens`, vjp with respect to the trainable leaves, sums) of a micro-batch."""
@@ -141,7 +143,9 @@ def make_train_step(
         metrics = {name: value / tokens for name, value in sums.items()}
         metrics |= {"tokens": tokens, "gradient_norm": optax.tree.norm(gradient)}
         metrics["learning_rate"] = schedule(state.step)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+        updates, optimizer_state = update(gradient, state.optimizer, state.trainable, value=metrics["loss"])
+        if isinstance(optimizer_state, SkipState):
+            metrics |= {"skipped_in_a_row": optimizer_state.in_a_row, "skipped": optimizer_state.skipped}
         trainable: Any = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 

@@ -1,0 +1,147 @@
+"""Processes agree, and say so when they cannot."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flexolmo_jax import distributed
+from flexolmo_jax.errors import ProcessesError, UserError
+from tests.support import processes, runs
+
+
+def agree():
+    """Runs in each of three processes, and prints what came of each agreement."""
+    index = distributed.index()
+    print(distributed.gather("numbers", [index, "x"]))
+    print(distributed.from_primary("choice", lambda: {"process": index}))
+    with distributed.primary_alone("alone") as is_this:
+        print(is_this, distributed.count())
+    for error in (UserError("a bad file"), ValueError("a bug")):
+        try:
+            with distributed.agreed("reading"):
+                if index == 1:
+                    raise error
+        except (UserError, ProcessesError, ValueError) as raised:
+            print(type(raised).__name__, raised)
+    try:
+        distributed.from_primary("check", lambda: int("one"))
+    except (ValueError, ProcessesError) as raised:
+        print(type(raised).__name__)
+    try:
+        distributed.barrier("left" if index else "right")
+    except ProcessesError as raised:
+        print(raised)
+    distributed._timeouts = distributed.Timeouts(agreement_timeout=2)
+    if index == 1:
+        time.sleep(5)
+        return
+    try:
+        distributed.barrier("the end")
+    except ProcessesError as raised:
+        print(raised)
+
+
+@pytest.fixture(scope="module")
+def said():
+    return [output.splitlines() for output in processes.run(3, 1, __name__, "agree")]
+
+
+def test_all_hear_what_each_says(said):
+    assert {lines[0] for lines in said} == {"[[0, 'x'], [1, 'x'], [2, 'x']]"}
+
+
+def test_process_0_decides_for_all(said):
+    assert {lines[1] for lines in said} == {"{'process': 0}"}
+
+
+def test_alone_a_process_agrees_with_itself(said):
+    assert [lines[2] for lines in said] == ["True 1", "False 1", "False 1"]
+
+
+def test_an_error_of_one_is_raised_in_all(said):
+    assert [lines[3] for lines in said] == [
+        "UserError process 1: a bad file",
+        "UserError a bad file",
+        "UserError process 1: a bad file",
+    ]
+    assert [lines[4] for lines in said] == [
+        "ProcessesError process 1: a bug",
+        "ValueError a bug",
+        "ProcessesError process 1: a bug",
+    ]
+    assert [lines[5] for lines in said] == ["ValueError", "ProcessesError", "ProcessesError"]
+
+
+def test_processes_at_different_points_say_so(said):
+    assert said[0][6] == "process 1 is at 'left', process 0 at 'right'; they must agree"
+    assert said[1][6] == "process 0 is at 'right', process 1 at 'left'; they must agree"
+
+
+def test_who_does_not_come_in_time_is_named(said):
+    line = "'the end': not there within 2 seconds: process 1 of 3; see the logs there"
+    assert (said[0][7:], said[1][7:], said[2][7:]) == ([line], [], [line])
+
+
+def test_one_process_agrees_with_itself():
+    assert distributed.gather("x", 1) == [1]
+    assert distributed.from_primary("x", lambda: "y") == "y"
+    with pytest.raises(UserError, match=r"^bad$"), distributed.agreed("x"):
+        raise UserError("bad")
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (("", 2, 0), "coordinator=: give HOST:PORT"),
+        (("host", 2, 0), "coordinator=host: give HOST:PORT"),
+        (("host:1", None, 0), "num_processes=None: give how many"),
+        (("host:1", 0, 0), "num_processes=0: give how many"),
+        (("host:1", 2, 2), "process_id=2: give which process this is, from 0 to 1"),
+        (("host:1", 2, None), "process_id=None: give which"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given, problem):
+    with pytest.raises(UserError) as caught:
+        distributed.start(*given)
+    assert str(caught.value).startswith(problem)
+
+
+def flexolmo_train(*flags, environment=None):
+    """The end of `flexolmo train` in a process that finds no other."""
+    return subprocess.run(
+        [sys.executable, "-m", "flexolmo_jax", "train", "--config=configs/anchor.py:tiny", "--workdir=w", *flags],
+        cwd=runs.ROOT,
+        env={**os.environ, "PYTHONPATH": runs.PYTHONPATH, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_without_a_scheduler_the_command_says_what_to_give():
+    ended = flexolmo_train("--distributed")
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("flexolmo train: --coordinator=: no scheduler that JAX knows")
+    assert line.endswith("give HOST:PORT, num_processes and process_id")
+
+
+def test_a_coordinator_that_is_not_there_ends_the_command():
+    where = [f"--coordinator={processes.free_address()}", "--num_processes=2", "--process_id=1"]
+    ended = flexolmo_train(*where, "--config.distributed.start_timeout=3")
+    assert ended.returncode == 75
+    assert "not all processes have started within 3 seconds" in ended.stderr.splitlines()[-1]
+
+
+def report_environment():
+    """Runs in each process: prints what is left of a former slice's environment."""
+    print(sorted(name for name in os.environ if name.startswith("MEGASCALE_")))
+
+
+def test_the_environment_of_a_former_slice_does_not_count():
+    environment = {"MEGASCALE_COORDINATOR_ADDRESS": "gone:8080", "MEGASCALE_NUM_SLICES": "4"}
+    assert processes.run(2, 1, __name__, "report_environment", environment=environment) == ["[]", "[]"]
