@@ -162,7 +162,7 @@ def declare() -> ConfigDict:
     # Seconds after which a process that has not finished a step is ended, with the stacks of its threads; evaluation
     # and checkpoint count. 0: never.
     config.faults.step_timeout = key(1800.0, at_least(0))
-    # Steps in a row that may be skipped, their gradient not being finite, or far above the others; with the next one
+    # Consecutive steps that may be skipped, their gradient not being finite, or far above the others; with the next one
     # the run stops, and its state is saved. 0: it stops at once, and is not.
     config.faults.skip_steps = key(0, at_least(0))
     # A step is also skipped if its loss or gradient norm is that many standard deviations above the mean of the last

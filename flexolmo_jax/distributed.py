@@ -67,15 +67,15 @@ def start(
       UserError: the scheduler is not known, or what is given makes no sense.
     """
     global _timeouts, _index, _count
-    given = (coordinator or None, num_processes, process_id)
-    if any(value is not None for value in given):
+    place = (coordinator or None, num_processes, process_id)
+    if any(value is not None for value in place):
         _check_given(coordinator, num_processes, process_id)
         _forget_other_clusters()
     _timeouts = timeouts
     with _ending_after(timeouts.start_timeout, coordinator):
         try:
             jax.distributed.initialize(
-                *given,
+                *place,
                 initialization_timeout=timeouts.start_timeout + 60,
                 heartbeat_timeout_seconds=timeouts.heartbeat_timeout,
                 shutdown_timeout_seconds=timeouts.agreement_timeout,
@@ -131,7 +131,7 @@ def gather(name: str, value: Any) -> list[Any]:
         return [value]
     client, number = multihost.get_jax_distributed_client(), next(_numbers)
     client.key_value_set(_key(number, index()), json.dumps([name, value]))
-    said = []
+    answers = []
     for process in range(count()):
         try:
             text = client.blocking_key_value_get(_key(number, process), 1000 * _timeouts.agreement_timeout)
@@ -140,10 +140,10 @@ def gather(name: str, value: Any) -> list[Any]:
         other, value = json.loads(text)
         if other != name:
             raise ProcessesError(f"process {process} is at '{other}', process {index()} at '{name}'; they must agree")
-        said.append(value)
-    if number:  # all have read what was said before, since all have come here
+        answers.append(value)
+    if number:  # all have read what was told before, since all have come here
         client.key_value_delete(_key(number - 1, index()))
-    return said
+    return answers
 
 
 def barrier(name: str) -> None:
@@ -167,8 +167,8 @@ def agreed(name: str) -> Iterator[None]:
         # What is no error of the user's is a bug, which the others can only name.
         gather(name, ["user" if isinstance(error, UserError) else "program", str(error) or type(error).__name__])
         raise
-    said = gather(name, None)
-    for process, problem in enumerate(said):
+    answers = gather(name, None)
+    for process, problem in enumerate(answers):
         if problem:
             kind, text = problem
             raise (UserError if kind == "user" else ProcessesError)(f"process {process}: {text}")
@@ -216,10 +216,10 @@ def _ending_after(timeout: float, coordinator: str) -> Iterator[None]:
     """Ends the process where the block takes longer than `timeout` seconds."""
 
     def end() -> None:
-        where = f" at {coordinator}" if coordinator else ""
+        address = f" at {coordinator}" if coordinator else ""
         sys.stderr.write(
             f"distributed: not all processes have started within {timeout:g} seconds, or the first cannot be "
-            f"reached{where}; see the logs of the others, and run the same command again, in all of them\n"
+            f"reached{address}; see the logs of the others, and run the same command again, in all of them\n"
         )
         sys.stderr.flush()
         os._exit(LOST)

@@ -45,44 +45,44 @@ def agree():
 
 
 @pytest.fixture(scope="module")
-def said():
+def outputs():
     return [output.splitlines() for output in processes.run(3, 1, __name__, "agree")]
 
 
-def test_all_hear_what_each_says(said):
-    assert {lines[0] for lines in said} == {"[[0, 'x'], [1, 'x'], [2, 'x']]"}
+def test_all_hear_what_each_says(outputs):
+    assert {lines[0] for lines in outputs} == {"[[0, 'x'], [1, 'x'], [2, 'x']]"}
 
 
-def test_process_0_decides_for_all(said):
-    assert {lines[1] for lines in said} == {"{'process': 0}"}
+def test_process_0_decides_for_all(outputs):
+    assert {lines[1] for lines in outputs} == {"{'process': 0}"}
 
 
-def test_alone_a_process_agrees_with_itself(said):
-    assert [lines[2] for lines in said] == ["True 1", "False 1", "False 1"]
+def test_alone_a_process_agrees_with_itself(outputs):
+    assert [lines[2] for lines in outputs] == ["True 1", "False 1", "False 1"]
 
 
-def test_an_error_of_one_is_raised_in_all(said):
-    assert [lines[3] for lines in said] == [
+def test_an_error_of_one_is_raised_in_all(outputs):
+    assert [lines[3] for lines in outputs] == [
         "UserError process 1: a bad file",
         "UserError a bad file",
         "UserError process 1: a bad file",
     ]
-    assert [lines[4] for lines in said] == [
+    assert [lines[4] for lines in outputs] == [
         "ProcessesError process 1: a bug",
         "ValueError a bug",
         "ProcessesError process 1: a bug",
     ]
-    assert [lines[5] for lines in said] == ["ValueError", "ProcessesError", "ProcessesError"]
+    assert [lines[5] for lines in outputs] == ["ValueError", "ProcessesError", "ProcessesError"]
 
 
-def test_processes_at_different_points_say_so(said):
-    assert said[0][6] == "process 1 is at 'left', process 0 at 'right'; they must agree"
-    assert said[1][6] == "process 0 is at 'right', process 1 at 'left'; they must agree"
+def test_processes_at_different_points_say_so(outputs):
+    assert outputs[0][6] == "process 1 is at 'left', process 0 at 'right'; they must agree"
+    assert outputs[1][6] == "process 0 is at 'right', process 1 at 'left'; they must agree"
 
 
-def test_who_does_not_come_in_time_is_named(said):
+def test_who_does_not_come_in_time_is_named(outputs):
     line = "'the end': not there within 2 seconds: process 1 of 3; see the logs there"
-    assert (said[0][7:], said[1][7:], said[2][7:]) == ([line], [], [line])
+    assert (outputs[0][7:], outputs[1][7:], outputs[2][7:]) == ([line], [], [line])
 
 
 def test_one_process_agrees_with_itself():
@@ -93,7 +93,7 @@ def test_one_process_agrees_with_itself():
 
 
 @pytest.mark.parametrize(
-    ("given", "problem"),
+    ("arguments", "problem"),
     [
         (("", 2, 0), "coordinator=: give HOST:PORT"),
         (("host", 2, 0), "coordinator=host: give HOST:PORT"),
@@ -103,9 +103,9 @@ def test_one_process_agrees_with_itself():
         (("host:1", 2, None), "process_id=None: give which"),
     ],
 )
-def test_what_makes_no_sense_is_refused(given, problem):
+def test_what_makes_no_sense_is_refused(arguments, problem):
     with pytest.raises(UserError) as caught:
-        distributed.start(*given)
+        distributed.start(*arguments)
     assert str(caught.value).startswith(problem)
 
 
@@ -131,8 +131,8 @@ def test_without_a_scheduler_the_command_says_what_to_give():
 
 
 def test_a_coordinator_that_is_not_there_ends_the_command():
-    where = [f"--coordinator={processes.free_address()}", "--num_processes=2", "--process_id=1"]
-    ended = flexolmo_train(*where, "--config.distributed.start_timeout=3")
+    flags = [f"--coordinator={processes.free_address()}", "--num_processes=2", "--process_id=1"]
+    ended = flexolmo_train(*flags, "--config.distributed.start_timeout=3")
     assert ended.returncode == 75
     assert "not all processes have started within 3 seconds" in ended.stderr.splitlines()[-1]
 

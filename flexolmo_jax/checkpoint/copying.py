@@ -173,8 +173,8 @@ class _Copy:
             return [result for job in self._jobs for result in job.result()]
         with distributed.agreed(self._digest_name):
             mine = [result for job in self._jobs for result in job.result()]
-        said = distributed.gather(self._digest_name, [[[x.hex() for x in of] for of in result] for result in mine])
-        in_turns = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*said)))
+        answers = distributed.gather(self._digest_name, [[[x.hex() for x in of] for of in result] for result in mine])
+        in_turns = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*answers)))
         return [([*map(bytes.fromhex, before)], [*map(bytes.fromhex, after)]) for before, after in in_turns]
 
     def _copy(self, unit: Index) -> tuple[list[bytes], list[bytes]]:

@@ -49,9 +49,9 @@ def run() -> None:
     from flexolmo_jax import distributed
     from flexolmo_jax.training.loop import train
 
-    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    if _DISTRIBUTED.value or given != ("", None, None):
-        distributed.start(*given, distributed.Timeouts(**_CONFIG.value.distributed))
+    place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value or place != ("", None, None):
+        distributed.start(*place, distributed.Timeouts(**_CONFIG.value.distributed))
     output = train(_CONFIG.value, _WORKDIR.value, verify=_VERIFY.value)
     if output is None:
         sys.stderr.write(

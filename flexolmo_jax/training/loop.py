@@ -169,7 +169,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
 
 @contextlib.contextmanager
 def _saving_after_skips(save: Callable[[], None]) -> Iterator[None]:
-    """Saves the state where too many steps in a row were skipped: it is as if they had not been taken."""
+    """Saves the state where too many consecutive steps were skipped: it is as if they had not been taken."""
     try:
         yield
     except TooManySkippedError:

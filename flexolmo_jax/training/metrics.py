@@ -51,7 +51,7 @@ class Reporter:
           steps: of the whole run.
           every: steps between lines of the logs; the first and the last step always have one.
           first: the step resumed from, or 0.
-          skip_steps: how many steps in a row may be skipped.
+          skip_steps: how many consecutive steps may be skipped.
         """
         self._title, self._roster, self._steps, self._every = title, roster, steps, every
         self._skip_steps = skip_steps
@@ -80,7 +80,7 @@ class Reporter:
         """Waits for the last step taken, and reports it.
 
         Raises:
-          TooManySkippedError: more steps in a row were skipped than may be.
+          TooManySkippedError: more consecutive steps were skipped than may be.
           UserError: a metric of that step is not finite.
         """
         if self._pending is None:
@@ -108,17 +108,17 @@ class Reporter:
 
     def _was_skipped(self, step: int, metrics: dict[str, Any]) -> bool:
         """Whether the step changed nothing, which is reported; raises what `flush` does."""
-        in_a_row = int(metrics.get("skipped_in_a_row", 0))
-        if not in_a_row:
+        consecutive = int(metrics.get("consecutive_skipped", 0))
+        if not consecutive:
             self._check_finite(step, metrics)
             return False
-        if in_a_row > self._skip_steps:
+        if consecutive > self._skip_steps:
             raise TooManySkippedError(
-                f"step {step}: the {in_a_row}th in a row whose loss or gradient norm is not finite, or a spike (loss "
-                f"{metrics['loss']:.4g}, norm {metrics['gradient_norm']:.4g}); stopped, and the state is saved as it "
-                "was before them: check the data, or lower config.optimizer.learning_rate, in a new workdir"
+                f"step {step}: {consecutive} consecutive steps have a loss or a gradient norm that is not finite, or a "
+                f"spike (loss {metrics['loss']:.4g}, norm {metrics['gradient_norm']:.4g}); stopped, and the state is "
+                "saved as it was before them: check the data, or lower config.optimizer.learning_rate, in a new workdir"
             )
-        self._write(step, {name: float(metrics[name]) for name in ("skipped", "skipped_in_a_row")})
+        self._write(step, {name: float(metrics[name]) for name in ("skipped", "consecutive_skipped")})
         return True
 
     def evaluation(self, step: int, losses: Mapping[str, float], best: Best | None = None) -> None:

@@ -66,14 +66,14 @@ class SkipState(NamedTuple):
       inner: of the optimizer.
       norms: float32 [2, SPIKE_WINDOW], gradient norms and losses of the last steps that were taken.
       taken: how many were.
-      in_a_row: how many were skipped since.
+      consecutive: how many were skipped since.
       skipped: how many were skipped in all.
     """
 
     inner: optax.OptState
     norms: jax.Array
     taken: jax.Array
-    in_a_row: jax.Array
+    consecutive: jax.Array
     skipped: jax.Array
 
 
@@ -99,7 +99,7 @@ def skipping(optimizer: optax.GradientTransformation, spike: float) -> optax.Gra
         inner = jax.tree.map(lambda after, before: jnp.where(is_good, after, before), inner, state.inner)
         norms = jnp.where(is_good, state.norms.at[:, state.taken % SPIKE_WINDOW].set(now), state.norms)
         taken, skipped = state.taken + is_good, state.skipped + ~is_good
-        return updates, SkipState(inner, norms, taken, jnp.where(is_good, 0, state.in_a_row + 1), skipped)
+        return updates, SkipState(inner, norms, taken, jnp.where(is_good, 0, state.consecutive + 1), skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 

@@ -104,7 +104,7 @@ def make_train_step(
 
     Metrics, float32: `loss`, `cross_entropy`, `z_loss`, `router_z_loss`, `load_balancing` (means per token),
     `gradient_norm` before clipping, `learning_rate` (of `schedule`, for the log), `tokens`, and `routing_E`, each
-    expert's share of the routing weight; of an optimizer that skips steps also `skipped` and `skipped_in_a_row`.
+    expert's share of the routing weight; of an optimizer that skips steps also `skipped` and `consecutive_skipped`.
     """
     update = optax.with_extra_args_support(optimizer).update
 
@@ -145,7 +145,7 @@ def make_train_step(
         metrics["learning_rate"] = schedule(state.step)
         updates, optimizer_state = update(gradient, state.optimizer, state.trainable, value=metrics["loss"])
         if isinstance(optimizer_state, SkipState):
-            metrics |= {"skipped_in_a_row": optimizer_state.in_a_row, "skipped": optimizer_state.skipped}
+            metrics |= {"consecutive_skipped": optimizer_state.consecutive, "skipped": optimizer_state.skipped}
         trainable: Any = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 

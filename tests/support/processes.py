@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.support import runs
 
-# Joins the others, with that many devices, and goes on with a function of a module.
+# Joins the others, with that many devices, then calls a function of a module.
 PROGRAM = """
 import importlib, json, sys
 import jax
@@ -54,11 +54,11 @@ def start(
 def finish(processes: Sequence[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
     """Waits for processes, and returns (status, standard output, standard error) of each."""
     try:
-        said = [process.communicate(timeout=timeout) for process in processes]
+        texts = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+    return [(process.returncode, *printed) for process, printed in zip(processes, texts, strict=True)]
 
 
 def run(*arguments, **options) -> list[str]:

@@ -124,8 +124,8 @@ def test_a_step_that_is_not_finite_changes_nothing(gradient, loss):
     expected, _ = take(optimizer, [1.0, 2.0], [1.0, 1.0])
     found, state = take(optimizer, [1.0, gradient, gradient, 2.0], [1.0, loss, loss, 1.0])
     np.testing.assert_array_equal(found, expected)
-    assert (int(state.taken), int(state.in_a_row), int(state.skipped)) == (2, 0, 2)
-    assert int(take(optimizer, [1.0, gradient, gradient], [1.0, loss, loss])[1].in_a_row) == 2
+    assert (int(state.taken), int(state.consecutive), int(state.skipped)) == (2, 0, 2)
+    assert int(take(optimizer, [1.0, gradient, gradient], [1.0, loss, loss])[1].consecutive) == 2
 
 
 @pytest.mark.parametrize(("name", "spiked"), [("gradient", (3.0, 1.0)), ("loss", (1.0, 3.0))])
@@ -135,7 +135,7 @@ def test_a_spike_is_far_above_the_last_steps(name, spiked):
     optimizer = skipping(optax.sgd(0.01), 6.0)
     assert int(take(optimizer, gradients, losses)[1].skipped) == 0
     _, state = take(optimizer, [*gradients, spiked[0]], [*losses, spiked[1]])
-    assert (int(state.skipped), int(state.in_a_row)) == (1, 1)
+    assert (int(state.skipped), int(state.consecutive)) == (1, 1)
     # Not before there are enough to compare with.
     assert int(take(optimizer, [*gradients[:100], spiked[0]], [*losses[:100], spiked[1]])[1].skipped) == 0
     assert int(take(skipping(optax.sgd(0.01), 0.0), [*gradients, spiked[0]], [*losses, spiked[1]])[1].skipped) == 0
@@ -162,15 +162,15 @@ class Poison:
         return poisoned
 
 
-def test_bad_steps_are_skipped_and_counted_and_too_many_in_a_row_stop_the_run(made, tmp_path, monkeypatch):
+def test_bad_steps_are_skipped_and_counted_and_too_many_stop_the_run(made, tmp_path, monkeypatch):
     values = made.expert_values | {"faults__skip_steps": 1, "evaluation__data": "", "evaluation__every": 0}
     config = runs.make_config("pair", **values)
     monkeypatch.setattr(loop, "compile_step", Poison(4, 7, 8))
-    with pytest.raises(TooManySkippedError, match=r"^step 8: the 2th in a row .* \(loss nan, norm nan\)"):
+    with pytest.raises(TooManySkippedError, match=r"^step 8: 2 consecutive steps .* \(loss nan, norm nan\)"):
         loop.train(config, tmp_path / "run")
     lines = {line["step"]: line for line in runs.read_metrics(tmp_path / "run")}
-    assert lines[4] == {"step": 4, "skipped": 1, "skipped_in_a_row": 1}
-    assert lines[7] == {"step": 7, "skipped": 2, "skipped_in_a_row": 1}
+    assert lines[4] == {"step": 4, "skipped": 1, "consecutive_skipped": 1}
+    assert lines[7] == {"step": 7, "skipped": 2, "consecutive_skipped": 1}
     assert lines[6]["skipped"] == 1
     assert 8 not in lines
     saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())

@@ -66,11 +66,11 @@ def trained(made, alone, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["anchor", "pair", "router"])
 def test_metrics_are_those_of_one_process(trained, alone, name):
-    one, two = (runs.read_metrics(workdirs[name]) for workdirs in (alone, trained))
-    for line in (*one, *two):
+    expected_lines, lines = (runs.read_metrics(workdirs[name]) for workdirs in (alone, trained))
+    for line in (*expected_lines, *lines):
         line.pop("tokens_per_second", None)
-    assert [line.keys() for line in one] == [line.keys() for line in two]
-    for expected, found in zip(one, two, strict=True):
+    assert [line.keys() for line in lines] == [line.keys() for line in expected_lines]
+    for expected, found in zip(expected_lines, lines, strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert found.get("loss", 0) == pytest.approx(expected.get("loss", 0), abs=1e-5)
 
@@ -78,15 +78,15 @@ def test_metrics_are_those_of_one_process(trained, alone, name):
 @pytest.mark.parametrize("name", ["anchor", "pair", "router"])
 def test_what_they_publish_is_whole_and_close_to_that_of_one_process(trained, alone, name):
     output = "contribution" if name == "pair" else "model"
-    one, two = (runs.read_params(workdirs[name] / output) for workdirs in (alone, trained))
-    assert one.keys() == two.keys()
-    for path, expected in one.items():
-        np.testing.assert_allclose(two[path], expected, atol=2e-4, err_msg=path)
+    same, leaves = (runs.read_params(workdirs[name] / output) for workdirs in (alone, trained))
+    assert leaves.keys() == same.keys()
+    for path, expected in same.items():
+        np.testing.assert_allclose(leaves[path], expected, atol=2e-4, err_msg=path)
     if output == "model":
         manifest = read_model(trained[name] / output, strict=True)
         check_model(manifest, *open_model(trained[name] / output, manifest))
-    ours, theirs = (small.files(workdirs[name] / output).keys() for workdirs in (alone, trained))
-    assert ours == theirs
+    expected, found = (small.files(workdirs[name] / output).keys() for workdirs in (alone, trained))
+    assert found == expected
 
 
 def test_frozen_leaves_and_statistics_are_copied_byte_for_byte(made, trained, alone):
@@ -94,9 +94,9 @@ def test_frozen_leaves_and_statistics_are_copied_byte_for_byte(made, trained, al
     same = [path for path in start if "router" not in str(path) and not str(path).endswith(".json")]
     assert len(same) > 15
     assert all(tuned[path] == start[path] for path in same)
-    ours, theirs = (small.files(workdirs["pair"] / "contribution" / "statistics") for workdirs in (alone, trained))
-    assert ours
-    assert ours == theirs
+    expected, found = (small.files(workdirs["pair"] / "contribution" / "statistics") for workdirs in (alone, trained))
+    assert found
+    assert found == expected
 
 
 def test_what_they_publish_is_merged_and_evaluated(made, trained, alone, tmp_path):
@@ -118,8 +118,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_another_layout_goes_o
 
 
 def test_a_record_names_no_processes(trained, alone):
-    one, two = (json.loads((workdirs["anchor"] / "config.json").read_text()) for workdirs in (alone, trained))
-    assert {key for key in one if one[key] != two[key]} == {"mesh"}
+    expected, found = (json.loads((workdirs["anchor"] / "config.json").read_text()) for workdirs in (alone, trained))
+    assert {key for key in expected if expected[key] != found[key]} == {"mesh"}
 
 
 def place():
