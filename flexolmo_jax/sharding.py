@@ -56,9 +56,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None = None)
 def _arrange(shape: Sequence[int], devices: Sequence[Device], described: str) -> np.ndarray:
     """Arranges devices in an array of that shape; neighbors on an axis are neighbors in the network if possible.
 
-    The network between slices is slower than within one: only the axis "data", copies of the parameters, spans slices.
+    The network between TPU slices is slower than within one: only the axis "data", copies of the parameters, spans
+    slices. JAX numbers other devices' slices by host, and parameters may well be sharded over GPUs of several hosts.
+    Those are taken in their order, so that neighbors on the last axes are on one host.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     copies, *others = shape

@@ -35,7 +35,7 @@ FAST = (
     *("tests/checkpoint", "tests/combine", "tests/data", "tests/evaluation/test_report.py"),
     *("tests/cli/test_flags_of.py", "tests/cli/test_main.py"),
     *("tests/serving/test_chat.py", "tests/serving/test_middleware.py", "tests/serving/test_parsing.py"),
-    *("tests/planning/test_chips.py", "tests/planning/test_hlo.py"),
+    *("tests/test_chips.py", "tests/planning/test_hlo.py"),
     *("tests/training/test_optimizer.py", "tests/training/test_metrics.py"),
     *("tests/test_check_terms.py", "tests/test_configs.py", "tests/test_docs.py", "tests/test_launch.py"),
     "tests/test_progress.py",

@@ -207,3 +207,13 @@ def test_neighbours_in_the_mesh_are_neighbours_in_the_slice():
 def test_an_axis_of_the_slice_may_be_divided_among_axes_of_the_mesh():
     mesh = sharding.make_mesh({**ONE, "data": 2, "fsdp": 4, "tensor": 2}, chips(slices=1, width=4))
     assert mesh.devices.shape == (2, 4, 1, 2)
+
+
+def test_parameters_may_be_split_over_the_gpus_of_two_hosts():
+    """JAX numbers the slices of GPUs by host."""
+    gpus = [Chip(i, (0, 0, 0), i // 8, "NVIDIA H200", "gpu", process_index=i // 8) for i in range(16)]
+    mesh = sharding.make_mesh({**ONE, "fsdp": 8, "tensor": 2}, gpus)
+    assert mesh.devices.shape == (1, 8, 1, 2)
+    assert [[gpu.id for gpu in pair] for pair in mesh.devices[0, :, 0]] == [[2 * i, 2 * i + 1] for i in range(8)]
+    mesh = sharding.make_mesh({**ONE, "data": 2, "fsdp": 8}, gpus)
+    assert [{gpu.process_index for gpu in copy.flat} for copy in mesh.devices] == [{0}, {1}]

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax.planning.chips import Chip, group_bandwidth
+from flexolmo_jax.chips import Chip, group_bandwidth
 from flexolmo_jax.planning.hlo import COLLECTIVES, Instruction, Module, array_bytes, executions, result_shape
 
 

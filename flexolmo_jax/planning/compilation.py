@@ -10,8 +10,8 @@ import jax
 from jax.experimental import topologies
 from jax.extend import backend
 
+from flexolmo_jax.chips import Chip, parse_topology
 from flexolmo_jax.errors import ArgumentError, first_line
-from flexolmo_jax.planning.chips import Chip, parse_topology
 from flexolmo_jax.sharding import Device
 from flexolmo_jax.training.step import Program, compile_step
 

@@ -3,7 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
-from flexolmo_jax.planning.chips import GPU_MEMORY_FRACTION
+from flexolmo_jax.chips import GPU_MEMORY_FRACTION
 from flexolmo_jax.planning.plan import Plan
 from flexolmo_jax.tables import MISSING, plain_table, scaled
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from flexolmo_jax.chips import Chip, parse_topology
 from flexolmo_jax.model.flops import recomputed_flops, train_step_flops
 from flexolmo_jax.planning import hlo
 from flexolmo_jax.planning.advice import advice
-from flexolmo_jax.planning.chips import Chip, parse_topology
 from flexolmo_jax.planning.collectives import CollectiveTotal, collective_totals
 from flexolmo_jax.planning.compilation import Memory, compile_program, topology_devices
 from flexolmo_jax.training.run import make_program

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flexolmo_jax.planning.chips import CHIPS
+from flexolmo_jax.chips import CHIPS
 from flexolmo_jax.planning.collectives import CollectiveTotal
 from flexolmo_jax.planning.compilation import Memory
 from flexolmo_jax.planning.display import collectives_table, heading, memory_table, roofline_table, run_line

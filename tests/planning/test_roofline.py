@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.base import PARTITIONS
-from flexolmo_jax.planning.chips import CHIPS
+from flexolmo_jax.chips import CHIPS
 from flexolmo_jax.planning.collectives import CollectiveTotal, collective_totals
 from flexolmo_jax.planning.compilation import compile_program, device_bytes
 from flexolmo_jax.planning.hlo import array_bytes, executions, hbm_bytes, parse

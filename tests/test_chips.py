@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from flexolmo_jax.chips import CHIPS, group_bandwidth, parse_topology, wraps
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.planning.chips import CHIPS, group_bandwidth, parse_topology, wraps
 
 # Of Google Cloud's pages: chips of a pod and its peak PFLOP/s; both directions of all links of a chip, in GB/s.
 # Of NVIDIA's the same of a node.
