@@ -171,6 +171,12 @@ def declare() -> ConfigDict:
 
     config.log = ConfigDict()  # metrics of training steps
     config.log.every = key(10, at_least(1))  # steps between lines of metrics.jsonl and TensorBoard points
+    config.log.by_layer = True  # the share of each expert and the router's entropy in each layer too
+    config.log.wandb = ""  # project of Weights & Biases that gets the same, if that is installed; "": none
+
+    config.profile = ConfigDict()  # a trace of some steps, for xprof, in WORKDIR/profile
+    config.profile.first = key(0, at_least(0))  # step that it begins with; 0: none
+    config.profile.steps = key(3, at_least(1))  # how many are traced
 
     config.publish = ConfigDict()  # what goes into the output besides weights
     # Documents of data.train shipped with an anchor, for owners to mix in.

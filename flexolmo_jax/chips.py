@@ -112,3 +112,8 @@ def group_bandwidth(chip: Chip, torus: Sequence[int], devices: Sequence[Any]) ->
         extent = len(set(along))
         links += (2 if wrapped and extent == size else 1) if extent > 1 else 0
     return max(links, 1) * chip.link_bandwidth
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of a device, by what JAX calls it; None for one that is not in the table."""
+    return next((chip.peak_flops for chip in CHIPS.values() if chip.device_kind == device_kind), None)

@@ -173,6 +173,15 @@ def routing_shares(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> ja
     return jnp.einsum("LBSE,BS->E", router_weights_LxBxSxE, mask_BxS) / router_weights_LxBxSxE.shape[0]
 
 
+def routing_by_layer(router_weights_LxBxSxE: jax.Array, mask_BxS: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the tokens of the mask: `routing_LxE`, each expert's weight, and `router_entropy_L`, nats."""
+    entropy_LxBxS = -jnp.sum(jax.scipy.special.xlogy(router_weights_LxBxSxE, router_weights_LxBxSxE), axis=-1)
+    return {
+        "routing_LxE": jnp.einsum("LBSE,BS->LE", router_weights_LxBxSxE, mask_BxS),
+        "router_entropy_L": jnp.einsum("LBS,BS->L", entropy_LxBxS, mask_BxS),
+    }
+
+
 def make_loss_step(model: Decoder) -> Callable[..., dict[str, jax.Array]]:
     """Builds `(params, batch, expert_mask=None) -> {tokens, cross_entropy, routing_E}`, sums over the batch."""
 

@@ -19,9 +19,12 @@ from flexolmo_jax.checkpoint.train_state import Best, Checkpoints, latest_whole_
 from flexolmo_jax.data.corpus import Corpus, verify_corpora
 from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.flops import train_step_flops
 from flexolmo_jax.model.loss import make_loss_step
 from flexolmo_jax.training import workdir as workdirs
-from flexolmo_jax.training.metrics import Reporter, TooManySkippedError
+from flexolmo_jax.training.clock import Clock
+from flexolmo_jax.training.metrics import Reported, Reporter, TooManySkippedError
+from flexolmo_jax.training.profile import PROFILE, Profile
 from flexolmo_jax.training.publish import publish
 from flexolmo_jax.training.run import Run, read_run
 from flexolmo_jax.training.state import initial_leaves
@@ -92,7 +95,7 @@ def _finished(run: Run, workdir: epath.Path) -> epath.Path | None:
 
 def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: bool) -> epath.Path | None:
     """Trains from the last checkpoint on, in a locked workdir; returns the output, or None after SIGTERM."""
-    program, data, start = run.program, run.data, run.start
+    program, data, start, clock = run.program, run.data, run.start, Clock()
     if verify:
         distributed.from_primary("corpora", lambda: verify_corpora([*data.training, *data.held_out.values()]))
     for warning in run.warnings if distributed.is_primary() else ():
@@ -123,19 +126,24 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
             batches.set_state(position)
             best = checkpoints.best
         until_saved.enter_context(sigterm.waiting())
-        title, step = publication.expert or "model", first
-        reporter = Reporter(workdir, title, run.roster, run.steps, run.log.every, first, run.faults.skip_steps)
-        watchdog = Watchdog(run.faults.step_timeout)
+        step = first
+        reporter, watchdog = Reporter(workdir, _reported(run), first, clock), Watchdog(run.faults.step_timeout)
+        profile = Profile(workdir / PROFILE, run.profile.first, run.profile.steps)
+        clock.has_started()
         saving = _saving_after_skips(lambda: checkpoints.save(step, state, batches.get_state(), best))
-        with reporter, watchdog, jax.transfer_guard("disallow"), saving:
+        with reporter, watchdog, profile, jax.transfer_guard("disallow"), saving:
             while not _is_done(run, step, best):
                 step += 1
                 watchdog.beat(step)
-                state, metrics = train_step(state, frozen, next(placed_batches))
+                profile.begins(step)
+                with clock.spending("data"):
+                    batch = next(placed_batches)
+                state, metrics = train_step(state, frozen, batch)
                 reporter.step(step, metrics)
                 if data.held_out and (step == run.steps or (run.evaluation.every and step % run.evaluation.every == 0)):
                     reporter.flush()  # so that the step's rate does not include the evaluation
-                    losses = evaluate({**frozen, **state.trainable})
+                    with clock.spending("evaluation"):
+                        losses = evaluate({**frozen, **state.trainable})
                     best = _better(run, best, step, losses)
                     reporter.evaluation(step, losses, best)
                 stop, done = sigterm.asks_to_stop(step), _is_done(run, step, best)
@@ -144,13 +152,15 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
                     # Before the checkpoint is there: a rerun reports only the steps after it, and no checkpoint is of
                     # a step whose metrics are not finite.
                     reporter.flush()
-                    checkpoints.save(step, state, batches.get_state(), best)
+                    with clock.spending("checkpoint"):
+                        checkpoints.save(step, state, batches.get_state(), best)
                 if stop and not done:
                     return None
         if best:
             if distributed.is_primary():
+                name = publication.expert or "model"
                 sys.stderr.write(
-                    f"{title}: step {best.step} of {step} is the best, with held-out loss {best.loss:.4f}\n"
+                    f"{name}: step {best.step} of {step} is the best, with held-out loss {best.loss:.4f}\n"
                 )
             tokens = best.step * data.tokens_per_step
             card = {**publication.card, "trained_tokens": tokens, "best_step": best.step}
@@ -165,6 +175,23 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
         distributed.from_primary("corpora", lambda: _verify_used(used, workdir))
     name = workdirs.CONTRIBUTION if publication.expert else workdirs.MODEL
     return publish(workdir / name, {**frozen, **state.trainable}, publication)
+
+
+def _reported(run: Run) -> Reported:
+    """What the reports of a run go by."""
+    model, data = run.program.model, run.data
+    return Reported(
+        title=run.publication.expert or "model",
+        roster=run.roster,
+        steps=run.steps,
+        every=run.log.every,
+        by_layer=run.log.by_layer,
+        skip_steps=run.faults.skip_steps,
+        flops=train_step_flops(
+            model.architecture, model.layout, run.program.trainable, data.batch_size, data.sequence_length
+        ),
+        wandb=run.log.wandb,
+    )
 
 
 @contextlib.contextmanager

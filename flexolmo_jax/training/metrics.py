@@ -1,73 +1,95 @@
-"""Reports the metrics of a run: metrics.jsonl, TensorBoard, and a progress bar."""
+"""Reports the metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, and a progress bar."""
 
+import hashlib
+import importlib.util
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import psutil
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from flexolmo_jax import distributed
 from flexolmo_jax.checkpoint.train_state import Best
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.chips import peak_flops
+from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.progress import progress_bar
+from flexolmo_jax.training.clock import Clock, began, lost_seconds, seconds_of_steps
 
 METRICS_FILE = "metrics.jsonl"
 LOG_LINES_EVERY = 10  # lines of metrics.jsonl for one line in a log
+_GIB = 2**30
 
 
 class TooManySkippedError(UserError):
     """A run stops after steps that were skipped; its state is that before them, and can be saved."""
 
 
+class Reported(NamedTuple):
+    """What a run's reports go by.
+
+    Attributes:
+      title: of the progress bar.
+      roster: expert names, for the routing shares.
+      steps: of the whole run.
+      every: steps between lines of the logs; the first and the last step always have one.
+      by_layer: whether the lines have the routing of each layer.
+      skip_steps: how many consecutive steps may be skipped.
+      flops: of a step, as `model.flops` counts them.
+      wandb: project of Weights & Biases; "": none.
+    """
+
+    title: str
+    roster: Sequence[str]
+    steps: int
+    every: int
+    by_layer: bool = False
+    skip_steps: int = 0
+    flops: float = 0.0
+    wandb: str = ""
+
+
 class Reporter:
     """Reports the steps of one run: on disk, and as a progress bar or, in a log, a line now and then.
 
     Of a run with several processes the first one reports; the others wait for each step as it does.
+
+    Attributes:
+      clock: to be told what the run spends its time on.
     """
 
-    def __init__(
-        self,
-        workdir: epath.Path,
-        title: str,
-        roster: Sequence[str],
-        steps: int,
-        every: int,
-        first: int,
-        skip_steps: int = 0,
-    ):
+    def __init__(self, workdir: epath.Path, reported: Reported, first: int, clock: Clock | None = None):
         """Opens the logs in `workdir`, to resume after step `first`.
 
         Lines of later steps, left by a run that was killed after its last checkpoint, are dropped.
 
         Args:
           workdir: gets `metrics.jsonl` and `tensorboard/`.
-          title: of the progress bar.
-          roster: expert names, for the routing shares.
-          steps: of the whole run.
-          every: steps between lines of the logs; the first and the last step always have one.
+          reported: what is reported.
           first: the step resumed from, or 0.
-          skip_steps: how many consecutive steps may be skipped.
+          clock: that runs since the run was started.
+
+        Raises:
+          ArgumentError: Weights & Biases is asked for, and not installed.
         """
-        self._title, self._roster, self._steps, self._every = title, roster, steps, every
-        self._skip_steps = skip_steps
+        self._reported, self.clock = reported, clock or Clock()
         self._pending: tuple[int, Any] | None = None
-        self._tokens, self._since = 0.0, time.perf_counter()
+        self._tokens, self._done_steps = 0.0, 0
         self._file = workdir / METRICS_FILE
         self._reports = distributed.is_primary()
-        if self._reports and self._file.exists():
-            kept = [line for line in self._file.read_text().splitlines() if _step_of(line) <= first]
-            temporary = self._file.with_name(f".{METRICS_FILE}.incomplete")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(self._file)
+        kept = self._drop_later_lines(first) if self._reports else []
+        self._began, self._seconds_of_steps = began(kept), seconds_of_steps(kept)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1, write_to_disk=self._reports)
+        self._wandb = _start_wandb(reported, workdir) if reported.wandb and self._reports else None
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[summary]}"), TimeRemainingColumn())
         self._bar = progress_bar(TextColumn("{task.description}"), *columns)
-        self._task = self._bar.add_task(self._title, total=steps, completed=first, summary="")
+        self._task = self._bar.add_task(reported.title, total=reported.steps, completed=first, summary="")
         if self._reports:
             self._bar.start()
 
@@ -87,42 +109,24 @@ class Reporter:
             return
         (step, metrics), self._pending = self._pending, None
         metrics = jax.device_get(metrics)
+        self._done_steps += 1
         if self._was_skipped(step, metrics):
             return
         self._tokens += float(metrics["tokens"])
-        if step % self._every and step not in (1, self._steps):
+        steps, every = self._reported.steps, self._reported.every
+        if step % every and step not in (1, steps):
             return
-        shares = np.atleast_1d(metrics.pop("routing_E"))
-        scalars = {name: float(value) for name, value in metrics.items()}
-        scalars |= {f"routing/{name}": float(share) for name, share in zip(self._roster, shares, strict=True)}
-        now = time.perf_counter()
-        scalars["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
-        self._tokens, self._since = 0.0, now
+        scalars = {**_of_routing(metrics, self._reported), **self._of_machine()}
         self._write(step, scalars)
         if not self._reports:
             return
         summary = f"loss {scalars['loss']:.3f}  {scalars['tokens_per_second']:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, summary=summary)
-        if self._bar.disable and (step == self._steps or step % (self._every * LOG_LINES_EVERY) == 0):
-            self._bar.console.print(f"{self._title} {step}/{self._steps} {summary}")
-
-    def _was_skipped(self, step: int, metrics: dict[str, Any]) -> bool:
-        """Whether the step changed nothing, which is reported; raises what `flush` does."""
-        consecutive = int(metrics.get("consecutive_skipped", 0))
-        if not consecutive:
-            self._check_finite(step, metrics)
-            return False
-        if consecutive > self._skip_steps:
-            raise TooManySkippedError(
-                f"step {step}: {consecutive} consecutive steps have a loss or a gradient norm that is not finite, or a "
-                f"spike (loss {metrics['loss']:.4g}, norm {metrics['gradient_norm']:.4g}); stopped, and the state is "
-                "saved as it was before them: check the data, or lower config.optimizer.learning_rate, in a new workdir"
-            )
-        self._write(step, {name: float(metrics[name]) for name in ("skipped", "consecutive_skipped")})
-        return True
+        if self._bar.disable and (step == steps or step % (every * LOG_LINES_EVERY) == 0):
+            self._bar.console.print(f"{self._reported.title} {step}/{steps} {summary}")
 
     def evaluation(self, step: int, losses: Mapping[str, float], best: Best | None = None) -> None:
-        """Reports held-out losses; the time they took does not count as that of training.
+        """Reports held-out losses.
 
         Args:
           step: after which they were computed.
@@ -133,25 +137,81 @@ class Reporter:
         self._check_finite(step, {f"the held-out loss of {label}": nats for label, nats in losses.items()})
         of_best = {"best_step": best.step, "best_loss": best.loss} if best else {}
         self._write(step, {f"evaluation/{label}": nats for label, nats in losses.items()} | of_best)
-        self._tokens, self._since = 0.0, time.perf_counter()
+
+    def _drop_later_lines(self, first: int) -> list[dict[str, Any]]:
+        """Rewrites the file without the lines of steps after `first`, and returns the lines that stay."""
+        if not self._file.exists():
+            return []
+        lines = [(line, _parsed(line)) for line in self._file.read_text().splitlines()]
+        kept = [(line, values) for line, values in lines if values and values["step"] <= first]
+        temporary = self._file.with_name(f".{METRICS_FILE}.incomplete")
+        temporary.write_text("".join(f"{line}\n" for line, _ in kept))
+        temporary.replace(self._file)
+        self.clock.spend("lost", lost_seconds([values for _, values in lines[len(kept) :] if values]))
+        return [values for _, values in kept if values]
+
+    def _of_machine(self) -> dict[str, float]:
+        """Rates, memory and where the time went, since the last line."""
+        spent = self.clock.lap()
+        seconds, steps = max(spent["seconds/steps"], 1e-9), max(self._done_steps, 1)
+        self._seconds_of_steps += seconds
+        now = time.time()
+        self._began = min(self._began, now - sum(spent.values()) + spent["seconds/data"])
+        metrics = {
+            "tokens_per_second": self._tokens / seconds,
+            "step_seconds": seconds / steps,
+            **spent,
+            "goodput": self._seconds_of_steps / max(now - self._began, 1e-9),
+            "memory/host_gib": psutil.Process().memory_info().rss / _GIB,
+        }
+        of_devices = [device.memory_stats() or {} for device in jax.local_devices()]
+        if peaks := [found["peak_bytes_in_use"] for found in of_devices if "peak_bytes_in_use" in found]:
+            metrics["memory/device_peak_gib"] = max(peaks) / _GIB
+        if self._reported.flops:
+            metrics["flops_per_second"] = self._reported.flops * steps / seconds
+            peak = peak_flops(jax.devices()[0].device_kind)
+            if peak:
+                metrics["mfu"] = metrics["flops_per_second"] / (peak * jax.device_count())
+        self._tokens, self._done_steps = 0.0, 0
+        return metrics
+
+    def _was_skipped(self, step: int, metrics: dict[str, Any]) -> bool:
+        """Whether the step changed nothing, which is reported; raises what `flush` does."""
+        consecutive = int(metrics.get("consecutive_skipped", 0))
+        if not consecutive:
+            self._check_finite(step, metrics)
+            return False
+        if consecutive > self._reported.skip_steps:
+            raise TooManySkippedError(
+                f"step {step}: {consecutive} consecutive steps have a loss or a gradient norm that is not finite, or a "
+                f"spike (loss {metrics['loss']:.4g}, norm {metrics['gradient_norm']:.4g}); stopped, and the state is "
+                "saved as it was before them: check the data, or lower config.optimizer.learning_rate, in a new workdir"
+            )
+        self._write(step, {name: float(metrics[name]) for name in ("skipped", "consecutive_skipped")})
+        return True
 
     def _check_finite(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Stops a run that has diverged; names the loss and the gradient's norm before what follows from them."""
         for name in sorted(metrics, key=lambda name: (name != "loss", name != "gradient_norm")):
-            if not np.isfinite(metrics[name]).all():
+            numbers = np.ravel(metrics[name])
+            if not np.isfinite(numbers).all():
+                number = numbers[~np.isfinite(numbers)][0]
                 raise UserError(
-                    f"step {step}: {name} is not finite ({metrics[name]}); stopped, and the checkpoints of earlier "
+                    f"step {step}: {name} is not finite ({number}); stopped, and the checkpoints of earlier "
                     "steps are kept: check the data, or lower config.optimizer.learning_rate, in a new workdir"
                 )
 
-    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one line to metrics.jsonl, and a TensorBoard point for each scalar."""
+    def _write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
+        """Appends one line to metrics.jsonl, and a point for each number to the others."""
         if not self._reports:
             return
         with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        scalars = dict(_flat(values))
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
 
     def __enter__(self) -> "Reporter":
         return self
@@ -164,10 +224,50 @@ class Reporter:
         finally:
             self._bar.stop()
             self._board.close()
+            if self._wandb:
+                self._wandb.finish()
 
 
-def _step_of(line: str) -> float:
+def _of_routing(metrics: dict[str, Any], reported: Reported) -> dict[str, float | list[float]]:
+    """The metrics of a step, those of routing by expert and, where asked, by layer."""
+    shares_LxE, entropy_L = np.asarray(metrics.pop("routing_LxE")), np.asarray(metrics.pop("router_entropy_L"))
+    values: dict[str, float | list[float]] = {name: float(value) for name, value in metrics.items()}
+    shares_E = np.mean(shares_LxE, axis=0)
+    values |= {f"routing/{name}": float(share) for name, share in zip(reported.roster, shares_E, strict=True)}
+    if len(reported.roster) > 1:
+        values["router_entropy"] = float(np.mean(entropy_L))
+        if reported.by_layer:
+            values["layers/router_entropy"] = entropy_L.tolist()
+            shares = zip(reported.roster, shares_LxE.T.tolist(), strict=True)
+            values |= {f"layers/routing/{name}": share_L for name, share_L in shares}
+    return values
+
+
+def _flat(values: Mapping[str, float | list[float]]) -> list[tuple[str, float]]:
+    """Numbers by name; those of layers have the number of the layer at the end."""
+    flat = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            flat += [(f"{name}/{layer:03}", of_layer) for layer, of_layer in enumerate(value)]
+        else:
+            flat.append((name, value))
+    return flat
+
+
+def _start_wandb(reported: Reported, workdir: epath.Path) -> Any:
+    """A run of Weights & Biases, the same one whenever the workdir's run is resumed."""
+    if not importlib.util.find_spec("wandb"):
+        raise ArgumentError("config.log.wandb", reported.wandb, "needs the package wandb; pip install wandb")
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    identity = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]
+    return wandb.init(project=reported.wandb, id=identity, name=reported.title, dir=os.fspath(workdir), resume="allow")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line's values; None for the torn last line of a run that was killed."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the torn last line of a run that was killed
+        values = json.loads(line)
+        return values if isinstance(values, dict) and isinstance(values["step"], int) else None
+    except (ValueError, KeyError):
+        return None

@@ -82,8 +82,9 @@ class Run(NamedTuple):
       steps: of the whole run.
       evaluation: the section of the configuration: `every`, `batches`, `keep_best`, `patience`.
       checkpoint: the section of the configuration: `every`, `keep`.
-      log: the section of the configuration: `every`.
+      log: the section of the configuration: `every`, `by_layer`, `wandb`.
       faults: the section of the configuration: `step_timeout`, `skip_steps`, `spike`.
+      profile: the section of the configuration: `first`, `steps`.
       roster: names of experts, in the order of the router's logits.
       publication: what the output holds beside trained leaves.
       record: what `config.json` holds: the configuration, and digests of what its paths name.
@@ -99,6 +100,7 @@ class Run(NamedTuple):
     checkpoint: ConfigDict
     log: ConfigDict
     faults: ConfigDict
+    profile: ConfigDict
     roster: list[str]
     publication: Publication
     record: dict[str, Any]
@@ -148,6 +150,7 @@ def read_run(config: ConfigDict) -> Run:
         checkpoint=config.checkpoint,
         log=config.log,
         faults=config.faults,
+        profile=config.profile,
         roster=list(program.model.layout.sets) if config.expert else publication.roster,
         publication=publication,
         record=record,

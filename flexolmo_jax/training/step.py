@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from flexolmo_jax.model.decoder import Decoder, Output
-from flexolmo_jax.model.loss import load_balancing, prediction_loss, router_z_loss, routing_shares, token_mask
+from flexolmo_jax.model.loss import load_balancing, prediction_loss, router_z_loss, routing_by_layer, token_mask
 from flexolmo_jax.model.selectors import LOG_SCALE
 from flexolmo_jax.training.optimizer import SkipState
 
@@ -74,7 +74,7 @@ def objective(
 
     Returns:
       (loss, sums): `sums` holds `tokens`, `cross_entropy` (nats) and the regularisers before their
-      weights, each a sum over tokens, and `routing_E`, the routing weight each expert got.
+      weights, each a sum over tokens, and those of `loss.routing_by_layer`.
     """
     out: Output = model.apply_flat(params, batch["tokens"], batch["segment_ids"], batch["positions"])
     mask_BxS = token_mask(batch)
@@ -86,7 +86,8 @@ def objective(
     head = prediction_loss(model, params, out, batch, weights.z_loss)
     loss = head.loss + sum(getattr(weights, name) * value for name, value in router.items())
     sums = {"tokens": tokens, "cross_entropy": head.cross_entropy, "z_loss": head.z_loss, **router}
-    return loss, {**sums, "routing_E": routing_shares(out.router_weights_LxBxSxE, mask_BxS)}
+    weights_LxBxSxE = jax.lax.stop_gradient(out.router_weights_LxBxSxE)
+    return loss, {**sums, **routing_by_layer(weights_LxBxSxE, mask_BxS)}
 
 
 def make_train_step(
@@ -103,8 +104,9 @@ def make_train_step(
     tokens of the batch, however it is divided (load balancing is computed per micro-batch).
 
     Metrics, float32: `loss`, `cross_entropy`, `z_loss`, `router_z_loss`, `load_balancing` (means per token),
-    `gradient_norm` before clipping, `learning_rate` (of `schedule`, for the log), `tokens`, and `routing_E`, each
-    expert's share of the routing weight; of an optimizer that skips steps also `skipped` and `consecutive_skipped`.
+    `gradient_norm` before clipping, `update_norm`, `learning_rate` (of `schedule`, for the log), `tokens`, and
+    `routing_LxE` and `router_entropy_L`, means over tokens; of an optimizer that skips steps also `skipped` and
+    `consecutive_skipped`.
     """
     update = optax.with_extra_args_support(optimizer).update
 
@@ -146,6 +148,7 @@ def make_train_step(
         updates, optimizer_state = update(gradient, state.optimizer, state.trainable, value=metrics["loss"])
         if isinstance(optimizer_state, SkipState):
             metrics |= {"consecutive_skipped": optimizer_state.consecutive, "skipped": optimizer_state.skipped}
+        metrics["update_norm"] = optax.tree.norm(updates)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 

@@ -25,7 +25,7 @@ OUTPUTS = MODEL, CONTRIBUTION = "model", "contribution"
 LOCK_FILE = ".lock"
 DAMAGED_FILE = "damaged_corpus.txt"  # why no output may ever come of this run
 # What may differ when a run is resumed: where it runs, what it keeps, and what its owner says of the data.
-MAY_CHANGE = ("mesh", "sharding_rules", "checkpoint", "distributed", "log", "card")
+MAY_CHANGE = ("mesh", "sharding_rules", "checkpoint", "distributed", "log", "profile", "card")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 

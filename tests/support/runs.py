@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Of a process that needs the package and no torch.
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support" / "without_torch")))
 STEPS, EVERY = 12, 3
+# Metrics of the machine and of its clock.
+OF_MACHINE = re.compile(r"time$|tokens_per_second|step_seconds|seconds/|goodput|memory/|flops_per_second|mfu")
 
 # Over configs/*.py:tiny, as the command line would give them.
 TINY = {
@@ -75,8 +78,10 @@ def as_flags(name: str, **overrides) -> list[str]:
     return [f"--config=configs/{name}.py:tiny", *(f"--config.{key}={value}" for key, value in values.items())]
 
 
-def read_metrics(workdir) -> list[dict]:
-    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(workdir, of_machine: bool = False) -> list[dict]:
+    """The lines of metrics.jsonl, without what differs from run to run unless `of_machine`."""
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return lines if of_machine else [{k: v for k, v in line.items() if not OF_MACHINE.match(k)} for line in lines]
 
 
 def losses(workdir) -> dict[int, float]:

@@ -89,7 +89,7 @@ def checkpoints(workdir):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("loss", np.nan), ("gradient_norm", np.inf), ("z_loss", -np.inf), ("routing_E", np.nan)]
+    ("name", "value"), [("loss", np.nan), ("gradient_norm", np.inf), ("z_loss", -np.inf), ("routing_LxE", np.nan)]
 )
 def test_it_stops_at_the_step_and_so_does_the_same_command_again(config, begun, capsys, name, value):
     for _ in range(2):

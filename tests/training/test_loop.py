@@ -23,6 +23,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop
 from flexolmo_jax.training import workdir as workdirs
+from flexolmo_jax.training.clock import time_spent
 from flexolmo_jax.training.metrics import Reporter
 from flexolmo_jax.training.state import EXPERT, start_leaf
 from tests.support import runs
@@ -239,14 +240,32 @@ def read_events(workdir):
 
 
 def test_tensorboard_gets_what_metrics_jsonl_gets(made):
-    expected = {
-        (name, line["step"]): value
-        for line in runs.read_metrics(made.anchor.workdir)
-        for name, value in line.items()
-        if name != "step"
-    }
-    assert len(expected) > 100
-    assert read_events(made.anchor.workdir) == pytest.approx(expected, rel=1e-6)
+    expected = {}
+    for line in runs.read_metrics(made.router.workdir, of_machine=True):
+        for name, value in line.items():
+            for layer, number in enumerate(value if isinstance(value, list) else []):
+                expected[f"{name}/{layer:03}", line["step"]] = number
+            if name not in ("step", "time") and not isinstance(value, list):
+                expected[name, line["step"]] = value
+    assert len(expected) > 200
+    assert read_events(made.router.workdir) == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_say_where_the_time_went(made):
+    lines = runs.read_metrics(made.anchor.workdir, of_machine=True)
+    spent = time_spent(lines)
+    assert min(spent["steps"], spent["start"], spent["evaluation"], spent["checkpoint"]) > 0
+    assert spent["lost"] == 0
+    assert spent["away"] < 0.2 * sum(spent.values())
+    (last,) = [line for line in lines if line["step"] == runs.STEPS and "loss" in line]
+    assert last["goodput"] == pytest.approx(spent["steps"] / (sum(spent.values()) - spent["away"]), rel=0.2)
+    assert all(0 <= line["seconds/data"] <= line["seconds/steps"] for line in lines if "loss" in line)
+
+
+def test_some_steps_can_be_traced(made, tmp_path):
+    config = runs.make_config("anchor", **made.anchor_values, profile__first=2, profile__steps=1)
+    losses_on_one_device(config, tmp_path / "run", last=3)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def alter(corpus, folder, token=3):

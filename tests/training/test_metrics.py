@@ -7,16 +7,21 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from flexolmo_jax.training.metrics import Reporter
+from flexolmo_jax.training.metrics import Reported, Reporter
 from tests.support import runs
 
 
 def open_reporter(workdir, first=0, steps=100, every=1):
-    return Reporter(epath.Path(workdir), "news", ("anchor", "news"), steps, every, first)
+    return Reporter(epath.Path(workdir), Reported("news", ("anchor", "news"), steps, every, by_layer=True), first)
 
 
 def metrics(loss):
-    return {"loss": jnp.float32(loss), "tokens": jnp.float32(64), "routing_E": jnp.array([0.75, 0.25])}
+    return {
+        "loss": jnp.float32(loss),
+        "tokens": jnp.float32(64),
+        "routing_LxE": jnp.array([[1, 0], [0.5, 0.5]]),
+        "router_entropy_L": jnp.array([0, 0.5]),
+    }
 
 
 def report(workdir, *, first, last, every=1, steps=100):
@@ -32,8 +37,17 @@ def test_a_step_is_written_once_the_next_one_is_under_way(tmp_path):
         assert not (tmp_path / "metrics.jsonl").exists()
         reporter.step(2, metrics(4.5))
         (line,) = runs.read_metrics(tmp_path)
-        assert line.pop("tokens_per_second") > 0
-        assert line == {"step": 1, "loss": 5.5, "tokens": 64, "routing/anchor": 0.75, "routing/news": 0.25}
+        assert line == {
+            "step": 1,
+            "loss": 5.5,
+            "tokens": 64,
+            "routing/anchor": 0.75,
+            "routing/news": 0.25,
+            "router_entropy": 0.25,
+            "layers/router_entropy": [0, 0.5],
+            "layers/routing/anchor": [1, 0.5],
+            "layers/routing/news": [0, 0.5],
+        }
     assert runs.losses(tmp_path) == {1: 5.5, 2: 4.5}
 
 

@@ -36,7 +36,8 @@ def log_sum_exp(x):
 def plain_sums(batch, out):
     """Token by token; padding counts nowhere."""
     sums = {"tokens": 0, "cross_entropy": 0.0, "z_loss": 0.0, "router_z_loss": 0.0}
-    routing, routed = np.zeros(4), np.zeros(4)
+    layers, routed = ARCHITECTURE.num_layers, np.zeros(4)
+    routing_LxE, entropy_L = np.zeros((layers, 4)), np.zeros(layers)
     for b, s in zip(*np.nonzero(batch["segment_ids"]), strict=True):
         logits = out.logits_BxSxV[b, s]
         sums["tokens"] += 1
@@ -45,10 +46,13 @@ def plain_sums(batch, out):
         for layer in range(ARCHITECTURE.num_layers):
             weights = out.router_weights_LxBxSxE[layer, b, s]
             sums["router_z_loss"] += log_sum_exp(out.router_logits_LxBxSxE[layer, b, s]) ** 2 / ARCHITECTURE.num_layers
-            routing += weights / ARCHITECTURE.num_layers
+            routing_LxE[layer] += weights
+            entropy_L[layer] -= np.sum(weights * np.log(weights))
             routed[np.argsort(-weights)[: STACKED.top_k]] += 1 / ARCHITECTURE.num_layers
     tokens = sums["tokens"]
-    return sums | {"routing_E": routing, "load_balancing": 4 * np.sum(routed / tokens * routing / tokens) * tokens}
+    of_routing = {"routing_LxE": routing_LxE, "router_entropy_L": entropy_L}
+    routing = routing_LxE.mean(axis=0)
+    return sums | of_routing | {"load_balancing": 4 * np.sum(routed / tokens * routing / tokens) * tokens}
 
 
 def test_terms_are_sums_over_tokens_that_are_not_padding(computed):

@@ -81,6 +81,8 @@ def test_metrics_are_means_over_tokens_and_the_norm_before_clipping(whole):
     norm = np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in gradient.values()))
     expected = {name: value / tokens for name, value in sums.items()}
     expected |= {"tokens": tokens, "loss": loss, "gradient_norm": norm, "learning_rate": 1e-2}
+    moved = (whole[0].trainable[path] - before for path, before in state.trainable.items())
+    expected["update_norm"] = np.sqrt(sum(np.sum(np.float64(change) ** 2) for change in moved))
     assert_trees_close(whole[1], expected, 1e-5)
     assert norm > 1  # so that clipping, at 1, would show
     factor = (1 - base.get_config().optimizer.beta1) / norm
@@ -122,6 +124,7 @@ def test_held_out_sums_are_those_of_the_objective_and_a_mask_switches_experts_of
     step = jax.jit(make_loss_step(model), compiler_options=COMPILE_FAST)
     sums = step(leaves, BATCH, np.ones(4, bool))
     _, expected = jax.jit(functools.partial(objective, model), compiler_options=COMPILE_FAST)(leaves, BATCH, WEIGHTS)
+    expected["routing_E"] = expected["routing_LxE"].mean(axis=0)
     assert_trees_close(sums, {name: expected[name] for name in sums}, 1e-5)
     masked = step(leaves, BATCH, np.array([True, True, False, True]))
     assert float(masked["routing_E"][2]) == 0
