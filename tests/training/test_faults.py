@@ -49,7 +49,7 @@ def command(arguments, fault):
 
 def two(made, workdir, fault, *flags):
     """[(exit status, output, errors)] of two processes of `flexolmo train`."""
-    config = runs.as_flags("anchor", **made.anchor_values, mesh__data=1, mesh__fsdp=2)
+    config = runs.as_flags("anchor", data__train=str(made.public.path), mesh__data=1, mesh__fsdp=2)
     arguments = ["train", *config, *flags, f"--workdir={workdir}"]
     return processes.finish(processes.start(2, 1, __name__, "command", [arguments, fault], made.environment))
 
@@ -75,7 +75,7 @@ def test_when_one_is_killed_the_other_ends_and_a_restart_gives_the_same_bits(mad
 
 
 def test_when_one_is_stuck_all_end_with_their_stacks(made, tmp_path):
-    ended = two(made, tmp_path / "run", "stuck", "--config.faults.step_timeout=10")
+    ended = two(made, tmp_path / "run", "stuck", "--config.faults.step_timeout=8")
     statuses = [status for status, *_ in ended]
     assert 75 in statuses
     assert all(status in (75, -signal.SIGABRT) for status in statuses)
