@@ -14,12 +14,14 @@ from tests.support.small import flexolmo
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+# `flexolmo ...`, and `$launch --name=NAME ...`, which is the same through a launcher.
+COMMAND = re.compile(r"^ {4,}(?:flexolmo|\$launch(?: --\S+)*) (.*)$", re.MULTILINE)
 COMMANDS = sorted(
     {
-        (page.relative_to(ROOT).as_posix(), " ".join(line.split()))
+        (page.relative_to(ROOT).as_posix(), " ".join(f"flexolmo {line}".split()))
         for page in PAGES
         if page.name != "CHANGELOG.md"
-        for line in re.findall(r"^ {4,}(flexolmo .*)$", page.read_text().replace("\\\n", " "), re.MULTILINE)
+        for line in COMMAND.findall(page.read_text().replace("\\\n", " "))
     }
 )
 
