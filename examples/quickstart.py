@@ -42,7 +42,7 @@ TINY_STEPS = ["--config.data.batch_size=2", "--config.steps=4", "--config.optimi
 SIZES = {
     "full": {
         "train_bytes": 2_500_000,
-        "heldout_bytes": 32_000,
+        "heldout_bytes": 24_000,
         "anchor": [*SMALL_STEPS, "--config.steps=950", "--config.optimizer.learning_rate=2e-3"],
         "expert": [*SMALL_STEPS, "--config.steps=300"],
     },
