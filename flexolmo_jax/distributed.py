@@ -118,7 +118,7 @@ def primary_alone(name: str) -> Iterator[bool]:
 
 
 def gather(name: str, value: Any) -> list[Any]:
-    """What each process says, in their order; all must call this, in the same order of names.
+    """What each process says, in their order, once all are here; they must call this in the same order of names.
 
     Args:
       name: of the agreement, for errors.
@@ -144,11 +144,6 @@ def gather(name: str, value: Any) -> list[Any]:
     if number:  # all have read what was told before, since all have come here
         client.key_value_delete(_key(number - 1, index()))
     return answers
-
-
-def barrier(name: str) -> None:
-    """Waits until all processes are here; raises as `gather` does."""
-    gather(name, None)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def agree():
     except (ValueError, ProcessesError) as raised:
         print(type(raised).__name__)
     try:
-        distributed.barrier("left" if index else "right")
+        distributed.gather("left" if index else "right", 0)
     except ProcessesError as raised:
         print(raised)
     distributed._timeouts = distributed.Timeouts(agreement_timeout=2)
@@ -39,7 +39,7 @@ def agree():
         time.sleep(5)
         return
     try:
-        distributed.barrier("the end")
+        distributed.gather("the end", 0)
     except ProcessesError as raised:
         print(raised)
 

@@ -114,6 +114,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
     state = initial_state(trainable, program.optimizer, program.state)
     train_step = compile_step(program.step, state, frozen, program.batch)
     evaluate = functools.partial(_evaluate, run, jax.jit(make_loss_step(program.model)), batch_sharding)
+    # Once all have compiled: the collectives of some devices fail where processes come to them far apart.
     distributed.from_primary("claim", lambda: workdirs.claim(workdir, run.record))
 
     publication, best = run.publication, None

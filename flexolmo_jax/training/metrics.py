@@ -1,7 +1,6 @@
 """Reports the metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, and a progress bar."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import time
@@ -18,7 +17,7 @@ from tensorboardX import SummaryWriter
 from flexolmo_jax import distributed
 from flexolmo_jax.checkpoint.train_state import Best
 from flexolmo_jax.chips import peak_flops
-from flexolmo_jax.errors import ArgumentError, UserError
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.progress import progress_bar
 from flexolmo_jax.training.clock import Clock, began, lost_seconds, seconds_of_steps
 
@@ -74,9 +73,6 @@ class Reporter:
           reported: what is reported.
           first: the step resumed from, or 0.
           clock: that runs since the run was started.
-
-        Raises:
-          ArgumentError: Weights & Biases is asked for, and not installed.
         """
         self._reported, self.clock = reported, clock or Clock()
         self._pending: tuple[int, Any] | None = None
@@ -256,8 +252,6 @@ def _flat(values: Mapping[str, float | list[float]]) -> list[tuple[str, float]]:
 
 def _start_wandb(reported: Reported, workdir: epath.Path) -> Any:
     """A run of Weights & Biases, the same one whenever the workdir's run is resumed."""
-    if not importlib.util.find_spec("wandb"):
-        raise ArgumentError("config.log.wandb", reported.wandb, "needs the package wandb; pip install wandb")
     import wandb  # pyright: ignore[reportMissingImports]
 
     identity = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]

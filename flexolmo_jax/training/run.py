@@ -1,6 +1,7 @@
 """The objects that a run is made of, from its configuration. No other module of this package reads a configuration."""
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -253,6 +254,8 @@ def _check_values(config: ConfigDict, platform: str) -> None:
         problem = f"must divide config.data.batch_size={config.data.batch_size}"
         raise ArgumentError("config.data.grad_accum_steps", config.data.grad_accum_steps, problem)
     _check_evaluation(config.evaluation)
+    if config.log.wandb and not importlib.util.find_spec("wandb"):
+        raise ArgumentError("config.log.wandb", config.log.wandb, "needs the package wandb; pip install wandb")
     if config.faults.spike and not config.faults.skip_steps:
         raise ArgumentError("config.faults.spike", config.faults.spike, "needs config.faults.skip_steps of 1 at least")
     for name, kernels in (("attention", causal_attention), ("dispatch", grouped_matmul)):

@@ -6,7 +6,6 @@ import types
 import pytest
 from etils import epath
 
-from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import clock as clocks
 from flexolmo_jax.training.clock import Clock, time_spent
 from flexolmo_jax.training.metrics import Reported, Reporter
@@ -96,10 +95,3 @@ def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
     assert (options["project"], options["name"], options["resume"]) == ("owners", "news", "allow")
     assert again["id"] == options["id"]
     assert (step, scalars["loss"], end) == (1, 3.5, "finish")
-
-
-def test_weights_and_biases_must_be_there(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"config.log.wandb=owners: needs the package wandb"):
-        Reporter(epath.Path(tmp_path), Reported("news", (), 2, 1, wandb="owners"), 0)

@@ -180,6 +180,13 @@ def test_bad_steps_are_skipped_and_counted_and_too_many_stop_the_run(made, tmp_p
     assert all(np.isfinite(leaf).all() for leaf in runs.read_params(output).values())
 
 
+def test_weights_and_biases_must_be_there(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = runs.make_config("pair", **made.expert_values, log__wandb="owners")
+    with pytest.raises(UserError, match=r"config.log.wandb=owners: needs the package wandb"):
+        loop.train(config, tmp_path / "run")
+
+
 def test_a_spike_needs_steps_that_may_be_skipped(made, tmp_path):
     config = runs.make_config("pair", **made.expert_values, faults__spike=6.0)
     with pytest.raises(UserError, match=r"config.faults.spike=6.0: needs config.faults.skip_steps"):
