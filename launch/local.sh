@@ -52,27 +52,24 @@ for ((number = 0; number < processes; number++)); do
 done
 [ -z "$stopping" ] || pass_on # to those that started after the signal
 
-status=0 timer=""
+status=0 deadline=""
 while [ ${#running[@]} -gt 0 ]; do
-  ended="" code=0
-  wait -n -p ended "${!running[@]}" $timer || code=$?
-  if [ -z "${ended:-}" ]; then # a signal, which was passed on
-    continue
-  elif [ "$ended" = "$timer" ]; then
-    timer=""
-    kill -KILL "${!running[@]}" 2>/dev/null || true
-    continue
+  for pid in "${!running[@]}"; do
+    ! kill -0 "$pid" 2>/dev/null || continue
+    code=0
+    wait "$pid" || code=$?
+    if [ "$code" != 0 ] && [ "$status" = 0 ]; then
+      status=$code deadline=$((SECONDS + grace))
+      echo "local.sh: process ${running[$pid]} of $processes ended first, with exit status $code" >&2
+      pass_on
+    fi
+    unset "running[$pid]"
+  done
+  if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
+    [ ${#running[@]} = 0 ] || kill -KILL "${!running[@]}" 2>/dev/null || true
+    deadline=""
   fi
-  number=${running[$ended]}
-  unset "running[$ended]"
-  if [ "$code" != 0 ] && [ "$status" = 0 ]; then
-    status=$code
-    echo "local.sh: process $number of $processes ended first, with exit status $code" >&2
-    pass_on
-    sleep "$grace" &
-    timer=$!
-  fi
+  sleep 0.1
 done
-[ -z "$timer" ] || kill "$timer" 2>/dev/null || true
 wait "${logs[@]}" || true
 exit "$status"

@@ -66,15 +66,14 @@ for i in "${!owners[@]}"; do
   running[$!]=$name
 done
 status=0
-while [ ${#running[@]} -gt 0 ]; do
-  ended="" code=0
-  wait -n -p ended "${!running[@]}" || code=$?
-  name=${running[$ended]}
-  unset "running[$ended]"
+for pid in "${!running[@]}"; do
+  code=0
+  wait "$pid" || code=$?
   if [ "$code" != 0 ]; then
-    echo "owners.sh: the launcher of $name ended with exit status $code" >&2
+    echo "owners.sh: the launcher of ${running[$pid]} ended with exit status $code" >&2
     [ "$status" != 0 ] || status=$code
   fi
+  unset "running[$pid]"
 done
 [ "$status" = 0 ] || exit "$status"
 

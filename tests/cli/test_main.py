@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
-    "train": ["config", "workdir", "verify"],
+    "train": ["config", "workdir", "verify", "distributed", "coordinator", "num_processes", "process_id"],
     "merge": ["anchor", "model", "contribution", "replace", "out", "method", "selection", "top_k", "dtype"],
     "statistics": ["source", "data", "out", "selector", "epsilon", "delta", "clip"],
     "opt-out": ["model", "expert", "out", "keep_tuned_router"],
