@@ -86,8 +86,10 @@ def start(command: Command, processes: int) -> list[subprocess.Popen]:
             place = [f"--coordinator=localhost:{free.getsockname()[1]}", f"--num_processes={count}"]
     program = [sys.executable, "-m", "flexolmo_jax", *command.arguments, *place]
     flags = [[f"--process_id={index}"] if place else [] for index in range(count)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return [subprocess.Popen([*program, *of_process], **quiet) for of_process in flags]
+    return [
+        subprocess.Popen([*program, *of_process], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for of_process in flags
+    ]
 
 
 def kill(started: Sequence[subprocess.Popen], folder: pathlib.Path, pattern: str, delay: float, rng: random.Random):
