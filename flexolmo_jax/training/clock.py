@@ -63,11 +63,6 @@ def seconds_of_steps(lines: Sequence[Line]) -> float:
     return sum(line.get("seconds/steps", 0.0) for line in lines)
 
 
-def lost_seconds(dropped: Sequence[Line]) -> float:
-    """The time of steps whose lines are dropped, since they are taken again."""
-    return seconds_of_steps(dropped)
-
-
 def time_spent(lines: Sequence[Line]) -> dict[str, float]:
     """{activity: seconds} of a run, by all lines of its `metrics.jsonl`.
 

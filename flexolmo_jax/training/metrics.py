@@ -19,7 +19,7 @@ from flexolmo_jax.checkpoint.train_state import Best
 from flexolmo_jax.chips import peak_flops
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.progress import progress_bar
-from flexolmo_jax.training.clock import Clock, began, lost_seconds, seconds_of_steps
+from flexolmo_jax.training.clock import Clock, began, seconds_of_steps
 
 METRICS_FILE = "metrics.jsonl"
 LOG_LINES_EVERY = 10  # lines of metrics.jsonl for one line in a log
@@ -143,7 +143,7 @@ class Reporter:
         temporary = self._file.with_name(f".{METRICS_FILE}.incomplete")
         temporary.write_text("".join(f"{line}\n" for line, _ in kept))
         temporary.replace(self._file)
-        self.clock.spend("lost", lost_seconds([values for _, values in lines[len(kept) :] if values]))
+        self.clock.spend("lost", seconds_of_steps([values for _, values in lines[len(kept) :] if values]))
         return [values for _, values in kept if values]
 
     def _of_machine(self) -> dict[str, float]:
