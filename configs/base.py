@@ -185,6 +185,10 @@ def declare() -> ConfigDict:
     # Selector whose statistics of data.train are shipped, so that a merge can choose experts by them; "": none.
     config.publish.selector = key("ngram", choices("", registry="model.selectors:SELECTORS"))
 
+    # Weight of what was trained in the expert that is shipped; the rest of its feed-forward is the anchor's. Below 1
+    # the expert does less harm to text that is not its owner's (docs/method.md, "Interpolation with the anchor").
+    config.publish.interpolation = key(1.0, fraction)
+
     # Differential privacy of these statistics, per document (docs/privacy.md); it needs flexolmo-jax[privacy].
     # 0: statistics are exact; 1 to 8 are common, less is more private.
     config.publish.epsilon = key(0.0, at_least(0, below=100))

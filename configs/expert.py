@@ -20,6 +20,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.partition = base.PARTITIONS["solo"]
     # Public sequences keep the expert from harm to text that is not its owner's, when no other expert knows it better.
     config.data.public_share = 0.15
+    config.publish.interpolation = 0.9
     if size == "tiny":
         config.steps = 250
         config.optimizer.learning_rate = 1.5e-3

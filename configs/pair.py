@@ -21,4 +21,5 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.loss.router_z_loss = 1e-3
     # Public sequences teach the router when not to choose this expert.
     config.data.public_share = 0.5
+    config.publish.interpolation = 1.0
     return config

@@ -44,7 +44,7 @@ EXPERTS_ONLY = "((r'blocks/moe/experts/.*', 'trainable'), (r'.*', 'frozen'))"
 SIZES = {
     "full": {
         "anchor": ["--config.steps=1200", "--config.data.batch_size=8", "--config.optimizer.learning_rate=2e-3"],
-        "expert": ["--config.steps=600"],
+        "expert": ["--config.steps=400"],
         "batch": 4,  # sequences of an expert's step
     },
     # Enough to see that every step runs; the results mean nothing.

@@ -31,7 +31,7 @@ from flexolmo_jax.data.corpus import Corpus, copy_documents
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.model.privacy import Privacy
 from flexolmo_jax.model.selectors import SELECTORS, is_derived
-from flexolmo_jax.training.state import EXPERT, Start, start_leaf
+from flexolmo_jax.training.state import EXPERT, Start, interpolated, start_leaf
 from flexolmo_jax.training.statistics import collect_statistics
 from flexolmo_jax.training.step import Leaves
 
@@ -52,6 +52,7 @@ class Publication(NamedTuple):
       privacy: of these statistics; None: they are exact.
       public_documents: how many documents the sample has.
       seed: of the choice of these.
+      interpolation: weight of what was trained in an expert's feed-forward; the rest is the anchor's.
     """
 
     expert: str
@@ -65,6 +66,7 @@ class Publication(NamedTuple):
     privacy: Privacy | None
     public_documents: int
     seed: int
+    interpolation: float = 1.0
 
 
 def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epath.Path:
@@ -81,7 +83,10 @@ def publish(output: epath.Path, leaves: Leaves, publication: Publication) -> epa
     new = leaves.keys()
     if start:
         new = {path for path in leaves if path.startswith(EXPERT)} if publication.expert else publication.trainable
-    slices = {path: Slice(leaves[path], None, f"the trained leaf {path}") for path in sorted(new)}
+    trained = {path: leaves[path] for path in sorted(new)}
+    if start and publication.expert:
+        trained = interpolated(trained, start, publication.interpolation)
+    slices = {path: Slice(leaf, None, f"the trained leaf {path}") for path, leaf in trained.items()}
     if start:
         dtypes = {path: start.params[start_leaf(path)].dtype.numpy_dtype for path in slices}
         slices = {path: part.as_dtype(dtypes[path]) for path, part in slices.items()}

@@ -140,6 +140,7 @@ def read_run(config: ConfigDict) -> Run:
         privacy=privacy,
         public_documents=config.publish.public_documents,
         seed=config.seed,
+        interpolation=config.publish.interpolation,
     )
     return Run(
         program=program,

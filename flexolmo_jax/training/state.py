@@ -202,6 +202,33 @@ def start_leaf(path: str) -> str:
     return path.replace(EXPERT, MOE + "anchor/")
 
 
+def interpolated(leaves: Mapping[str, jax.Array], start: Start, weight: float) -> Leaves:
+    """The leaves of an expert, with anchor + weight * (trained - anchor) for those of the feed-forward.
+
+    This is WiSE-FT of what an owner trains (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", section 3).
+
+    Args:
+      leaves: of the expert, {path: array}. The arrays of the feed-forward are consumed where the weight is not 1.
+      start: has the anchor's.
+      weight: of the trained leaves, 1 for these as they are.
+    """
+    if weight == 1:
+        return dict(leaves)
+
+    def between(path: str, trained: jax.Array) -> jax.Array:
+        if path.startswith(EXPERT + ROUTER):  # does not begin as the anchor's
+            return trained
+        like = jax.ShapeDtypeStruct(trained.shape, trained.dtype, sharding=trained.sharding)
+        return _interpolate(trained, _read(path, like, start), weight)
+
+    return {path: between(path, leaf) for path, leaf in leaves.items()}
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+def _interpolate(trained: jax.Array, anchor: jax.Array, weight: float) -> jax.Array:
+    return anchor + weight * (trained - anchor)
+
+
 def abstract_state(
     trainable: Mapping[str, jax.Array | jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:

@@ -179,6 +179,19 @@ def test_fresh_weights_are_published_whole_though_frozen_ones_may_be_held_in_bfl
         np.testing.assert_array_equal(published[path], before[path])
 
 
+def test_a_published_expert_lies_between_the_anchor_and_what_was_trained(made):
+    weight = made.solo.config.publish.interpolation
+    assert 0 < weight < 1
+    anchor, found = runs.read_params(made.anchor.output), runs.read_params(made.solo.output)
+    for leaf in ("up", "gate", "down"):
+        start = anchor[f"{MOE}anchor/{leaf}"].astype(np.float64)
+        trained = made.solo.leaves[f"{MOE}expert/{leaf}"].astype(np.float64)
+        np.testing.assert_allclose(found[leaf], (1 - weight) * start + weight * trained, rtol=0, atol=1e-7)
+        assert np.abs(found[leaf] - trained).max() > 1e-4
+    for leaf in ("router/weight", "router/bias"):  # these do not begin as the anchor's
+        assert found[leaf].tobytes() == made.solo.leaves[f"{MOE}expert/{leaf}"].tobytes()
+
+
 def test_an_expert_ships_the_leaves_of_its_own_that_it_did_not_train(made, tmp_path):
     values = {**made.expert_values, "compute__frozen_dtype": "bfloat16"}
     config = runs.make_config("pair", **values)
