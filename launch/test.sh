@@ -3,7 +3,7 @@
 set -euo pipefail
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   cat <<'HELP'
-usage: bash launch/test.sh [--fast | --all] [--interop] [--plan] [PYTEST ARGUMENTS]
+usage: bash launch/test.sh [--fast | --all] [--interop] [--storage] [--plan] [PYTEST ARGUMENTS]
 
 Installs what it needs into .venv (once), then checks style (ruff), types (basedpyright), the order of imports
 (import-linter) and terms (launch/check_terms.sh), and runs the tests on two processes, except slow ones. Other
@@ -13,6 +13,8 @@ arguments go to pytest: `bash launch/test.sh tests/combine -k order`.
   --all          all tests, as CI does on the main branch and before a release
   --interop      also installs torch, transformers, lm-eval and openai; without them the tests that compare with
                  these libraries are skipped
+  --storage      also installs clients of gs:// and s3://, and servers for them; without them the tests of these are
+                 skipped
   --plan         also installs compilers for TPUs and GPUs; without them the tests that compile for these are skipped
   PYTHON=...     Python 3.11 or 3.12 to make .venv with; without effect once .venv is there
 HELP
@@ -24,7 +26,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --fast) selection=(-m "fast and not slow") types="" ;;
     --all) selection=() ;;
-    --interop | --plan) extras+=("${1#--}") ;;
+    --interop | --storage | --plan) extras+=("${1#--}") ;;
     *) break ;;
   esac
   shift
@@ -33,7 +35,7 @@ make_environment requirements-test.txt
 for extra in ${extras[@]+"${extras[@]}"}; do
   make_environment "requirements-$extra.txt"
   # With libtpu installed, JAX looks for TPUs in every process, which takes half a minute.
-  [ "$extra" = interop ] || export JAX_PLATFORMS=cpu
+  [ "$extra" != plan ] || export JAX_PLATFORMS=cpu
 done
 cd "$root"
 ruff check

@@ -11,6 +11,7 @@ from etils import epath
 
 from flexolmo_jax import distributed
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import is_remote
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection
       UserError: `path` exists already.
     """
     path = epath.Path(path)
-    in_place = "://" in os.fspath(path)
+    in_place = is_remote(path)
     filled = path if in_place else path.parent / f".{path.name}.incomplete"
     complete = True
     try:
@@ -65,7 +66,7 @@ def atomic_directory(path: epath.PathLike, manifest: str = "", names: Collection
 def check_absent(path: epath.PathLike, manifest: str = "", names: Collection[str] = ()) -> None:
     """Raises UserError where `atomic_directory` would, before long work; arguments are the same."""
     path = epath.Path(path)
-    if path.exists() and not ("://" in os.fspath(path) and _is_leftover(path, manifest, names)):
+    if path.exists() and not (is_remote(path) and _is_leftover(path, manifest, names)):
         raise UserError(f"{path}: exists already; name a new directory, or remove this one first")
 
 
@@ -73,7 +74,7 @@ def commit(file: epath.Path, document: Mapping[str, Any]) -> None:
     """Writes the manifest of a directory, the last of its files, and has it stored before the directory is renamed."""
     with file.open("w") as stream:
         stream.write(json.dumps(document, indent=2) + "\n")
-        if "://" not in os.fspath(file):
+        if not is_remote(file):
             stream.flush()
             os.fsync(stream.fileno())
 

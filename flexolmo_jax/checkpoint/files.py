@@ -9,6 +9,7 @@ from typing import Protocol, Union
 from etils import epath
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import is_remote
 
 # What operating systems and file servers leave in folders, in lower case: never read, never copied, never refused.
 SYSTEM_FILES = (
@@ -48,7 +49,7 @@ def check_files(directory: epath.Path, content: Content, label: str) -> None:
       UserError: names a file or folder that does not belong in it, what is neither a file nor a folder, or a link that
         leads out of the directory, nowhere, or in a circle.
     """
-    if "://" in str(directory):
+    if is_remote(directory):
         _check_folder(directory, content, label, "", lambda folder, place: _remote_entries(folder))
         return
     root = os.path.realpath(directory)

@@ -25,6 +25,7 @@ from flexolmo_jax.checkpoint.zarr import (
     with_expert,
 )
 from flexolmo_jax.errors import UserError, first_line
+from flexolmo_jax.paths import kvstore
 
 # One more than there are cores: a thread that waits for the disk leaves a core to another.
 COPY_THREADS = min(8, 1 + (os.cpu_count() or 1))
@@ -52,7 +53,7 @@ def open_tree(path: epath.PathLike) -> dict[str, ts.TensorStore]:
         raise UserError(f"{path}: holds {min(stray)}, which its index does not name; copy the directory again")
     # A chunk that is missing must not be read as zeros.
     options = {"driver": "zarr3", "open": True, "fill_missing_data_reads": False}
-    kvstores = {name: _kvstore(path / folder_name(name)) for name in names}
+    kvstores = {name: kvstore(path / folder_name(name)) for name in names}
     # All at once: on an object store each takes a round trip.
     opening = {name: ts.open({**options, "kvstore": kvstores[name]}, context=_context()) for name in names}
     leaves = {}
@@ -172,11 +173,6 @@ def all_finite(values: np.ndarray) -> bool:
         return True
     infinity = np.array(np.inf, values.dtype).view(f"u{values.dtype.itemsize}")
     return bool((values.view(infinity.dtype) & infinity).max() < infinity)
-
-
-def _kvstore(folder: epath.Path) -> str | dict[str, str]:
-    """Where tensorstore finds a folder; a local one is no URL, in which % and # would mean something else."""
-    return f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder.resolve()}/"}
 
 
 @functools.cache

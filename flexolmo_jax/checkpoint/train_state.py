@@ -8,7 +8,6 @@ OCDBT, which tensorstore reads.
 import functools
 import itertools
 import json
-import os
 import sys
 import zlib
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from flexolmo_jax import distributed
 from flexolmo_jax.checkpoint.digests import chunks, whole
 from flexolmo_jax.checkpoint.params import COPY_THREADS
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import absolute, kvstore
 
 # What tensorstore says of files that are missing, cut off, or hold something else.
 _DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
@@ -112,7 +112,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-        self._directory = epath.Path(directory).resolve()
+        self._directory = absolute(directory)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
@@ -249,7 +249,7 @@ def _check(folder: epath.Path, like_position: dict[str, Any]) -> Best | None:
       DamagedError: a part is missing or unreadable, or is not what was saved.
       UserError: it may not be read.
     """
-    folder = folder.resolve()
+    folder = absolute(folder)
     data = _read_json(folder / "data" / "metadata")
     named = data.get("checksums", {}) if isinstance(data, dict) else {}
     position = _position_of(data) if named else data
@@ -308,14 +308,12 @@ def _open(folder: epath.Path) -> dict[str, ts.TensorStore]:
         names = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
     except (KeyError, TypeError, AttributeError):
         raise DamagedError("state/_METADATA: no index of leaves") from None
-    state = os.fspath(folder / "state") + "/"
-    base = state if "://" in state else {"driver": "file", "path": state}
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     arrays = {}
     for name in names:
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        spec = {"driver": "ocdbt", "base": kvstore(folder / "state"), "path": f"{name}/"}
         try:
-            arrays[name] = ts.open({"driver": driver, "kvstore": kvstore, "open": True}, context=context).result()
+            arrays[name] = ts.open({"driver": driver, "kvstore": spec, "open": True}, context=context).result()
         except ValueError as error:
             raise _unreadable(name, error) from None
     return arrays

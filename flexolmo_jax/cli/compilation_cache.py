@@ -13,6 +13,8 @@ from pathlib import Path
 import filelock
 import platformdirs
 
+from flexolmo_jax.paths import is_remote
+
 MAX_BYTES = 2**30  # for each machine; JAX removes the least recently used programs
 _LOCK_SECONDS = 2  # JAX would wait longer, at each program
 _SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
@@ -41,7 +43,7 @@ def keep_compiled(directory: str | None, environment: MutableMapping[str, str] =
     if directory is None and "JAX_COMPILATION_CACHE_DIR" in environment:
         return None
     try:
-        path = directory if directory and "://" in directory else str(_prepared(directory, environment))
+        path = directory if directory and is_remote(directory) else str(_prepared(directory, environment))
     except (OSError, RuntimeError) as error:  # of which filelock.Timeout is one; no home is a RuntimeError
         return None if directory is None else str(error)
     environment["JAX_COMPILATION_CACHE_DIR"] = path

@@ -106,6 +106,8 @@ def _user_line(error: BaseException, destination: str, memory_remedy: str) -> st
         return f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{detail}; name others, or leave it unset"
     if isinstance(error, ImportError) and re.search(r"gcsfs|s3fs|fsspec|tensorflow", str(error)):
         return f"a path in a bucket: {first_line(error)}; install that package, or mount the bucket"
+    if isinstance(error, KeyError) and (scheme := str(error.args[0])).endswith("://"):  # of etils
+        return f"{scheme}: is no path; name a local one, or one that begins with gs:// or s3://"
     return None
 
 

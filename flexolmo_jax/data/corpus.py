@@ -25,9 +25,11 @@ from rich.progress import SpinnerColumn, TimeElapsedColumn
 from flexolmo_jax.checkpoint.atomic import atomic_directory, commit
 from flexolmo_jax.checkpoint.digests import combined_digest
 from flexolmo_jax.data.bad_records import BadRecords, StoppedError
+from flexolmo_jax.data.local_copies import local_copy
 from flexolmo_jax.data.token_files import TokenFileWriter, file_digest, find_above, find_document_ends, map_token_file
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import is_remote
 from flexolmo_jax.progress import byte_progress, progress_bar
 
 FORMAT_VERSION = 1
@@ -57,7 +59,7 @@ class NoTextError(UserError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """A corpus directory, memory-mapped: a random-access sequence of documents.
+    """A corpus directory, local or remote, memory-mapped: a random-access sequence of documents.
 
     `corpus[i]` is document i, EOS included: a read-only array of `dtype` [length]. The first access finds the ends of
     documents by one pass over the tokens, and keeps 8 bytes per document. Ids are not checked: callers compare them
@@ -86,13 +88,12 @@ class Corpus:
 
     @classmethod
     def open(cls, path: epath.PathLike) -> "Corpus":
-        """Opens a corpus directory, which must be local (or mounted) to be memory-mapped.
+        """Opens a corpus directory. Of a remote one (`gs://`, `s3://`) the token files are copied, `local_copies`.
 
         Raises:
           UserError: it is not a corpus, or of another format version, or a token file is missing or truncated.
         """
         path = epath.Path(path)
-        _check_local(path)
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; `flexolmo tokenize` makes a corpus")
         corpus = cls(path=path, **_read_description(path / _MANIFEST))
@@ -156,8 +157,19 @@ class Corpus:
                 )
 
     @functools.cached_property
+    def local_files(self) -> list[epath.Path]:
+        """The token files, or the local copies of remote ones."""
+        files = {self.path / file["name"]: file["sha256"] for file in self.files}
+        if not is_remote(self.path):
+            return [*files]
+        total = sum(file["tokens"] for file in self.files) * self.dtype.itemsize
+        with byte_progress(f"copy of {self.path}", total) as advance:
+            return [local_copy(file, digest, advance) for file, digest in files.items()]
+
+    @functools.cached_property
     def _arrays(self) -> list[np.ndarray]:
-        return [map_token_file(self.path / file["name"], file["tokens"], self.dtype) for file in self.files]
+        files = zip(self.local_files, self.files, strict=True)
+        return [map_token_file(file, described["tokens"], self.dtype) for file, described in files]
 
     @functools.cached_property
     def _document_ends(self) -> list[np.ndarray]:
@@ -196,7 +208,11 @@ def verify_corpora(corpora: Sequence[Corpus]) -> None:
     Raises:
       UserError: a file's content is not what `corpus.json` says.
     """
-    files = {corpus.path / file["name"]: file["sha256"] for corpus in corpora for file in corpus.files}
+    files = {
+        file: described["sha256"]
+        for corpus in corpora
+        for file, described in zip(corpus.local_files, corpus.files, strict=True)
+    }
     with (
         byte_progress("token files", sum(file.stat().length for file in files)) as advance,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
@@ -232,9 +248,8 @@ def write_corpus(
     Raises:
       NoTextError: there is no document with text.
       StoppedError: the reader stopped at a bad record.
-      UserError: `out` exists, or is not local.
+      UserError: `out` exists.
     """
-    _check_local(out)
     columns = (SpinnerColumn(), "{task.description} {task.completed} documents", TimeElapsedColumn())
     with progress_bar(*columns, shown=progress) as bar:
         chunks = _chunks(bar.track(documents, description="Tokenized"), tokenizer)
@@ -358,11 +373,6 @@ def _write(
         }
         tokenizer.save(directory / _TOKENIZER)
         commit(directory / _MANIFEST, description)
-
-
-def _check_local(path: epath.PathLike) -> None:
-    if "://" in os.fspath(path):
-        raise UserError(f"{path}: a corpus is memory-mapped; copy it to a local disk or mount its bucket")
 
 
 def _in_vocabulary(source: Corpus, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

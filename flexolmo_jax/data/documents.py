@@ -20,6 +20,7 @@ from etils import epath
 from flexolmo_jax.data.bad_records import BadRecordError, BadRecords
 from flexolmo_jax.data.sources import SOURCES, MissingLibraryError, Records, Source, data_library, source_of
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import is_remote
 
 AUTO = "auto"
 _BUFFER_BYTES = 1 << 20
@@ -69,7 +70,7 @@ def _once(files: Iterable[epath.Path]) -> list[epath.Path]:
     """The files, each under the first of its names."""
     names = {}
     for file in files:
-        names.setdefault(str(file) if "://" in str(file) else os.path.realpath(file), file)
+        names.setdefault(str(file) if is_remote(file) else os.path.realpath(file), file)
     return list(names.values())
 
 
@@ -104,7 +105,7 @@ def _matches(pattern: str) -> list[epath.Path]:
         raise UserError(f"{pattern}: is a directory; name files in it: '{pattern.rstrip('/')}/*'")
     if path.exists():
         return [path]
-    if "://" in pattern:
+    if is_remote(pattern):
         found = sorted(path.parent.glob(path.name))
     else:
         found = map(epath.Path, sorted(glob.glob(pattern, recursive=True)))  # epath knows no `**`

@@ -50,6 +50,7 @@ from flexolmo_jax.interop.safetensors_io import write_tensors
 from flexolmo_jax.interop.tensors import ROUTER_BIAS, Tensor, each_tensor, tensor_dtype, tensor_values
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.model.selectors import NgramSelector, read_derived
+from flexolmo_jax.paths import is_remote
 from flexolmo_jax.progress import byte_progress
 
 SAMPLE_TEXT = (
@@ -155,7 +156,7 @@ def export(
         is too small to measure what that changes, a selector is to be kept and there is none, the source is not what
         its manifest says, the parity gate fails, or `out` exists.
     """
-    if "://" in str(out):
+    if is_remote(out):
         raise UserError(f"{out}: must be a local directory; copy it to its place afterwards")
     architecture = Architecture.from_dict(source.manifest.architecture, source.label)
     if keep_selector:

@@ -17,6 +17,7 @@ from etils import epath
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.model import load
+from flexolmo_jax.paths import absolute
 from flexolmo_jax.serving import scheduler as scheduling
 from flexolmo_jax.serving.app import make_app
 from flexolmo_jax.serving.chat import load_chat_template
@@ -69,7 +70,7 @@ def serve(
         model = load(path, dtype)
         if model.tokenizer is None:
             raise UserError(f"{path}: has no tokenizer.json; add the tokenizer's, which requests with text need")
-        directory = epath.Path(path).resolve().name
+        directory = absolute(path).name
         max_length = max_length or model.manifest.context_length
         served = Served(
             names=tuple(dict.fromkeys([name or directory, directory])),

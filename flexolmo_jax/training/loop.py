@@ -152,7 +152,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
                 if stop or done or is_best or step % run.checkpoint.every == 0:
                     # Before the checkpoint is there: a rerun reports only the steps after it, and no checkpoint is of
                     # a step whose metrics are not finite.
-                    reporter.flush()
+                    reporter.store()
                     with clock.spending("checkpoint"):
                         checkpoints.save(step, state, batches.get_state(), best)
                 if stop and not done:

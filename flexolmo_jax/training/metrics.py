@@ -1,7 +1,6 @@
 """Reports the metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, and a progress bar."""
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from flexolmo_jax.chips import peak_flops
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.progress import progress_bar
 from flexolmo_jax.training.clock import Clock, began, seconds_of_steps
+from flexolmo_jax.training.metrics_file import MetricsFile
 
-METRICS_FILE = "metrics.jsonl"
 LOG_LINES_EVERY = 10  # lines of metrics.jsonl for one line in a log
 _GIB = 2**30
 
@@ -77,9 +76,10 @@ class Reporter:
         self._reported, self.clock = reported, clock or Clock()
         self._pending: tuple[int, Any] | None = None
         self._tokens, self._done_steps = 0.0, 0
-        self._file = workdir / METRICS_FILE
+        self._file = MetricsFile(workdir)
         self._reports = distributed.is_primary()
-        kept = self._drop_later_lines(first) if self._reports else []
+        kept, dropped = self._file.drop_later(first) if self._reports else ([], [])
+        self.clock.spend("lost", seconds_of_steps(dropped))
         self._began, self._seconds_of_steps = began(kept), seconds_of_steps(kept)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1, write_to_disk=self._reports)
         self._wandb = _start_wandb(reported, workdir) if reported.wandb and self._reports else None
@@ -121,6 +121,11 @@ class Reporter:
         if self._bar.disable and (step == steps or step % (every * LOG_LINES_EVERY) == 0):
             self._bar.console.print(f"{self._reported.title} {step}/{steps} {summary}")
 
+    def store(self) -> None:
+        """Reports the last step, and sees to it that all lines are in metrics.jsonl."""
+        self.flush()
+        self._file.store()
+
     def evaluation(self, step: int, losses: Mapping[str, float], best: Best | None = None) -> None:
         """Reports held-out losses.
 
@@ -133,18 +138,6 @@ class Reporter:
         self._check_finite(step, {f"the held-out loss of {label}": nats for label, nats in losses.items()})
         of_best = {"best_step": best.step, "best_loss": best.loss} if best else {}
         self._write(step, {f"evaluation/{label}": nats for label, nats in losses.items()} | of_best)
-
-    def _drop_later_lines(self, first: int) -> list[dict[str, Any]]:
-        """Rewrites the file without the lines of steps after `first`, and returns the lines that stay."""
-        if not self._file.exists():
-            return []
-        lines = [(line, _parsed(line)) for line in self._file.read_text().splitlines()]
-        kept = [(line, values) for line, values in lines if values and values["step"] <= first]
-        temporary = self._file.with_name(f".{METRICS_FILE}.incomplete")
-        temporary.write_text("".join(f"{line}\n" for line, _ in kept))
-        temporary.replace(self._file)
-        self.clock.spend("lost", seconds_of_steps([values for _, values in lines[len(kept) :] if values]))
-        return [values for _, values in kept if values]
 
     def _of_machine(self) -> dict[str, float]:
         """Rates, memory and where the time went, since the last line."""
@@ -201,8 +194,7 @@ class Reporter:
         """Appends one line to metrics.jsonl, and a point for each number to the others."""
         if not self._reports:
             return
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._file.append({"step": step, "time": time.time(), **values})
         scalars = dict(_flat(values))
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
@@ -219,6 +211,7 @@ class Reporter:
                 self.flush()
         finally:
             self._bar.stop()
+            self._file.store()
             self._board.close()
             if self._wandb:
                 self._wandb.finish()
@@ -256,12 +249,3 @@ def _start_wandb(reported: Reported, workdir: epath.Path) -> Any:
 
     identity = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]
     return wandb.init(project=reported.wandb, id=identity, name=reported.title, dir=os.fspath(workdir), resume="allow")
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A line's values; None for the torn last line of a run that was killed."""
-    try:
-        values = json.loads(line)
-        return values if isinstance(values, dict) and isinstance(values["step"], int) else None
-    except (ValueError, KeyError):
-        return None

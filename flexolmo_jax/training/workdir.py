@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from configs import base, keys
 from flexolmo_jax import distributed
 from flexolmo_jax.errors import ArgumentError, UserError
+from flexolmo_jax.paths import is_remote
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -42,8 +43,12 @@ def finished(workdir: epath.Path, record: dict[str, Any]) -> epath.Path | None:
       record: what `config.json` holds once the run has begun.
 
     Raises:
+      ArgumentError: checkpoints cannot be saved there.
       UserError: the workdir holds another run, one that may give no output, or an output with another card.
     """
+    if os.fspath(workdir).startswith("s3://"):
+        problem = "Orbax cannot save checkpoints there; name one on gs:// or on a disk or mount that all hosts see"
+        raise ArgumentError("workdir", os.fspath(workdir), problem)
     before, now = _read_record(workdir), flatten_dict(record, sep=".")
     if before is not None:
         _check_same(workdir, before, now)
@@ -97,7 +102,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 def _locked(workdir: epath.Path) -> Iterator[None]:
     """As `locked`, for this process."""
     workdir.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(workdir):
+    if is_remote(workdir):
         _warn_unlocked(workdir)
         yield
         return

@@ -222,20 +222,9 @@ def test_open_errors(corpus, spoil, message):
     assert "\n" not in str(caught.value)
 
 
-def test_open_needs_a_local_directory(tmp_path):
+def test_open_needs_a_directory(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         Corpus.open(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"^gs://bucket/corpus: a corpus is memory-mapped"):
-        Corpus.open("gs://bucket/corpus")
-
-
-def test_a_corpus_is_not_made_where_it_could_not_be_opened():
-    def texts():
-        raise AssertionError("a document is read")
-        yield ""
-
-    with pytest.raises(UserError, match=r"^gs://bucket/corpus: a corpus is memory-mapped"):
-        write_corpus("gs://bucket/corpus", texts(), byte_tokenizer())
 
 
 def test_a_wrong_eos_is_found(corpus):
