@@ -5,7 +5,11 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexolmo_jax import distributed
 from flexolmo_jax.errors import ProcessesError, UserError
@@ -107,6 +111,63 @@ def test_what_makes_no_sense_is_refused(arguments, problem):
     with pytest.raises(UserError) as caught:
         distributed.start(*arguments)
     assert str(caught.value).startswith(problem)
+
+
+def collect():
+    """Runs in each process: prints the collectives whose results are not those of numpy, on whole numbers."""
+    devices, count = np.array(jax.devices()), jax.device_count()
+    numbers = np.random.default_rng(0).integers(-1000, 1000, (count, 2 * count, 3)).astype(np.float32)
+    shifted = [(i, (i + 1) % count) for i in range(count)]
+    blocks = numbers.reshape(count, count, 2, 3)
+    expected = {
+        "psum": (lambda x: jax.lax.psum(x, "x"), np.broadcast_to(numbers.sum(0), numbers.shape)),
+        "psum_scatter": (
+            lambda x: jax.lax.psum_scatter(x, "x", scatter_dimension=1, tiled=True),
+            blocks.sum(0),
+        ),
+        "all_gather": (
+            lambda x: jax.lax.all_gather(x, "x", axis=1, tiled=True),
+            np.broadcast_to(numbers.reshape(-1, 3), (count, 2 * count * count, 3)),
+        ),
+        "all_to_all": (
+            lambda x: jax.lax.all_to_all(x, "x", split_axis=1, concat_axis=1, tiled=True),
+            blocks.swapaxes(0, 1).reshape(numbers.shape),
+        ),
+        "ppermute": (lambda x: jax.lax.ppermute(x, "x", shifted), np.roll(numbers, 1, axis=0)),
+    }
+    # Processes one after another, and in turns.
+    for order in (np.arange(count), np.arange(count).reshape(2, -1).T.ravel()):
+        mesh = Mesh(devices[order], ("x",))
+        over = NamedSharding(mesh, PartitionSpec("x"))
+        placed = jax.make_array_from_callback(numbers.shape, over, numbers.__getitem__)
+        for name, (collective, wanted) in expected.items():
+            mapped = jax.shard_map(collective, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+            for shard in jax.jit(mapped)(placed).addressable_shards:
+                if not np.array_equal(shard.data, wanted[shard.index]):
+                    print(name, [*order])
+    print("done")
+
+
+@pytest.mark.slow
+def test_collectives_between_processes_are_right():
+    assert processes.run(2, 2, __name__, "collect") == ["done", "done"]
+
+
+def compile_slowly():
+    """Runs in each process: one takes longer to compile than the heartbeat's timeout, then all add up."""
+    if distributed.index() == 1:
+        time.sleep(25)  # JAX gives up a process after 10 seconds without a heartbeat
+    distributed.gather("compiled", 0)
+    mesh = Mesh(jax.devices(), ("x",))
+    ones = jax.make_array_from_callback(
+        (2,), NamedSharding(mesh, PartitionSpec("x")), np.ones(2, np.float32).__getitem__
+    )
+    print(float(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones)))
+
+
+@pytest.mark.slow
+def test_a_compilation_may_take_longer_than_the_heartbeat():
+    assert processes.run(2, 1, __name__, "compile_slowly") == ["2.0", "2.0"]
 
 
 def flexolmo_train(*flags, environment=None):

@@ -7,7 +7,7 @@ import pytest
 
 from configs import benchmark as config_file
 from flexolmo_jax.benchmark import run
-from flexolmo_jax.benchmark.results import experts_table, steps_table, versus_table
+from flexolmo_jax.benchmark.results import experts_table, processes_table, steps_table, versus_table
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.tables import show
 from tests.support import runs, small
@@ -139,6 +139,39 @@ def test_models_with_more_experts_decode_in_turns_with_the_first(asked, capsys):
     ]
 
 
+def test_processes_train_in_turns_with_one_that_has_as_many_devices(asked, monkeypatch, capsys):
+    log, worker = asked
+    places = []
+
+    class Workers(worker):
+        def __init__(self, spec, count):
+            super().__init__(spec)
+            self.name = f"{count} processes"
+
+        def ask(self, request, patience=None):
+            answer = super().ask(request, patience)
+            return answer | {"processes": 2} if request == "begin" else 1.1 if request == "seconds" else answer
+
+    class Alone(worker):
+        def __init__(self, spec):
+            super().__init__(spec)
+            places.append(spec.place)
+
+    monkeypatch.setattr(run, "Workers", Workers)
+    monkeypatch.setattr(run, "Worker", Alone)
+    (result,) = run.benchmark(config_file.get_config(), ["solo"], 2, processes=2)
+    assert [(place.devices, place.processes) for place in places] == [(2, 1)]
+    started = log.index(("2 processes", "memory")) + 1
+    turn = [("flexolmo", "limit"), ("flexolmo", "seconds"), ("2 processes", "seconds")]
+    assert log[started:] == [*turn, *turn, ("2 processes", "close"), ("flexolmo", "close")]
+    show(processes_table(result))
+    lines = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if "|" in line and "--" not in line]
+    assert [[cell.strip() for cell in line] for line in lines[1:]] == [
+        ["1", "1,000.0", "1.00"],
+        ["2", "1,100.0", "1.10"],
+    ]
+
+
 def test_the_number_of_experts_per_token_is_at_most_theirs():
     config = config_file.get_config()
     config.moe.top_k = 3
@@ -159,6 +192,13 @@ def test_options_of_decoding_are_refused_elsewhere():
         run.benchmark(config, ["pair"], 1, selection="ngram")
     with pytest.raises(UserError, match="selection=ngram: transformers has no selector"):
         run.benchmark(config, ["decode"], 1, versus=True, selection="ngram")
+
+
+@pytest.mark.parametrize("options", [{"versus": True}, {}])
+def test_processes_are_for_training_alone(options):
+    step = "solo" if options else "decode"
+    with pytest.raises(UserError, match="processes=2: is for training steps alone"):
+        run.benchmark(config_file.get_config(), [step], 1, processes=2, **options)
 
 
 def test_decoding_needs_no_batch_that_divides_into_micro_batches():
