@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from flexolmo_jax import distributed
 from flexolmo_jax.benchmark.worker import Step
 from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, BY_ROUTER, ExpertRecord, ModelManifest
 from flexolmo_jax.inference.engine import Engine
@@ -38,10 +39,15 @@ class JaxStep(Step):
         statistics = jax.local_devices()[0].memory_stats()
         return statistics["peak_bytes_in_use"] if statistics else None
 
+    def agree(self, number: int) -> int:
+        """That of the first process."""
+        return distributed.from_primary("number", lambda: number)
+
     def _built(self, **metrics: Any) -> dict[str, Any]:
         device = jax.devices()[0]
         devices = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
-        return {**devices, **metrics}
+        processes = {"processes": jax.process_count()} if jax.process_count() > 1 else {}
+        return {**devices, **processes, **metrics}
 
 
 class TrainStep(JaxStep):
@@ -136,7 +142,10 @@ def random_batch(program: Program, seed: int) -> Batch:
     tokens, targets = np.random.default_rng(seed).integers(0, vocabulary, (2, *shape), np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     batch = {"tokens": tokens, "targets": targets, "segment_ids": np.ones(shape, np.int32), "positions": positions}
-    return jax.device_put(batch, {name: array.sharding for name, array in program.batch.items()})
+    shardings = {name: array.sharding for name, array in program.batch.items()}
+    return {
+        name: jax.make_array_from_callback(shape, shardings[name], array.__getitem__) for name, array in batch.items()
+    }
 
 
 def random_model(decoder: Decoder, config: ConfigDict, selection: str = BY_ROUTER) -> Model:

@@ -54,6 +54,20 @@ def experts_table(result: Metrics) -> Table:
     return table
 
 
+def processes_table(result: Metrics) -> Table:
+    """A step of one process and of several, with as many devices, and the ratio of their times."""
+    table = plain_table(f"{result['step']}: processes", ("step, ms", "to one process", "tokens/s", "peak memory, GiB"))
+    for side in result["sides"].values():
+        table.add_row(
+            str(side.get("processes", 1)),
+            f"{1e3 * statistics.median(side['seconds']):,.1f}",
+            f"{side['ratio']:.2f}",
+            f"{side['tokens_per_second']:,.1f}",
+            f"{side['peak_bytes'] / _GIB:.2f}",
+        )
+    return table
+
+
 def versus_table(result: Metrics) -> Table:
     """This program, then transformers' sides, those that it is least ahead of first, with its ratios to them.
 

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs.base import PARTITIONS
-from flexolmo_jax.benchmark.worker import Spec, Worker
+from flexolmo_jax.benchmark.worker import Place, Spec, Worker, Workers
 from flexolmo_jax.checkpoint.manifests import BY_ROUTER
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.model.architecture import EXPERT_LAYOUTS
@@ -39,6 +39,7 @@ def benchmark(
     say: Say = lambda *_: None,
     num_experts: Sequence[int] = (),
     selection: str = BY_ROUTER,
+    processes: int = 1,
 ) -> list[Metrics]:
     """Measures steps on this machine.
 
@@ -51,6 +52,8 @@ def benchmark(
       num_experts: of the models that decode, in place of the configuration's; the first is this program's side, to
         which the others, sides such as "16 experts", are compared.
       selection: what chooses their experts, one of `model.selectors.SELECTIONS`.
+      processes: above 1, so many with a part of the cores each take a step together, a side "2 processes", to be
+        compared with one process that has as many devices, and all these cores.
 
     Returns:
       For each step {"step", "sides": {side: metrics}, "left_out": {side: why}}. Metrics are a worker's answers, a list
@@ -65,8 +68,11 @@ def benchmark(
         raise ArgumentError(*value, "is for decoding alone; measure step=decode")
     if versus and selection != BY_ROUTER:
         raise ArgumentError("selection", selection, f"transformers has no selector; use {BY_ROUTER}, or no comparison")
+    if processes > 1 and (versus or "decode" in steps):
+        problem = "is for training steps alone, without a comparison; measure step=solo"
+        raise ArgumentError("processes", processes, problem)
     # Refuses before time is spent.
-    specs = [_specs(step, config, versus, num_experts, selection) for step in steps]
+    specs = [_specs(step, config, versus, num_experts, selection, processes) for step in steps]
     done, total = itertools.count(), sum(map(len, specs))
     return [_measure(sides, runs, lambda what: say(what, next(done), total)) for sides in specs]
 
@@ -91,10 +97,19 @@ def prepared(config: ConfigDict, step: str) -> FrozenConfigDict:
     return FrozenConfigDict(config)
 
 
-def _specs(step: str, config: ConfigDict, versus: bool, num_experts: Sequence[int], selection: str) -> dict[str, Spec]:
+def _specs(
+    step: str, config: ConfigDict, versus: bool, num_experts: Sequence[int], selection: str, processes: int = 1
+) -> dict[str, Spec]:
     """What to measure, by name; this program first."""
     if step != "decode":
-        return _versus(Spec(FLEXOLMO, step, prepared(config, step)), versus)
+        spec = Spec(FLEXOLMO, step, prepared(config, step))
+        if processes == 1:
+            return _versus(spec, versus)
+        together = Place(processes=processes)
+        return {
+            FLEXOLMO: spec._replace(place=Place(devices=processes)),
+            f"{processes} processes": spec._replace(place=together),
+        }
     models = []
     for count in dict.fromkeys(num_experts) or [config.moe.num_experts]:
         if count < 1:
@@ -144,13 +159,13 @@ def _measure(specs: Mapping[str, Spec], runs: int, begin: Callable[[str], None])
         until_measured.callback(reference_worker.close)
         # Memory right then, before what is measured of the machine takes some.
         sides[FLEXOLMO] = reference = reference_worker.ask("begin") | reference_worker.ask("memory")
-        workers = {FLEXOLMO: reference_worker}
+        workers: dict[str, Worker | Workers] = {FLEXOLMO: reference_worker}
         _take_turns(workers, sides, runs)
         if reference["platform"] != "cpu":
             workers.pop(FLEXOLMO).close()
         for name, spec in specs.items():
             begin(f"{spec.step}: {name}")
-            with contextlib.closing(Worker(spec)) as worker:
+            with contextlib.closing(_worker(spec)) as worker:
                 try:
                     built = worker.ask("begin", None if spec.side == FLEXOLMO else PATIENCE) | worker.ask("memory")
                 except UserError as error:
@@ -163,11 +178,16 @@ def _measure(specs: Mapping[str, Spec], runs: int, begin: Callable[[str], None])
     return {"step": spec.step, "sides": {name: _summary(side) for name, side in sides.items()}, "left_out": left_out}
 
 
-def _take_turns(workers: Mapping[str, Worker], sides: Mapping[str, Metrics], runs: int) -> None:
+def _worker(spec: Spec) -> Worker | Workers:
+    """What measures a side."""
+    return Workers(spec, spec.place.processes) if spec.place and spec.place.processes > 1 else Worker(spec)
+
+
+def _take_turns(workers: Mapping[str, Worker | Workers], sides: Mapping[str, Metrics], runs: int) -> None:
     """Asks workers in turns, and adds their answers to the metrics of their sides."""
     for _, (name, worker) in itertools.product(range(runs), workers.items()):
         requests = {"seconds": "seconds"}
-        if "limit_of" in sides[name]:
+        if "limit_of" in sides[name] and "processes" not in sides[name]:
             requests = {"limit": "limit", **requests, **({"token": "token_seconds"} if "bytes" in sides[name] else {})}
         for request, key in requests.items():
             time.sleep(PAUSE)

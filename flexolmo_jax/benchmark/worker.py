@@ -8,9 +8,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
@@ -23,6 +24,15 @@ from flexolmo_jax.errors import UserError, first_line
 _LEAST_SECONDS = 0.3  # to time at once: short steps are repeated
 
 
+class Place(NamedTuple):
+    """Which of several processes, or of a process's devices, compute; each has a part of this machine's cores."""
+
+    devices: int = 1  # of this process
+    coordinator: str = ""  # address of the first process; "": there is no other
+    process: int = 0
+    processes: int = 1
+
+
 class Spec(NamedTuple):
     """What a worker measures."""
 
@@ -32,6 +42,7 @@ class Spec(NamedTuple):
     experts: str = ""  # transformers' `experts_implementation`; "" for a model without experts
     compiled: bool = False  # whether transformers' model goes through `torch.compile`
     selection: str = BY_ROUTER  # what chooses experts of a model that decodes, one of `model.selectors.SELECTIONS`
+    place: Place | None = None  # None: all devices that are there, and all cores
 
 
 class Step:
@@ -66,6 +77,10 @@ class Step:
         """Peak bytes in use on a device; None if the device is the host."""
         raise NotImplementedError
 
+    def agree(self, number: int) -> int:
+        """The number that all processes take which take steps together."""
+        return number
+
     def begin(self) -> dict[str, Any]:
         """What `build` returns, and "compile_seconds": what the first step takes beyond the second."""
         built = self.build()
@@ -74,7 +89,7 @@ class Step:
         self.wait()
         first = time.perf_counter() - start
         later = self.seconds()
-        self._repeats = math.ceil(_LEAST_SECONDS / later)
+        self._repeats = self.agree(math.ceil(_LEAST_SECONDS / later))
         return {**built, "compile_seconds": first - later}
 
     def seconds(self) -> float:
@@ -118,9 +133,17 @@ class Worker:
         Raises:
           UserError: the worker refuses what it is to measure, fails (for want of memory, say), or takes too long.
         """
+        return self.answer(self.begin(request), patience)
+
+    def begin(self, request: str) -> Future[Any]:
+        """Asks, and does not wait."""
+        return self._pool.submit(_answer, self._spec, request)
+
+    def answer(self, asked: Future[Any], patience: float | None = None) -> Any:
+        """Waits for the answer; raises what `ask` does."""
         label = f"{self._spec.step}: {self._spec.side}"
         try:
-            return self._pool.submit(_answer, self._spec, request).result(patience)
+            return asked.result(patience)
         except UserError:
             raise
         except TimeoutError:
@@ -129,6 +152,31 @@ class Worker:
             raise UserError(f"{label}: its process was killed, perhaps for want of memory") from None
         except Exception as error:  # whatever the libraries of that side raise
             raise UserError(f"{label}: {type(error).__name__}: {first_line(error)}") from error
+
+
+class Workers:
+    """Processes that take one step together; asked as a `Worker` is."""
+
+    def __init__(self, spec: Spec, processes: int):
+        """Starts them, each with one device."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            coordinator = f"localhost:{free.getsockname()[1]}"
+        places = [Place(1, coordinator, index, processes) for index in range(processes)]
+        self._workers = [Worker(spec._replace(place=place)) for place in places]
+
+    def close(self) -> None:
+        """Ends them."""
+        for worker in self._workers:
+            worker.close()
+
+    def ask(self, request: str, patience: float | None = None) -> Any:
+        """As `Worker.ask`, of all: the longest time, the sum of what is in memory, or else what the first says."""
+        asked = [worker.begin(request) for worker in self._workers]
+        answers = [worker.answer(of_worker, patience) for worker, of_worker in zip(self._workers, asked, strict=True)]
+        if request == "memory":
+            return {key: sum(answer[key] for answer in answers) for key in answers[0]}
+        return max(answers) if isinstance(answers[0], float) else answers[0]
 
 
 def _prepare() -> None:
@@ -157,9 +205,26 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _take(place: Place) -> None:
+    """Takes a part of the cores, and joins the other processes; before JAX looks for devices."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[place.process :: place.processes] or cores)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", place.devices)
+    if place.coordinator:
+        from flexolmo_jax import distributed
+
+        distributed.start(place.coordinator, place.processes, place.process)
+
+
 @functools.cache  # a process has one
 def make_step(spec: Spec) -> Step:
     """The step of a spec; imports the libraries of its side alone."""
+    if spec.place:
+        _take(spec.place)
     if spec.side == "transformers":
         from flexolmo_jax.benchmark import torch_steps as steps
     else:

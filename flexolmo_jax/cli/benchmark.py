@@ -15,6 +15,9 @@ while the step ran.
 With --num_experts, models with so many experts, the anchor included, decode in turns with the first, and a table
 compares the time of a token. --selection says what chooses their experts: a selector, or the router.
 
+With --processes=2, two processes with half the cores each also train together, in turns with one process that has two
+devices and all cores; a table compares them. Both are on the CPU.
+
 With --versus=transformers the same sizes run there too, in turns, with each implementation of experts it has, compiled
 and not. With data.grad_accum_steps above 1, transformers takes the batch at once and, uncompiled, in micro-batches too.
 Peak memory is that of a process, with libraries and compiling; on a device, what it had in use. Both sides have their
@@ -36,6 +39,7 @@ _NUM_EXPERTS = flags.DEFINE_list(
 )
 _SELECTION = flags.DEFINE_enum("selection", BY_ROUTER, SELECTIONS, "For decoding: what chooses experts.")
 _VERSUS = flags.DEFINE_enum("versus", None, ["transformers"], "What to compare with (extra `interop`).")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "For training: processes that also do it together.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 flags.mark_flags_as_required(["config"])
 KEEPS_COMPILED = False  # it measures compilation
@@ -46,7 +50,7 @@ def run() -> None:
     import importlib.util
     import json
 
-    from flexolmo_jax.benchmark.results import description, experts_table, steps_table, versus_table
+    from flexolmo_jax.benchmark.results import description, experts_table, processes_table, steps_table, versus_table
     from flexolmo_jax.benchmark.run import benchmark
     from flexolmo_jax.cli.files import write_json
     from flexolmo_jax.errors import UserError
@@ -58,14 +62,26 @@ def run() -> None:
         raise UserError(f"--versus=transformers: needs {missing[0]}; pip install 'flexolmo-jax[interop]'")
     with Stages("flexolmo benchmark") as stages:
         steps = list(dict.fromkeys(_STEPS.value))
+        if _PROCESSES.value > 1 and not flags.FLAGS["step"].present:
+            steps.remove("decode")
         results = benchmark(
-            _CONFIG.value, steps, _RUNS.value, bool(_VERSUS.value), stages.say, _counts(), _SELECTION.value
+            _CONFIG.value,
+            steps,
+            _RUNS.value,
+            versus=bool(_VERSUS.value),
+            say=stages.say,
+            num_experts=_counts(),
+            selection=_SELECTION.value,
+            processes=_PROCESSES.value,
         )
     show(steps_table(results))
     for result in results:
         if result["step"] == "decode" and _NUM_EXPERTS.value:
             print()
             show(experts_table(result))
+        if _PROCESSES.value > 1:
+            print()
+            show(processes_table(result))
         if _VERSUS.value:
             print()
             show(versus_table(result))

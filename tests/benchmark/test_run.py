@@ -10,6 +10,7 @@ from flexolmo_jax.benchmark import run
 from flexolmo_jax.benchmark.results import experts_table, processes_table, steps_table, versus_table
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.tables import show
+from tests.benchmark.test_jax_steps import SIZES
 from tests.support import runs, small
 
 SECONDS = {"flexolmo": 1.0, "eager": 2.0, "grouped_mm": 1.6}
@@ -192,6 +193,17 @@ def test_options_of_decoding_are_refused_elsewhere():
         run.benchmark(config, ["pair"], 1, selection="ngram")
     with pytest.raises(UserError, match="selection=ngram: transformers has no selector"):
         run.benchmark(config, ["decode"], 1, versus=True, selection="ngram")
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one():
+    config = config_file.get_config("64")
+    config.update_from_flattened_dict(SIZES)
+    (result,) = run.benchmark(config, ["anchor"], 1, processes=2)
+    one, two = result["sides"].values()
+    assert (one["devices"], two["devices"], two["processes"]) == (2, 2, 2)
+    assert (one["tokens"], one["flops"]) == (two["tokens"], two["flops"])
+    assert two["seconds"][0] > 0
 
 
 @pytest.mark.parametrize("options", [{"versus": True}, {}])
