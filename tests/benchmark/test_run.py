@@ -163,8 +163,8 @@ def test_processes_train_in_turns_with_one_that_has_as_many_devices(asked, monke
     (result,) = run.benchmark(config_file.get_config(), ["solo"], 2, processes=2)
     assert [(place.devices, place.processes) for place in places] == [(2, 1)]
     started = log.index(("2 processes", "memory")) + 1
-    turn = [("flexolmo", "limit"), ("flexolmo", "seconds"), ("2 processes", "seconds")]
-    assert log[started:] == [*turn, *turn, ("2 processes", "close"), ("flexolmo", "close")]
+    requests = [("flexolmo", "limit"), ("flexolmo", "seconds"), ("2 processes", "seconds")]
+    assert log[started:] == [*requests, *requests, ("2 processes", "close"), ("flexolmo", "close")]
     show(processes_table(result))
     lines = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if "|" in line and "--" not in line]
     assert [[cell.strip() for cell in line] for line in lines[1:]] == [
@@ -200,10 +200,10 @@ def test_two_processes_take_the_steps_of_one():
     config = config_file.get_config("64")
     config.update_from_flattened_dict(SIZES)
     (result,) = run.benchmark(config, ["anchor"], 1, processes=2)
-    one, two = result["sides"].values()
-    assert (one["devices"], two["devices"], two["processes"]) == (2, 2, 2)
-    assert (one["tokens"], one["flops"]) == (two["tokens"], two["flops"])
-    assert two["seconds"][0] > 0
+    alone, together = result["sides"].values()
+    assert (alone["devices"], together["devices"], together["processes"]) == (2, 2, 2)
+    assert (alone["tokens"], alone["flops"]) == (together["tokens"], together["flops"])
+    assert together["seconds"][0] > 0
 
 
 @pytest.mark.parametrize("options", [{"versus": True}, {}])

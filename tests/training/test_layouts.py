@@ -1,4 +1,4 @@
-"""Four processes, two and one: the same batches, losses and checkpoints, and a run goes on in another layout."""
+"""Four processes, two and one: the same batches, losses and checkpoints, and a run resumes in another layout."""
 
 import hashlib
 import json
@@ -138,7 +138,7 @@ def test_what_four_saved_is_restored_on_one_two_and_eight_devices(trained, alone
             assert leaf.tobytes() == published[path].tobytes(), path
 
 
-def test_a_run_of_four_goes_on_in_one(trained, alone, tmp_path):
+def test_a_run_of_four_resumes_in_one(trained, alone, tmp_path):
     workdir = tmp_path / "joint"
     shutil.copytree(trained["joint"], workdir)
     shutil.rmtree(workdir / "model")
