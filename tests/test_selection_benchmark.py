@@ -1,4 +1,4 @@
-"""benchmarks/script.py: its policies and measures, against plain versions on a few tokens."""
+"""benchmarks/selection.py and floor.py: policies and measures, against plain versions on a few tokens."""
 
 import functools
 import importlib
@@ -13,6 +13,7 @@ import pytest
 from scipy.stats import multivariate_normal
 
 import flexolmo_jax
+from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.model.selectors import BUCKETS, DECAY, NgramSelector, advance, new_state
 from tests.support import runs, tiny
 
@@ -200,3 +201,23 @@ def test_the_script_compares_all_policies(script, journey, tmp_path, monkeypatch
     assert results[0]["own weight"] > 0.9  # other words than in public text
     assert all(np.isfinite(list(result.values())[1:]).all() for result in results)
     assert capsys.readouterr().out.count("discriminant") == 9
+
+
+def test_the_floor_is_that_of_an_evaluation_and_resampling_one_document_changes_nothing(folder, tmp_path_factory):
+    floor, made = importlib.import_module("floor"), runs.journey(tmp_path_factory.getbasetemp())
+    model = flexolmo_jax.load(made.merged)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(floor, "LENGTH", 32)
+        patch.setattr(floor, "BATCH", 8)
+        tokens = floor.read_tokens(model, made.held_out, "anchor")
+    shares, added = floor.by_expert(tokens, len(model.roster))
+    sizes = {"length": 32, "batch_size": 8}
+    left = evaluate(model, {"": made.held_out}, without=["anchor"], **sizes)[""].nats
+    alone = evaluate(model, {"": made.held_out}, without=model.roster[1:], **sizes)[""].nats
+    assert added.sum() == pytest.approx(left / alone - 1, abs=1e-6)
+    assert shares.tolist() == [0, 1]
+    assert len(np.unique(tokens.document)) == len(made.held_out)
+    drawn = floor.resampled(tokens, samples=500)
+    assert drawn.min() < left / alone - 1 < drawn.max()
+    one_document = tokens._replace(document=np.zeros_like(tokens.document))
+    np.testing.assert_allclose(floor.resampled(one_document, samples=3), left / alone - 1, rtol=1e-4)
