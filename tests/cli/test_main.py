@@ -37,7 +37,7 @@ FLAGS = {
         *("model", "name", "host", "port", "slots", "queue", "max_length", "dtype", "verbose"),
         *("api_key_file", "cors_origin"),
     ],
-    "benchmark": ["config", "step", "runs", "num_experts", "selection", "versus", "json"],
+    "benchmark": ["config", "step", "runs", "num_experts", "selection", "processes", "versus", "json"],
     "plan": ["config", "topology", "json"],
     "convert": ["source", "anchor", "out"],
     "inspect": ["check"],
