@@ -17,7 +17,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def kvstore(folder: epath.PathLike) -> str | dict[str, Any]:
-    """Where tensorstore finds a folder. For `s3://` it needs the environment's endpoint, if there is one, in words."""
+    """Where tensorstore finds a folder; it does not read the environment's endpoint of `s3://`, so that is added."""
     folder = absolute(folder)
     if not is_remote(folder):  # not a URL, in which % and # would mean something else
         return {"driver": "file", "path": f"{folder}/"}

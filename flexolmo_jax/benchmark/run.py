@@ -105,10 +105,9 @@ def _specs(
         spec = Spec(FLEXOLMO, step, prepared(config, step))
         if processes == 1:
             return _versus(spec, versus)
-        together = Place(processes=processes)
         return {
             FLEXOLMO: spec._replace(place=Place(devices=processes)),
-            f"{processes} processes": spec._replace(place=together),
+            f"{processes} processes": spec._replace(place=Place(processes=processes)),
         }
     models = []
     for count in dict.fromkeys(num_experts) or [config.moe.num_experts]:
