@@ -52,10 +52,14 @@ class Clock:
 
 
 def began(lines: Sequence[Line]) -> float:
-    """When a run was started first, in seconds since 1970, by its lines; infinite where they do not say it."""
+    """When a run was started first, in seconds since 1970, by its lines; infinite where they do not say it.
+
+    Of a run that was killed before its first checkpoint, all lines were dropped: the first one then has their seconds
+    as lost.
+    """
     if not lines or "seconds/start" not in lines[0]:
         return math.inf
-    return lines[0]["time"] - sum(lines[0].get(f"seconds/{name}", 0.0) for name in ("steps", *BETWEEN_STEPS))
+    return lines[0]["time"] - sum(lines[0].get(f"seconds/{name}", 0.0) for name in ("steps", *BETWEEN_STEPS, "lost"))
 
 
 def seconds_of_steps(lines: Sequence[Line]) -> float:

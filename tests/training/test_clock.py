@@ -45,6 +45,16 @@ def test_a_lap_is_steps_but_for_what_is_something_else(at):
     assert clock.lap() == {"seconds/steps": 1, "seconds/data": 0}
 
 
+def test_steps_that_were_lost_before_the_first_checkpoint_belong_to_the_time_of_the_run():
+    lines = [
+        {"step": 1, "time": 1020.0, "seconds/steps": 4.0, "seconds/start": 6.0, "seconds/lost": 8.0},
+        {"step": 2, "time": 1030.0, "seconds/steps": 10.0},
+    ]
+    assert clocks.began(lines) == 1002
+    assert time_spent(lines)["away"] == 0
+    assert sum(time_spent(lines).values()) == 1030 - 1002
+
+
 def test_what_no_line_accounts_for_is_the_time_away():
     lines = [
         {"step": 1, "time": 1010.0, "seconds/steps": 4.0, "seconds/start": 6.0},  # began at 1000
