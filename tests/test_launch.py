@@ -108,6 +108,12 @@ def test_every_script_is_valid_shell():
         subprocess.run(["shellcheck", *(LAUNCH / name for name in LAUNCHERS)], check=True)
 
 
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="needs hadolint")
+def test_dockerfiles_keep_to_good_practice():
+    done = subprocess.run(["hadolint", *(LAUNCH / "docker").glob("*.Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 LAUNCHERS = ("local.sh", "slurm.sbatch", "gke.sh", "queued_resource.sh", "xpk.sh", "owners.sh")
 JOBS = {
     "anchor": ["train", "--config=configs/anchor.py:7b", "--workdir=/data/anchor", "--config.data.train=/data/public"],
