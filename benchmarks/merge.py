@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -33,10 +34,12 @@ from flexolmo_jax.checkpoint.manifests import (
     ModelManifest,
     digest_name,
 )
-from flexolmo_jax.checkpoint.model_directory import PARAMS, write_contribution, write_model
+from flexolmo_jax.checkpoint.model_directory import PARAMS, TOKENIZER_FILE, write_contribution, write_model
 from flexolmo_jax.checkpoint.params import Slice
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
+from flexolmo_jax.model.selectors import BUCKETS
 
 COMMAND = """
 import json, re, sys, time
@@ -77,11 +80,21 @@ def _options() -> argparse.Namespace:
 
 def _measure(home: pathlib.Path, experts: int, options: argparse.Namespace) -> list[dict]:
     """Merges the inputs, then opts the last expert out; the disk holds two copies of the weights at most."""
-    names = _write_inputs(home / "inputs", experts, options)
+    architecture = Architecture(
+        vocab_size=options.vocab,
+        num_layers=options.layers,
+        d_model=options.d_model,
+        num_heads=options.heads,
+        num_kv_heads=options.heads,
+        d_ff=options.d_ff,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+    )
+    names = write_inputs(home / "inputs", experts, architecture)
     inputs = [f"--anchor={home}/inputs/anchor", *(f"--contribution={home}/inputs/{name}" for name in names)]
     merge = ["merge", *inputs, f"--out={home}/out"]
     results = [_compare(merge, home / "inputs", home / "out", options)]
-    _command([*merge[:-1], f"--out={home}/model"])
+    run_command([*merge[:-1], f"--out={home}/model"])
     shutil.rmtree(home / "inputs")
     # What opting out reads and writes: the model without the files of an expert. Links to them take no room.
     shutil.copytree(home / "model", home / "rest", copy_function=os.link)
@@ -93,21 +106,16 @@ def _measure(home: pathlib.Path, experts: int, options: argparse.Namespace) -> l
     return [{"experts": experts, **result} for result in results]
 
 
-def _write_inputs(home: pathlib.Path, experts: int, options: argparse.Namespace) -> list[str]:
-    """Writes an anchor and contributions with random weights; returns the names of the contributions."""
-    architecture = Architecture(
-        vocab_size=options.vocab,
-        num_layers=options.layers,
-        d_model=options.d_model,
-        num_heads=options.heads,
-        num_kv_heads=options.heads,
-        d_ff=options.d_ff,
-        rope_theta=10_000.0,
-        norm_eps=1e-6,
-    )
+def write_inputs(
+    home: pathlib.Path, experts: int, architecture: Architecture, tokenizer: Tokenizer | None = None
+) -> list[str]:
+    """Writes an anchor and contributions with random weights; returns the names of the contributions.
+
+    With a tokenizer the anchor has it, and all have statistics of text that was never there, for a selector.
+    """
     rng = np.random.default_rng(0)
     leaves = {
-        path: Slice(rng.random(leaf.shape, np.float32), None, path)
+        path: Slice(_random(rng, path, leaf.shape), None, path)
         for path, leaf in Decoder(architecture, ANCHOR).abstract().items()
     }
     shared = {path: leaf for path, leaf in leaves.items() if not path.startswith(MOE)}
@@ -117,29 +125,47 @@ def _write_inputs(home: pathlib.Path, experts: int, options: argparse.Namespace)
         experts=[ExpertRecord(name=ANCHOR_NAME, leaves={}, card={})],
         shared={},
         top_k=1,
-        tokenizer_digest="",
-        eos_id=0,
+        tokenizer_digest=tokenizer.digest if tokenizer else "",
+        eos_id=tokenizer.eos_id if tokenizer else 0,
     )
-    anchor = write_model(home / "anchor", manifest, shared, {ANCHOR_NAME: expert})
-    names = [f"owner-{i:03}" for i in range(1, experts)]
+
+    def complete(directory: epath.Path, written: ModelManifest) -> None:
+        if tokenizer:
+            tokenizer.save(directory / TOKENIZER_FILE)
+
+    def statistics() -> dict[str, Slice]:
+        if not tokenizer:
+            return {}
+        counts = rng.poisson(rng.gamma(0.1, 100, BUCKETS))
+        arrays = {"ngram/counts": counts.astype(np.int64), "ngram/documents": np.array(1000)}
+        return {leaf: Slice(array, None, leaf) for leaf, array in arrays.items()}
+
+    of_experts, of_anchor = {ANCHOR_NAME: expert}, {ANCHOR_NAME: statistics()}
+    anchor = write_model(home / "anchor", manifest, shared, of_experts, statistics=of_anchor, complete=complete)
+    names = [f"owner-{i:04}" for i in range(1, experts)]
     for name in names:
         for leaf in expert.values():
-            leaf.source[...] += 1  # no two experts have the same weights
+            leaf.source[...] += 1e-3  # no two experts have the same weights
         contribution = ContributionManifest(
             name=name, anchor_digest=anchor.anchor_digest, architecture=anchor.architecture, card={}, leaves={}
         )
-        write_contribution(home / name, contribution, expert)
+        write_contribution(home / name, contribution, expert, statistics=statistics())
     return names
+
+
+def _random(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A leaf as it is before training, float32."""
+    return np.ones(shape, np.float32) if path.endswith("scale") else 0.02 * rng.standard_normal(shape, np.float32)
 
 
 def _compare(arguments: list[str], source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace) -> dict:
     """Runs a command, which makes `out`, and copies and reads `source`, in turns."""
     runs, commands, copies, reads = [], [], [], []
     _read(source)
-    total = _size(source)
+    total = directory_size(source)
     for _ in range(options.runs):
-        commands.append(_timed(lambda: runs.append(_command(arguments)), options.pause, total))
-        size = _size(out)
+        commands.append(_timed(lambda: runs.append(run_command(arguments)), options.pause, total))
+        size = directory_size(out)
         shutil.rmtree(out)
         copies.append(_timed(lambda: subprocess.run(["cp", "-r", source, out], check=True), options.pause, total))
         shutil.rmtree(out)
@@ -175,13 +201,13 @@ def _timed(run: Callable[[], object], pause: int, size: int) -> float:
     return time.perf_counter() - start
 
 
-def _command(arguments: list[str]) -> dict:
+def run_command(arguments: list[str]) -> dict:
     """Runs a command in a process of its own; returns its seconds and its memory in bytes."""
     command = [sys.executable, "-c", COMMAND, *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def _size(directory: pathlib.Path) -> int:
+def directory_size(directory: pathlib.Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
