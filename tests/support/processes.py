@@ -1,25 +1,35 @@
-"""Several processes of one run on this machine, which find each other over loopback."""
+"""Several processes of one run on this machine, which find each other over loopback.
 
-import json
+They are forked from a server that has imported what they need and used no device: to import it takes a process seconds.
+"""
+
+import atexit
+import importlib
+import multiprocessing
 import os
+import pathlib
 import socket
-import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
 
+import jax
+
+from flexolmo_jax import distributed
 from tests.support import runs
 
-# Joins the others, with that many devices, then calls a function of a module.
-PROGRAM = """
-import importlib, json, sys
-import jax
-coordinator, count, index, devices, module, function, arguments = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", int(devices))
-from flexolmo_jax import distributed
-distributed.start(coordinator, int(count), int(index), distributed.Timeouts(60, 10, 60))
-getattr(importlib.import_module(module), function)(*json.loads(arguments))
-"""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["flexolmo_jax.cli.train", "flexolmo_jax.training.loop", __name__])
+
+
+class Started(NamedTuple):
+    """A process, and the folder of its files `out` and `err`."""
+
+    process: multiprocessing.process.BaseProcess
+    folder: pathlib.Path
 
 
 def free_address() -> str:
@@ -30,35 +40,69 @@ def free_address() -> str:
 
 
 def start(
-    count: int, devices: int, module: str, function: str, arguments: Sequence[Any] = (), environment=None
-) -> list[subprocess.Popen]:
-    """Starts `count` processes with `devices` each, in which `module.function(*arguments)` runs."""
-    address = free_address()
-    environment = {**os.environ, "PYTHONPATH": runs.PYTHONPATH, **(environment or {})}
-    return [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-c", PROGRAM, address, str(count), str(index), str(devices)),
-                *(module, function, json.dumps(arguments)),
-            ],
-            cwd=runs.ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
+    count: int,
+    devices: int,
+    module: str,
+    function: str,
+    arguments: Sequence[Any] = (),
+    environment: Mapping[str, str] | None = None,
+) -> list[Started]:
+    """Starts `count` processes with `devices` each, in which `module.function(*arguments)` runs.
+
+    Their environment is that at the first start of any, with `environment`.
+    """
+    place = (free_address(), count)
+    started = []
+    # So that the server, which the first start starts, imports no torch.
+    with mock.patch.dict(os.environ, PYTHONPATH=runs.PYTHONPATH):
+        for index in range(count):
+            folder = pathlib.Path(tempfile.mkdtemp(prefix="process-", dir=os.environ["XDG_CACHE_HOME"]))
+            process = _FORKS.Process(
+                target=_run, args=(folder, environment or {}, devices, (*place, index), module, function, arguments)
+            )
+            process.start()
+            started.append(Started(process, folder))
+    return started
 
 
-def finish(processes: Sequence[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
-    """Waits for processes, and returns (status, standard output, standard error) of each."""
+def _run(
+    folder: pathlib.Path,
+    environment: Mapping[str, str],
+    devices: int,
+    place: tuple[str, int, int],
+    module: str,
+    function: str,
+    arguments: Sequence[Any],
+) -> None:
+    """Joins the others, then calls a function of a module."""
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    os.chdir(runs.ROOT)
+    os.environ.update(environment)
+    for name, value in environment.items():
+        if name.startswith("JAX_"):  # which JAX has read when it was imported
+            jax.config.update(name.lower(), type(jax.config.values[name.lower()] or "")(value))
+    jax.config.update("jax_num_cpu_devices", devices)
     try:
-        texts = [process.communicate(timeout=timeout) for process in processes]
+        distributed.start(*place, distributed.Timeouts(60, 10, 60))
+        getattr(importlib.import_module(module), function)(*arguments)
+    except Exception:
+        traceback.print_exc()  # here, since what follows may abort
+        sys.exit(1)
     finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *printed) for process, printed in zip(processes, texts, strict=True)]
+        atexit._run_exitfuncs()  # multiprocessing leaves them out; JAX leaves the other processes there
+
+
+def finish(started: Sequence[Started], timeout: float = 300) -> list[tuple[int | None, str, str]]:
+    """Waits for processes, and returns (status, standard output, standard error) of each."""
+    for process, _ in started:
+        process.join(timeout)
+    for process, _ in started:
+        process.kill()
+        process.join()
+    return [
+        (process.exitcode, *((folder / name).read_text() for name in ("out", "err"))) for process, folder in started
+    ]
 
 
 def run(*arguments, **options) -> list[str]:
