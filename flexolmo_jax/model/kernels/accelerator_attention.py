@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 
 from flexolmo_jax.model.kernels.blockwise_attention import LOG_NORMALIZER
 
@@ -69,12 +68,16 @@ def splash(
 
 
 def _splash(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import
+
     heads_first = (y.swapaxes(1, 2) for y in (query * query.shape[-1] ** -0.5, key, value))
     kernel = _splash_kernel(query.shape[1], query.shape[2])
     return jax.vmap(kernel)(*heads_first, splash_attention.SegmentIds(segment_ids, segment_ids)).swapaxes(1, 2)
 
 
 def _splash_kernel(length: int, heads: int) -> Callable[..., Any]:
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     block = next(size for size in range(min(length, SPLASH_BLOCK), 0, -LANES) if length % size == 0)
     sizes = splash_attention.BlockSizes(
         block_q=block,
