@@ -43,4 +43,5 @@ ruff format --check
 lint-imports
 python launch/check_terms.py
 [ -z "$types" ] || basedpyright
-exec python -m pytest -n 2 --dist=worksteal ${selection[@]+"${selection[@]}"} "$@"
+# What a module makes for its tests is made once; the order of modules is that of tests/conftest.py.
+exec python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"

@@ -43,6 +43,15 @@ FAST = (
 # In these folders, but longer than all others.
 LONG = ("tests/checkpoint/test_train_state.py", "tests/combine/test_dtypes.py", "tests/data/test_pipeline.py")
 
+# Those that take longest, to be begun first: each module has one worker, and none is to be left with one of these.
+FIRST = (
+    *("tests/training/test_layouts.py", "tests/test_quickstart.py", "tests/training/test_faults.py"),
+    *("tests/test_launch_runs.py", "tests/training/test_processes.py", "tests/cli/test_benchmark.py"),
+    *("tests/extensions/test_model_extensions.py", "tests/cli/test_compilation_cache.py", "tests/test_distributed.py"),
+    *("tests/model/test_decoder.py", "tests/test_object_stores.py", "tests/training/test_step.py"),
+    *("tests/training/test_loop.py", "tests/training/test_divergence.py", "tests/test_launch.py"),
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Removes the cache of compiled programs at the end."""
@@ -63,8 +72,10 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests of `FAST`, except those of `LONG`."""
+    """Marks the tests of `FAST`, except those of `LONG`, and puts those of `FIRST` first."""
     fast, long = ([config.rootpath / path for path in paths] for paths in (FAST, LONG))
     for item in items:
         if any(map(item.path.is_relative_to, fast)) and item.path not in long:
             item.add_marker("fast")
+    ranks = {config.rootpath / path: rank for rank, path in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(FIRST)))
