@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine, which find each other over loopback.
+"""Processes of one run on this machine, of which several find each other over loopback.
 
 They are forked from a server that has imported what they need and used no device: to import it takes a process seconds.
 """
@@ -74,7 +74,7 @@ def _run(
     function: str,
     arguments: Sequence[Any],
 ) -> None:
-    """Joins the others, then calls a function of a module."""
+    """Joins the others, if there are any, then calls a function of a module."""
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(runs.ROOT)
@@ -84,7 +84,8 @@ def _run(
             jax.config.update(name.lower(), type(jax.config.values[name.lower()] or "")(value))
     jax.config.update("jax_num_cpu_devices", devices)
     try:
-        distributed.start(*place, distributed.Timeouts(60, 10, 60))
+        if place[1] > 1:
+            distributed.start(*place, distributed.Timeouts(60, 10, 60))
         getattr(importlib.import_module(module), function)(*arguments)
     except Exception:
         traceback.print_exc()  # here, since what follows may abort

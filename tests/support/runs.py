@@ -9,9 +9,9 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -233,28 +233,17 @@ def journey(base: pathlib.Path) -> Runs:
     return Runs(root)
 
 
-def run_program(arguments, environment) -> subprocess.CompletedProcess:
-    """Runs Python on as many devices as the tests have."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment, "JAX_NUM_CPU_DEVICES": str(jax.device_count()), "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
-def kill(event: str, at: int, checkpoint: int) -> None:
-    """The command line with this process's arguments, which kills itself in the midst of training.
+def kill(event: str, at: int, checkpoint: int, arguments: Sequence[str]) -> None:
+    """The command line of `flexolmo train`, which kills its process in the midst of training.
 
     Args:
       event: "step" (after step `at`) or "save" (as soon as the checkpoint of step `at` is under way).
       at: a step.
       checkpoint: a step; the kill waits until its checkpoint is there.
+      arguments: of the command line, the workdir last.
     """
-    workdir = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+    sys.argv = ["flexolmo", *arguments]
+    workdir = pathlib.Path(arguments[-1].removeprefix("--workdir="))
 
     def kill_at_step(self, step, *rest):
         original(self, step, *rest)

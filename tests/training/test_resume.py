@@ -13,7 +13,7 @@ import pytest
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.metrics import Reporter
-from tests.support import runs, small
+from tests.support import processes, runs, small
 
 # What befalls a run of 12 steps with a checkpoint every 3, in a process of its own: (event, step, step of a checkpoint
 # that is there).
@@ -54,10 +54,11 @@ def interrupted(made, tmp_path_factory):
     """The workdir of a run that was killed, terminated, and failed before its output; and the result of each start."""
     workdir, results = tmp_path_factory.mktemp("interrupted") / "run", []
     for event, at, checkpoint in KILLS:
-        program = f"from tests.support import runs; runs.kill({event!r}, {at}, {checkpoint})"
-        results.append(runs.run_program(["-c", program, *command(made, workdir)], made.environment))
+        arguments = [event, at, checkpoint, command(made, workdir)]
+        started = processes.start(1, jax.device_count(), runs.__name__, "kill", arguments, made.environment)
+        results += [small.Result(*ended) for ended in processes.finish(started)]
     # The checkpoint of step 6 is there whole, or not at all.
-    assert last_checkpoint(workdir) in (3, 6), results[-1].stderr
+    assert last_checkpoint(workdir) in (3, 6), results[-1].err
 
     def terminate_at_step_8(self, step, metrics):
         report(self, step, metrics)
@@ -78,7 +79,7 @@ def interrupted(made, tmp_path_factory):
 
 def test_each_start_ends_as_its_interruption_says(interrupted):
     workdir, (*killed, terminated, failed, last) = interrupted
-    assert [result.returncode for result in killed] == [-signal.SIGKILL] * len(KILLS), killed[-1].stderr
+    assert [result.status for result in killed] == [-signal.SIGKILL] * len(KILLS), killed[-1].err
     assert [result.status for result in (terminated, failed, last)] == [143, 130, 0], last.err
     assert (terminated.out, last.out) == ("", f"{workdir}/contribution\n")
 
