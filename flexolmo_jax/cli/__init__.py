@@ -35,6 +35,7 @@ from flexolmo_jax.errors import UserError
 PROGRAM = "flexolmo"
 COMMANDS = {
     "tokenize": "makes a corpus directory from texts",
+    "select-proxies": "selects public documents that are like an owner's",
     "train": "trains an anchor, an expert or a model's router, as a configuration describes",
     "statistics": "adds what a merge chooses experts by to a contribution or an anchor",
     "merge": "combines an anchor and contributions into one model",

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
+    "select-proxies": ["own", "public", "out", "documents", "tokens", "diversity", "embedder", "report"],
     "train": ["config", "workdir", "verify", "distributed", "coordinator", "num_processes", "process_id"],
     "merge": ["anchor", "model", "contribution", "replace", "out", "method", "selection", "top_k", "dtype"],
     "statistics": ["source", "data", "out", "selector", "epsilon", "delta", "clip"],
@@ -158,6 +159,7 @@ def test_an_unknown_flag_is_refused(command):
 
 REQUIRED = {
     "tokenize": {"out": "x"},
+    "select-proxies": {"own": "x", "public": "x", "out": "x"},
     "train": {"config": "configs/anchor.py", "workdir": "x"},
     "merge": {"anchor": "x", "out": "x"},
     "statistics": {"source": "x", "out": "x"},
