@@ -1,7 +1,8 @@
 """A corpus: a directory of documents as token ids.
 
 - `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files; and the number and the first hundred
-  of the bad records that were skipped. It is written last: a directory without it is incomplete.
+  of the bad records that were skipped; in a copy of documents that names them, which they are. It is written last:
+  a directory without it is incomplete.
 - `tokenizer.json`: the tokenizer that made it.
 - `tokens-00000.npy`, `tokens-00001.npy`, ... (see `token_files`): the documents, each terminated by EOS. No document
   spans two files.

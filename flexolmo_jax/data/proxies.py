@@ -20,7 +20,7 @@ from etils import epath
 from scipy import sparse
 from scipy.special import log_expit
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from flexolmo_jax.data.corpus import Corpus, copy_documents
 from flexolmo_jax.data.document_features import EmbeddingFeatures, Features, Matrix, NgramFeatures, read_embeddings
@@ -49,7 +49,7 @@ class Accuracy(NamedTuple):
     """How well documents are told apart that a classifier has not seen.
 
     Attributes:
-      accuracy: the mean of the shares of both classes that are told right; 0.5 is chance.
+      accuracy: the mean of the shares of both classes that are told right, at the best threshold; 0.5 is chance.
       auc: area under the ROC curve; 0.5 is chance.
     """
 
@@ -189,7 +189,8 @@ def measure(first_scores_N: np.ndarray, second_scores_M: np.ndarray) -> Accuracy
     """How well log-odds tell two classes apart."""
     scores = np.concatenate([first_scores_N, second_scores_M])
     labels = np.repeat([1, 0], [len(first_scores_N), len(second_scores_M)])
-    return Accuracy(float(balanced_accuracy_score(labels, scores > 0)), float(roc_auc_score(labels, scores)))
+    false_positives, true_positives, _ = roc_curve(labels, scores)
+    return Accuracy(float((true_positives + 1 - false_positives).max() / 2), float(roc_auc_score(labels, scores)))
 
 
 def diverse_order(features_MxF: Matrix, log_quality_M: np.ndarray, diversity: float) -> Iterator[int]:
