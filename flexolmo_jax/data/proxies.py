@@ -139,8 +139,9 @@ def select_proxies(
     rng = np.random.default_rng(0)
     public_indices, private_indices = (_draw(corpus, rng) for corpus in (public, private))
     public_documents = read_documents(public, public_indices)
-    fit = NgramFeatures.fit if table is None else functools.partial(EmbeddingFeatures.fit, table_VxD=table)
-    features: Features = fit(public_documents)
+    features: Features = (
+        NgramFeatures.fit(public_documents) if table is None else EmbeddingFeatures.fit(public_documents, table)
+    )
     public_sample = _sample(public, public_indices, public_documents, features)
     private_sample = _sample(private, private_indices, read_documents(private, private_indices), features)
     classifier = Classifier.train(private_sample, public_sample)
