@@ -179,7 +179,7 @@ def read_documents(corpus: Corpus, indices: Iterable[int]) -> list[np.ndarray]:
 def fit(first_NxF: Matrix, second_MxF: Matrix) -> LogisticRegression:
     """Trains a classifier to tell two classes apart, which count the same, whatever their numbers of documents."""
     stack = functools.partial(sparse.vstack, format="csr") if sparse.issparse(first_NxF) else np.vstack
-    features = stack([first_NxF, second_MxF])
+    features: Matrix = stack([first_NxF, second_MxF])
     labels = np.repeat([1, 0], [first_NxF.shape[0], second_MxF.shape[0]])
     dual = features.shape[1] > features.shape[0]  # the faster one
     model = LogisticRegression(class_weight="balanced", solver="liblinear", dual=dual, max_iter=1000, random_state=0)
