@@ -33,7 +33,7 @@ if jax.config.jax_platforms != "cpu":
 # Folders and modules that compile little: `bash launch/test.sh --fast` runs their tests, except slow ones.
 FAST = (
     *("tests/checkpoint", "tests/combine", "tests/data", "tests/evaluation/test_report.py"),
-    *("tests/cli/test_flags_of.py", "tests/cli/test_main.py"),
+    *("tests/cli/test_clean.py", "tests/cli/test_flags_of.py", "tests/cli/test_main.py"),
     *("tests/serving/test_chat.py", "tests/serving/test_middleware.py", "tests/serving/test_parsing.py"),
     *("tests/test_chips.py", "tests/planning/test_hlo.py"),
     *("tests/training/test_optimizer.py", "tests/training/test_metrics.py"),

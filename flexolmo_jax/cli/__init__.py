@@ -36,6 +36,7 @@ PROGRAM = "flexolmo"
 COMMANDS = {
     "tokenize": "makes a corpus directory from texts",
     "select-proxies": "selects public documents that are like an owner's",
+    "clean": "drops duplicates, repetitions and held-out text from corpora",
     "train": "trains an anchor, an expert or a model's router, as a configuration describes",
     "statistics": "adds what a merge chooses experts by to a contribution or an anchor",
     "merge": "combines an anchor and contributions into one model",

@@ -276,24 +276,24 @@ def unknown_text(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
     return [f"{unknown:,} of {corpus.tokens:,} tokens ({share}) are {name!r}, unknown text"] if unknown else []
 
 
-def copy_documents(source: Corpus, indices: Iterable[int], out: epath.PathLike, *, names_source: bool = False) -> None:
+def copy_documents(
+    source: Corpus, indices: Iterable[int], out: epath.PathLike, *, card: Mapping[str, Any] | None = None
+) -> None:
     """Copies documents of one corpus, token by token, into a new one, which may be remote.
 
     Args:
       source: the corpus to copy from.
       indices: of its documents, in the order of the copy.
       out: the directory to make.
-      names_source: record the digest of `source` and the indices in corpus.json, under "source".
+      card: other keys of corpus.json.
 
     Raises:
       UserError: `out` exists, there are no indices, or an id is outside the vocabulary.
     """
     tokenizer = source.tokenizer()
-    indices = list(indices)
-    record = {"source": {"digest": source.digest, "documents": indices}} if names_source else {}
     documents = (source[index] for index in indices)
     counted = ((ids, tokenizer.count_bytes(ids[:-1]), True) for ids in _in_vocabulary(source, documents))
-    _write(out, counted, tokenizer, _TOKENS_PER_FILE, record=record)
+    _write(out, counted, tokenizer, _TOKENS_PER_FILE, card=card)
 
 
 class _Chunk(NamedTuple):
@@ -350,11 +350,11 @@ def _write(
     tokenizer: Tokenizer,
     tokens_per_file: int,
     bad_records: BadRecords | None = None,
-    record: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a new corpus directory of chunks: (ids, bytes of text, whether the document ends).
 
-    `record` is added to corpus.json.
+    `card` is added to corpus.json.
     """
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     totals = {"documents": 0, "tokens": 0, "bytes": 0}
@@ -383,7 +383,7 @@ def _write(
             **totals,
             "files": files.close(),
             **({"bad_records": bad_records.description()} if bad_records and bad_records.count else {}),
-            **(record or {}),
+            **(card or {}),
         }
         tokenizer.save(directory / _TOKENIZER)
         commit(directory / _MANIFEST, description)

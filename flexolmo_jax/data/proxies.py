@@ -85,7 +85,8 @@ class Selection:
         Raises:
           UserError: `out` exists.
         """
-        copy_documents(self.public, self.documents, out, names_source=True)
+        card = {"source": {"digest": self.public.digest, "documents": self.documents}}
+        copy_documents(self.public, self.documents, out, card=card)
         return Corpus.open(out)
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 FLAGS = {
     "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
     "select-proxies": ["own", "public", "out", "documents", "tokens", "diversity", "embedder", "report"],
+    "clean": ["data", "against", "out", "json", "drop", "repeats", "ngram", "overlap", "near"],
     "train": ["config", "workdir", "verify", "distributed", "coordinator", "num_processes", "process_id"],
     "merge": ["anchor", "model", "contribution", "replace", "out", "method", "selection", "top_k", "dtype"],
     "statistics": ["source", "data", "out", "selector", "epsilon", "delta", "clip"],
@@ -160,6 +161,7 @@ def test_an_unknown_flag_is_refused(command):
 REQUIRED = {
     "tokenize": {"out": "x"},
     "select-proxies": {"own": "x", "public": "x", "out": "x"},
+    "clean": {},
     "train": {"config": "configs/anchor.py", "workdir": "x"},
     "merge": {"anchor": "x", "out": "x"},
     "statistics": {"source": "x", "out": "x"},
@@ -186,6 +188,7 @@ def test_a_missing_flag_is_refused(command, flag):
     ("command", "flag"),
     [
         ("tokenize", "input"),
+        ("clean", "data"),
         ("merge", "contribution"),
         ("statistics", "data"),
         ("opt-out", "expert"),

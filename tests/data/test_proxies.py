@@ -110,7 +110,7 @@ def test_only_public_documents_leave(corpora, tmp_path):
     assert record["source"] == {"digest": public.digest, "documents": sorted(set(indices))}
     assert [ids.tolist() for ids in out] == [public[index].tolist() for index in indices]
     # Whoever knows the indices and the public corpus makes the same directory, byte for byte.
-    copy_documents(public, indices, tmp_path / "copy", names_source=True)
+    copy_documents(public, indices, tmp_path / "copy", card={"source": record["source"]})
     assert small.files(tmp_path / "out") == small.files(tmp_path / "copy")
     secret = {private.tokenizer().backend.token_to_id(word) for word in SECRET}
     assert secret & set(np.concatenate(list(private)).tolist())
