@@ -114,6 +114,14 @@ def test_what_is_cleaned_is_clean_and_has_the_overlap_that_was_reported(home):
     assert first["held_out"]["test"]["mean_after"] == second["held_out"]["test"]["mean_before"] < 0.05
 
 
+def test_the_overlap_after_cleaning_is_without_duplicates(home):
+    similar = small.corpus(home / "similar", [sentences(1), sentences(1)[:-30] + HELD_OUT[0][:30]])
+    flexolmo("clean", f"--data={similar}", f"--against={home}/corpora/test", f"--json={home}/out.json")
+    results = json.loads((home / "out.json").read_text())
+    assert results["corpora"]["similar"]["dropped"]["near"] == 1
+    assert results["held_out"]["test"]["mean_before"] > results["held_out"]["test"]["mean_after"] == 0
+
+
 def test_the_same_input_gives_the_same_bytes(home):
     for name in ("first", "second"):
         clean(home, f"--out={home}/{name}/out", f"--json={home}/{name}/out.json")
