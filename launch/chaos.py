@@ -168,9 +168,10 @@ def main() -> None:
         moments = ["any time", *WRITING] if command.spans else ["any time", "output"]
         while len(kills) < wanted:
             moment = moments[len(kills) % len(moments)]
-            limit = seconds[command.name] * (rng.random() if moment == "any time" else 2)
+            limit, began = seconds[command.name] * (rng.random() if moment == "any time" else 2), time.monotonic()
             happened = kill(start(command, options.processes), disturbed, WRITING.get(moment, ""), limit, rng)
-            if happened is None:  # it ended first: once more
+            if happened is None:  # it ended first: once more, and sooner
+                seconds[command.name] = min(seconds[command.name], time.monotonic() - began)
                 shutil.rmtree(disturbed / pathlib.Path(command.output).parts[0])
                 continue
             kills.append(Kill(command.name, moment, *happened))
