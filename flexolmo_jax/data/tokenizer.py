@@ -71,6 +71,15 @@ class Tokenizer:
         once, twice = _ids_if_any(self, _RARE), _ids_if_any(self, 2 * _RARE)
         return self.unknown_id is None and once is not None and once == twice
 
+    def unknown_text(self, unknown: int, tokens: int) -> str | None:
+        """A warning where encoding loses text: characters have no token, or `unknown` of `tokens` are `unknown_id`."""
+        if self.drops_unknown:
+            return f"{self.label}: has no token for unknown text; characters that it does not know were left out"
+        if not unknown or self.unknown_id is None:
+            return None
+        name = self.backend.id_to_token(self.unknown_id)
+        return f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.2%}) are {name!r}, unknown text"
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the size that an embedding table needs."""
@@ -116,7 +125,7 @@ class Tokenizer:
             try:
                 self.encode(text)
             except UserError as error:
-                raise BadRecordError(str(error)) from error
+                raise BadRecordError(str(error), "no token") from error
 
     @functools.cached_property
     def _refuses_unknown(self) -> bool:
