@@ -1,28 +1,42 @@
 """Converts text files to a corpus directory: flat token files in which every document is terminated by EOS.
 
     flexolmo tokenize --input='texts/*.txt' --input=news.jsonl.gz --out=corpora/news
+    flexolmo tokenize --input='shards/*.jsonl.zst' --processes=0 --split=train:0.99,validation:0.01 --out=corpora/web
+    flexolmo tokenize --input='/data/*.npy' --format=tokens --tokenizer=tokenizer.json --out=corpora/theirs
 
 The suffix of a file's name tells its format, in any case, also with .gz, .bz2, .xz or .zst after it (see --format). In
 records with several fields, the document is under "text" (see --text_key). Files with other suffixes are one document
-each, whole. JSON in such a file is refused: rename it, or give its --format. docs/data.md has more.
+each, whole. JSON in such a file is refused: rename it, or give its --format. After an interruption the same command
+resumes from what is in OUT.incomplete. docs/data.md has more.
 """
 
 import os
 import re
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from flexolmo_jax.data.sources import SOURCES
 from flexolmo_jax.data.splits import DEFAULT_KEY, parse_splits
 
+if TYPE_CHECKING:
+    from flexolmo_jax.data.corpus import Corpus
+    from flexolmo_jax.data.tokenizer import Tokenizer
+
 _FORMATS = "; ".join(
     f"{name} ({', '.join(source.suffixes) or 'any other suffix'}): a document is {source.document}"
     for name, source in SOURCES.items()
 )
 
+_TOKENS = "tokens"
+
 _INPUT = flags.DEFINE_multi_string("input", [], "File or glob of text files; give the flag once for each.")
 _FORMAT = flags.DEFINE_enum(
-    "format", "auto", ["auto", *SOURCES], f"Format of the files. auto: by the suffix of each. {_FORMATS}."
+    "format",
+    "auto",
+    ["auto", *SOURCES, _TOKENS],
+    f"Format of the files. auto: by the suffix of each. {_FORMATS}. {_TOKENS}: ids that another program wrote, flat "
+    "uint16 or uint32 (.npy, .bin, .ds) with documents terminated by EOS; the corpus refers to these files.",
 )
 _TEXT_KEY = flags.DEFINE_string(
     "text_key",
@@ -34,6 +48,12 @@ _ON_ERROR = flags.DEFINE_enum(
     "stop",
     ("stop", "skip"),
     "At a record (or a file) without usable text: stop, and make no corpus; or skip it, and list it in corpus.json.",
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["uint16", "uint32"],
+    f"Type of the ids, with --format={_TOKENS}; by default uint16 if the tokenizer has at most 65,536.",
 )
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "A Hugging Face tokenizer.json, or 'bytes'.")
 _EOS = flags.DEFINE_string("eos_token", None, "The token that terminates documents; by default a well-known one.")
@@ -55,25 +75,36 @@ _PROCESSES = flags.DEFINE_integer(
     lower_bound=0,
 )
 # Arguments of the library in its messages.
-_ARGUMENT = re.compile(r"\b(?=format=\w|text_key( \(|$))")
+_ARGUMENT = re.compile(r"\b(?=format=\w|dtype=\w|text_key( \(|$))")
 
 
 def run() -> None:
     """Tokenizes, and prints the counts."""
-    from flexolmo_jax.data.bad_records import StoppedError
-    from flexolmo_jax.data.corpus_writer import NoTextError
     from flexolmo_jax.data.tokenizer import load_tokenizer
-    from flexolmo_jax.data.tokenizing import tokenize_files
     from flexolmo_jax.errors import UserError
 
     if not _INPUT.value:
         raise UserError("--input: none given; give the flag once for each file or glob")
     if not _TEXT_KEY.value:
         raise UserError("--text_key: is empty; name the key that holds a document")
-    splits = parse_splits(_SPLIT.value, _SPLIT_KEY.value) if _SPLIT.value else None
     tokenizer = load_tokenizer(
         _TOKENIZER.value, _EOS.value, label=f"--tokenizer={_TOKENIZER.value}", eos_label="--eos_token"
     )
+    if _FORMAT.value == _TOKENS:
+        _refer(tokenizer)
+    else:
+        _tokenize(tokenizer)
+
+
+def _tokenize(tokenizer: "Tokenizer") -> None:
+    """Makes a corpus of text files."""
+    from flexolmo_jax.data.bad_records import StoppedError
+    from flexolmo_jax.data.corpus_writer import NoTextError
+    from flexolmo_jax.data.tokenizing import tokenize_files
+    from flexolmo_jax.errors import UserError
+
+    if _DTYPE.value:
+        raise UserError(f"--dtype={_DTYPE.value}: is for token files; give --format={_TOKENS} too, or leave it out")
     try:
         made = tokenize_files(
             _OUT.value,
@@ -82,7 +113,7 @@ def run() -> None:
             text_key=_TEXT_KEY.value,
             format=_FORMAT.value,
             skip=_ON_ERROR.value == "skip",
-            splits=splits,
+            splits=parse_splits(_SPLIT.value, _SPLIT_KEY.value) if _SPLIT.value else None,
             license=_LICENSE.value,
             processes=_PROCESSES.value or len(os.sched_getaffinity(0)),
         )
@@ -91,14 +122,28 @@ def run() -> None:
     except StoppedError as error:
         raise UserError(f"{_with_flags(str(error))}; --on_error=skip leaves such records out") from error
     for path, corpus in made.corpora.items():
-        print(f"{path}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes:,} bytes of text")
+        _print_counts(path, corpus)
     if made.bad_records.count:
         first = _with_flags(made.bad_records.first())
         print(f"{_OUT.value}: bad records left out: {made.bad_records.count:,} (in corpus.json), {first}")
-    tokens = sum(corpus.tokens for corpus in made.corpora.values())
-    warning = tokenizer.unknown_text(made.unknown, tokens)
+    warning = tokenizer.unknown_text(made.unknown, sum(corpus.tokens for corpus in made.corpora.values()))
     if warning:
         print(warning)
+
+
+def _refer(tokenizer: "Tokenizer") -> None:
+    """Makes a corpus that refers to token files."""
+    from flexolmo_jax.data.referred_files import refer_to_token_files
+    from flexolmo_jax.errors import UserError
+
+    if _SPLIT.value:
+        raise UserError(f"--split={_SPLIT.value}: needs text, by which documents are split; leave it out")
+    corpus = refer_to_token_files(_OUT.value, _INPUT.value, tokenizer, dtype=_DTYPE.value, license=_LICENSE.value)
+    _print_counts(_OUT.value, corpus)
+
+
+def _print_counts(path: str, corpus: "Corpus") -> None:
+    print(f"{path}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes:,} bytes of text")
 
 
 def _with_flags(message: str) -> str:

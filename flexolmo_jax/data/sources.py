@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from flexolmo_jax.data.bad_records import BadRecordError
 from flexolmo_jax.data.json_values import BOM, are_json_lines, is_array, looks_like_json, read_values
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, first_line
 
 Records = Iterator[tuple[str, Any]]
 
@@ -238,6 +239,48 @@ class Parquet(Source):
         except UnicodeDecodeError as error:
             raise _not_utf8(error) from error
         return _text_of_value({column: _utf8(content) if isinstance(content, bytes) else content}, text_key)
+
+
+@register
+class ArrayRecord(JsonLines):
+    """Each record is UTF-8 text, or a JSON object."""
+
+    name = "arrayrecord"
+    suffixes = (".array_record", ".arrayrecord")
+    document = "each record, text or a JSON object"
+
+    def records(self, stream: io.BufferedReader, text_key: str) -> Records:
+        """Yields the records."""
+        array_record = data_library("array_record.python.array_record_module", "ArrayRecord")
+        path = getattr(stream, "name", None)  # that of a decompressed stream is not known
+        if not (isinstance(path, str) and os.path.isfile(path)):
+            raise BadRecordError(
+                "cannot be read as ArrayRecord from a bucket, a pipe or a compressed file; copy it to a local file",
+                "another format",
+            )
+        reader = array_record.ArrayRecordReader(path)
+        try:
+            for number in range(reader.num_records()):
+                yield f": record {number + 1}", reader.read()
+        except (IndexError, RuntimeError, ValueError) as error:
+            reason = first_line(error)
+            raise BadRecordError(f"is damaged ({reason}); fetch or write it again", "damaged file") from error
+        if not reader.ok():
+            raise BadRecordError("is not a whole ArrayRecord file; fetch or write it again", "damaged file")
+
+    def text(self, record: bytes, text_key: str) -> str:
+        """Parses an object, or decodes text."""
+        return super().text(record, text_key) if _is_object(record) else _utf8(record)
+
+
+def _is_object(record: bytes) -> bool:
+    """Whether a record is a JSON object, rather than text."""
+    if not record.lstrip().startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(record), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _numbered(lines: Iterable[bytes]) -> Records:

@@ -39,7 +39,7 @@ class TokenFileWriter:
     def __init__(self, directory: epath.Path, dtype: np.dtype, tokens_per_file: float = math.inf, name: str = "tokens"):
         self._directory, self._dtype, self._tokens_per_file, self._name = directory, dtype, tokens_per_file, name
         self._files: list[dict[str, Any]] = []
-        self._streams: tuple[_DigestedFile, _DigestedFile] | None = None
+        self._streams: tuple[DigestedFile, DigestedFile] | None = None
         self._tokens = self._documents = 0  # of the current file
 
     def append(self, ids: np.ndarray, *, ends: bool = True) -> None:
@@ -77,7 +77,7 @@ class TokenFileWriter:
         """Writes ids, which finish the documents of these ends, to the current file."""
         if self._streams is None:
             stem = f"{self._name}-{len(self._files):05}"
-            self._streams = tuple(_DigestedFile(self._directory / f"{stem}.{suffix}") for suffix in ("npy", "ends"))
+            self._streams = tuple(DigestedFile(self._directory / f"{stem}.{suffix}") for suffix in ("npy", "ends"))
         self._streams[0].write(ids.astype(self._dtype))
         self._streams[1].write(ends.astype(ENDS_DTYPE))
         self._tokens += len(ids)
@@ -89,18 +89,20 @@ class TokenFileWriter:
 _NO_ENDS = np.zeros(0, np.int64)
 
 
-class _DigestedFile:
+class DigestedFile:
     """A file that is being written, and its SHA-256."""
 
     def __init__(self, path: epath.Path):
         self._name, self._stream, self._sha256 = path.name, path.open("wb"), hashlib.sha256()
 
     def write(self, array: np.ndarray) -> None:
+        """Appends an array's bytes."""
         data = array.tobytes()
         self._stream.write(data)
         self._sha256.update(data)
 
     def close(self) -> dict[str, str]:
+        """Closes the file; returns its description in corpus.json."""
         self._stream.close()
         return {"name": self._name, "sha256": self._sha256.hexdigest()}
 

@@ -140,12 +140,17 @@ class Tokenizer:
         """Returns the text of `ids` [length]; special tokens give none, and broken UTF-8 gives U+FFFD."""
         return self.plain.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether each id stands for bytes of its own, whatever is around it."""
+        return isinstance(self.backend.decoder, decoders.ByteLevel)
+
     def count_bytes(self, ids: np.ndarray) -> int:
         """Returns the number of UTF-8 bytes of the text that was encoded to `ids` [length].
 
         Ids of a byte-level tokenizer are not decoded, since that takes some 100 bytes of memory per id.
         """
-        if isinstance(self.backend.decoder, decoders.ByteLevel):
+        if self.is_byte_level:
             return int(self._bytes_of_tokens[ids].sum())
         return len(self.decode(ids).encode())
 
