@@ -241,5 +241,5 @@ def test_a_killed_command_is_resumed_by_another_number_of_processes(tmp_path):
 
 
 def test_a_process_that_dies_is_an_error_and_no_hang():
-    with pytest.raises(UserError, match="^a process of those that work together has ended early"):
+    with pytest.raises(UserError, match=r"^a process of those that work together has ended early"):
         list(map_in_processes(workers.die_at_two, [0, 1, 2, 3], 2, lambda count: None))
