@@ -138,7 +138,10 @@ def _refer(tokenizer: "Tokenizer") -> None:
 
     if _SPLIT.value:
         raise UserError(f"--split={_SPLIT.value}: needs text, by which documents are split; leave it out")
-    corpus = refer_to_token_files(_OUT.value, _INPUT.value, tokenizer, dtype=_DTYPE.value, license=_LICENSE.value)
+    try:
+        corpus = refer_to_token_files(_OUT.value, _INPUT.value, tokenizer, dtype=_DTYPE.value, license=_LICENSE.value)
+    except UserError as error:
+        raise UserError(_with_flags(str(error))) from error
     _print_counts(_OUT.value, corpus)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.data.splits import Splits, parse_splits
@@ -19,6 +19,7 @@ def test_reads_names_and_shares_in_order():
     assert parse_splits("all:1").index("any text") == 0
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_the_rule_is_that_of_the_documentation(text):
     """Docs/formats.md, in floating point, which is exact enough unless a hash is within 2**-50 of a bound."""
@@ -45,6 +46,7 @@ def test_shares_are_what_is_drawn():
         assert abs(count - mean) < 5 * (mean * (1 - float(share))) ** 0.5
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_a_smaller_first_share_only_moves_documents_out_of_it(text):
     before, after = parse_splits("train:0.9,test:0.1"), parse_splits("train:0.8,test:0.2")

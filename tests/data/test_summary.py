@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.data import summary
@@ -21,6 +21,7 @@ def corpus(tmp_path):
     return write_corpus(tmp_path / "corpus", TEXTS, byte_tokenizer(), tokens_per_file=10)
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=20), st.integers(1, 300), st.integers(1, 5))
 def test_lengths_are_counted_by_powers_of_two(tmp_path_factory, lengths, tokens_per_file, chunk):
     texts = ["x" * length for length in lengths]

@@ -28,7 +28,7 @@ from tests.support import workers
 from tests.support.small import files as digests
 
 EOS = 256
-FOLDER = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FOLDER = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SPLITS = parse_splits("train:0.5,test:0.5")
 documents_of_files = st.lists(st.lists(st.text(max_size=12), max_size=5), min_size=1, max_size=6)
 
