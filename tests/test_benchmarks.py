@@ -51,7 +51,7 @@ def test_kernels_are_measured_beside_a_plain_matmul():
 def test_tokenizing_is_compared_with_the_batch_encoder(tmp_path):
     sizes = dict(megabytes=0.05, files=2, processes=1, runs=1)
     arguments = [*(f"--{name}={size}" for name, size in sizes.items()), f"--json={tmp_path}/results.json"]
-    command = [sys.executable, str(BENCHMARKS / "tokenize.py"), *arguments, f"--directory={tmp_path}"]
+    command = [sys.executable, str(BENCHMARKS / "tokenizing.py"), *arguments, f"--directory={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())

@@ -328,7 +328,8 @@ def open_decompressed(
     """
     suffix = split_suffix(file.name)[1]
     with file.open("rb") as opened:
-        packed = io.BufferedReader(_Counted(opened, os.fspath(file), advance), _BUFFER_BYTES)
+        raw: Any = _Counted(opened, os.fspath(file), advance)
+        packed = io.BufferedReader(raw, _BUFFER_BYTES)
         head = packed.peek()
         found = next((c for c in _COMPRESSIONS if c.magic.match(head)), None)
         named = next((c for c in _COMPRESSIONS if suffix in c.suffixes), None)

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -69,7 +69,7 @@ def refer_to_token_files(
             descriptions.append(description)
             for key in totals:
                 totals[key] += sources[-1][key]
-        card = {"license": license} if license else {}
+        card: dict[str, Any] = {"license": license} if license else {}
         card["sources"] = describe_sources(sources)
         finish_corpus(directory, tokenizer, totals, descriptions, card, dtype)
     return Corpus.open(out)
@@ -120,7 +120,7 @@ def _read_tokens(
 
 
 def _blocks(
-    file: epath.Path, stream: BinaryIO, dtype: np.dtype, digest: Callable[[bytes], object]
+    file: epath.Path, stream: IO[bytes], dtype: np.dtype, digest: Callable[[bytes], object]
 ) -> Iterator[np.ndarray]:
     """Yields the ids of a token file after its header, if it has one; all bytes go to `digest`."""
     head = stream.read(_READ_BYTES)

@@ -76,10 +76,11 @@ class TokenFileWriter:
     def _write(self, ids: np.ndarray, ends: np.ndarray) -> None:
         """Writes ids, which finish the documents of these ends, to the current file."""
         if self._streams is None:
-            stem = f"{self._name}-{len(self._files):05}"
-            self._streams = tuple(DigestedFile(self._directory / f"{stem}.{suffix}") for suffix in ("npy", "ends"))
-        self._streams[0].write(ids.astype(self._dtype))
-        self._streams[1].write(ends.astype(ENDS_DTYPE))
+            stem = self._directory / f"{self._name}-{len(self._files):05}"
+            self._streams = DigestedFile(epath.Path(f"{stem}.npy")), DigestedFile(epath.Path(f"{stem}.ends"))
+        tokens_stream, ends_stream = self._streams
+        tokens_stream.write(ids.astype(self._dtype))
+        ends_stream.write(ends.astype(ENDS_DTYPE))
         self._tokens += len(ids)
         self._documents += len(ends)
         if len(ends) and self._tokens >= self._tokens_per_file:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -111,7 +111,7 @@ def tokenize_files(
     with work.opened(settings, tokenizer):
         records, bad_records = _tokenize(units, settings, work, processes)
         _check_documents(records, bad_records, settings, work)
-        card = {"license": license} if license else {}
+        card: dict[str, Any] = {"license": license} if license else {}
         card |= dropped(sum(record["empty"] for record in records), bad_records)
         with atomic_directory(out, *commits) as directory:
             for name in settings.split_names:
@@ -151,7 +151,7 @@ def _tokenize(
 
 def _records(
     units: Sequence[Unit], settings: Settings, work: WorkDirectory, processes: int
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yields the record of each unit in order; those that are not finished are tokenized, with a progress bar."""
     finished = {unit.key: record for unit in units if (record := work.record(unit))}
     todo = [unit for unit in units if unit.key not in finished]

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.2
 
 def map_in_processes(
     function: Callable[[Task, Advance], Result], tasks: Sequence[Task], processes: int, advance: Advance
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Calls `function(task, advance)` for each task, and yields the results in order.
 
     An error of a task is raised in its turn, when the results before it were yielded. Other processes then stop at

@@ -1,6 +1,6 @@
 """Throughput of `flexolmo tokenize`, next to that of the batch encoder of `tokenizers` on the same cores.
 
-    python benchmarks/tokenize.py --tokenizer=tokenizer.json --megabytes=64 --processes=2
+    python benchmarks/tokenizing.py --tokenizer=tokenizer.json --megabytes=64 --processes=2
 
 Texts of random words, in as many JSON-lines files as `--files`. In turns, `Tokenizer.encode_batch_fast` encodes all
 texts, which are in memory, with the library's own threads, and `flexolmo tokenize` makes a corpus of the files, with so
