@@ -5,20 +5,24 @@
 Texts of random words, in as many JSON-lines files as `--files`. In turns, `Tokenizer.encode_batch_fast` encodes all
 texts, which are in memory, with the library's own threads, and `flexolmo tokenize` makes a corpus of the files, with so
 many processes. Seconds are medians; those of the command are from its start to its end, "work" is without the time that
-it takes for a file of one word. Use as many processes as `tokenizers` has threads: one for each core.
+it takes for files of one word each. Use as many processes as `tokenizers` has threads: one for each core. On a machine
+with other work, compare seconds of CPU time, which all threads and processes add to. Linux and macOS only.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
+import tokenizers
 from rich.console import Console
 
 from flexolmo_jax.data.tokenizer import load_tokenizer
@@ -33,7 +37,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     texts = _texts(options.megabytes * 1_000_000)
     size = sum(len(text.encode()) for text in texts)
-    times: dict[str, list[float]] = {"tokenizers": [], "command": [], "start": []}
+    times: dict[str, list[tuple[float, float]]] = {"tokenizers": [], "command": [], "start": []}
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         folder = pathlib.Path(name)
         _write(folder / "texts", texts, options.files)
@@ -42,14 +46,15 @@ def main() -> None:
             times["tokenizers"].append(_seconds(lambda: _encode(tokenizer.plain, texts)))
             times["start"].append(_seconds(lambda: _tokenize(folder, "word", options)))
             times["command"].append(_seconds(lambda: _tokenize(folder, "texts", options)))
-    seconds = {name: statistics.median(runs) for name, runs in times.items()}
-    seconds["work"] = seconds["command"] - seconds["start"]
-    results = {"bytes": size, "seconds": seconds, "ratio": seconds["tokenizers"] / seconds["work"]}
-    table = plain_table("", ["seconds", "MB/s"])
+    results = {"bytes": size, **{kind: _medians(times, place) for place, kind in enumerate(("seconds", "cpu_seconds"))}}
+    table = plain_table("", ["seconds", "MB/s", "CPU seconds", "MB per CPU second"])
     for name in ("tokenizers", "command", "work"):
-        table.add_row(name, f"{seconds[name]:.2f}", f"{size / 1e6 / seconds[name]:.2f}")
+        seconds, cpu = results["seconds"][name], results["cpu_seconds"][name]
+        table.add_row(name, f"{seconds:.2f}", f"{size / 1e6 / seconds:.2f}", f"{cpu:.2f}", f"{size / 1e6 / cpu:.2f}")
     show(table, Console())
-    print(f"throughput of the work to that of tokenizers: {results['ratio']:.0%}")
+    for name in ("seconds", "cpu_seconds"):
+        results[f"ratio of {name}"] = ratio = results[name]["tokenizers"] / results[name]["work"]
+        print(f"throughput of the work to that of tokenizers, by {name}: {ratio:.0%}")
     if options.json:
         with open(options.json, "w") as file:
             json.dump({**vars(options), **results}, file, indent=2)
@@ -89,7 +94,7 @@ def _write(folder: pathlib.Path, texts: list[str], files: int) -> None:
         (folder / f"{number:05}.jsonl").write_text("".join(lines))
 
 
-def _encode(backend, texts: list[str]) -> None:
+def _encode(backend: tokenizers.Tokenizer, texts: list[str]) -> None:
     for start in range(0, len(texts), BATCH):
         backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
 
@@ -105,10 +110,22 @@ def _tokenize(folder: pathlib.Path, texts: str, options: argparse.Namespace) -> 
     subprocess.run(["rm", "-r", out], check=True)
 
 
-def _seconds(call) -> float:
-    start = time.perf_counter()
+def _medians(times: dict[str, list[tuple[float, float]]], place: int) -> dict[str, float]:
+    seconds = {name: statistics.median(run[place] for run in runs) for name, runs in times.items()}
+    return seconds | {"work": seconds["command"] - seconds["start"]}
+
+
+def _seconds(call: Callable[[], None]) -> tuple[float, float]:
+    """Seconds that a call takes, and seconds of CPU time."""
+    start, cpu = time.perf_counter(), _cpu_seconds()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, _cpu_seconds() - cpu
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 if __name__ == "__main__":
