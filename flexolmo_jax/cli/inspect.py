@@ -1,7 +1,7 @@
 """Says what a directory is: model, contribution or corpus; reads all of it and checks every digest.
 
     flexolmo inspect runs/merged
-    flexolmo inspect corpora/web --nocheck --samples=5
+    flexolmo inspect corpora/web --check=false --samples=5
 
 Of a corpus it shows how long documents are, how many are exact duplicates of others (with --check), and a few of them.
 """
