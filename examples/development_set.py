@@ -54,7 +54,8 @@ from package_texts import (
 )
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import write_corpus
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.progress import Stages
 from flexolmo_jax.tables import plain_table, show

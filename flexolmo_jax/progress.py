@@ -29,11 +29,17 @@ def progress_bar(*columns: str | ProgressColumn, shown: bool = True) -> Progress
 
 
 @contextlib.contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar while the block runs; yields a function that advances it by a number of bytes."""
+def byte_progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows a bar while the block runs; yields a function that advances it by a number of bytes.
+
+    Args:
+      title: what is measured.
+      total: number of bytes in all; 0: it is not known.
+      done: number of bytes before the block.
+    """
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with progress_bar(TextColumn("{task.description}"), *columns) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(title, total=total or None, completed=done)
         yield lambda count: bar.update(task, advance=count)
 
 

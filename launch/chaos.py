@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.text import Text
 
-from flexolmo_jax.data.corpus import write_corpus
+from flexolmo_jax.data.corpus_writer import write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.tables import plain_table, show
 

@@ -41,7 +41,10 @@ FAST = (
     "tests/test_progress.py",
 )
 # In these folders, but longer than all others.
-LONG = ("tests/checkpoint/test_train_state.py", "tests/combine/test_dtypes.py", "tests/data/test_pipeline.py")
+LONG = (
+    *("tests/checkpoint/test_train_state.py", "tests/combine/test_dtypes.py", "tests/data/test_pipeline.py"),
+    "tests/data/test_tokenizing.py",
+)
 
 # Those that take longest, to be begun first: each module has one worker, and none is to be left with one of these.
 FIRST = (

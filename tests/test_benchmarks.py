@@ -46,3 +46,17 @@ def test_kernels_are_measured_beside_a_plain_matmul():
     assert done.returncode == 0, done.stderr
     for name in ("matmul", "grouped: ragged", "grouped: blocks", "blockwise, documents: 1", "blockwise, documents: 8"):
         assert name in done.stdout
+
+
+def test_tokenizing_is_compared_with_the_batch_encoder(tmp_path):
+    sizes = dict(megabytes=0.05, files=2, processes=1, runs=1)
+    arguments = [*(f"--{name}={size}" for name, size in sizes.items()), f"--json={tmp_path}/results.json"]
+    command = [sys.executable, str(BENCHMARKS / "tokenizing.py"), *arguments, f"--directory={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 50_000 <= results["bytes"] < 60_000
+    seconds = results["seconds"]
+    assert seconds["work"] == pytest.approx(seconds["command"] - seconds["start"])
+    assert "throughput of the work to that of tokenizers" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

@@ -20,7 +20,8 @@ from flexolmo_jax.checkpoint.model_directory import read_model
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import opt_out
 from flexolmo_jax.data import local_copies
-from flexolmo_jax.data.corpus import Corpus, copy_documents
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import copy_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop

@@ -46,9 +46,10 @@ CORPUS_FILE = "corpus.json"
 
 def _corpus_content(folder: epath.Path) -> Names | None:
     try:
-        files = [file["name"] for file in json.loads((folder / CORPUS_FILE).read_bytes())["files"]]
-        return dict.fromkeys([CORPUS_FILE, TOKENIZER_FILE, *files], FILE)
-    except (OSError, ValueError, KeyError, TypeError):
+        files = json.loads((folder / CORPUS_FILE).read_bytes())["files"]
+        names = [part["name"] for file in files for part in (file, file.get("ends")) if part]
+        return dict.fromkeys([CORPUS_FILE, TOKENIZER_FILE, *names], FILE)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -1,6 +1,7 @@
 """What a directory is, and whether its content is what its manifest says."""
 
 import collections
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from flexolmo_jax.checkpoint.model_directory import check_content, check_leaves,
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.summary import count_duplicates, length_table, samples
 from flexolmo_jax.data.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.privacy import CARD_KEY, privacy_words
@@ -22,11 +24,16 @@ from flexolmo_jax.model.selectors import SELECTORS
 from flexolmo_jax.tables import printable
 
 
-def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table | None]:
+def describe(path: epath.PathLike, check: bool, num_samples: int = 0) -> tuple[dict[str, Any], Table]:
     """Reads a directory's manifest and, with `check`, all of its content.
 
+    Args:
+      path: a model, a contribution or a corpus.
+      check: whether to read everything, and compare it with the digests.
+      num_samples: of documents of a corpus to show.
+
     Returns:
-      ({fact: value} of the whole, a table of the experts, or None for a corpus).
+      ({fact: value} of the whole, a table of the experts, or of the lengths of a corpus's documents).
 
     Raises:
       UserError: not one of our directories, or its content is not what its manifest says.
@@ -37,7 +44,8 @@ def describe(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Table |
     kind = model_directory.kind_of(path)
     if kind is None:
         raise UserError(f"{path}: neither a model, a contribution nor a corpus; give one of these directories")
-    facts, table = {"model": _model, "contribution": _contribution, "corpus": _corpus}[kind](path, check)
+    corpus = functools.partial(_corpus, num_samples=num_samples)
+    facts, table = {"model": _model, "contribution": _contribution, "corpus": corpus}[kind](path, check)
     return {"directory": f"{path}: a {kind}", **facts, "digests": "hold" if check else "not checked"}, table
 
 
@@ -94,17 +102,36 @@ def _contribution(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], Ta
     return facts, _roster([(ExpertRecord.of(manifest), leaves)])
 
 
-def _corpus(path: epath.PathLike, check: bool) -> tuple[dict[str, Any], None]:
+def _corpus(path: epath.PathLike, check: bool, num_samples: int) -> tuple[dict[str, Any], Table]:
     corpus = Corpus.open(path)
-    if check:
-        corpus.verify()
     facts = {
         "documents": f"{corpus.documents:,}",
-        "tokens": f"{corpus.tokens:,}",
+        "tokens": f"{corpus.tokens:,} ({corpus.dtype.name}, in {len(corpus.files):,} files)",
         "bytes of text": f"{corpus.bytes:,}",
         "tokenizer digest": corpus.tokenizer_digest,
+        **_corpus_card(corpus.card),
     }
-    return facts, None
+    if check:
+        corpus.verify()
+        corpus.refuse_ids()
+        duplicates = count_duplicates(corpus)
+        facts["exact duplicates"] = f"{duplicates:,} ({duplicates / corpus.documents:.2%} of documents)"
+    return facts | samples(corpus, num_samples), length_table(corpus)
+
+
+def _corpus_card(card: Mapping[str, Any]) -> dict[str, str]:
+    """Lines for what corpus.json says of the origin of documents, and of what was left out."""
+    facts = {"license": str(card["license"])} if card.get("license") else {}
+    if "sources" in card:
+        names = ", ".join(file["file"] for file in card["sources"]["files"][:3])
+        more = card["sources"]["count"] - 3
+        facts["input files"] = f"{card['sources']['count']:,}: {names}" + (f" and {more:,} more" if more > 0 else "")
+    if "split" in card:
+        shares = ", ".join(f"{name} {share}" for name, share in card["split"]["shares"].items())
+        facts["split"] = f"{card['split']['name']} (of {shares}; key {card['split']['key']!r})"
+    if card.get("dropped"):
+        facts["left out"] = ", ".join(f"{reason}: {count:,}" for reason, count in card["dropped"].items())
+    return facts
 
 
 def _roster(members: list[tuple[ExpertRecord, Mapping[str, Slice]]]) -> Table:

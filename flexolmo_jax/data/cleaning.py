@@ -13,7 +13,8 @@ from rich.table import Table
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.data.contamination import HeldOutNgrams
-from flexolmo_jax.data.corpus import Corpus, copy_documents
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import copy_documents
 from flexolmo_jax.data.duplicates import DIGEST, document_digest, first_occurrences, near_duplicates
 from flexolmo_jax.data.ngrams import most_repeats
 from flexolmo_jax.errors import ArgumentError, UserError

@@ -1,70 +1,55 @@
-"""A corpus: a directory of documents as token ids.
+"""A corpus: a directory of documents as token ids (docs/formats.md); `corpus_writer` makes one.
 
-- `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files; and the number and the first hundred
-  of the bad records that were skipped; in a copy of documents that names them, which they are. It is written last:
-  a directory without it is incomplete.
+- `corpus.json`: format version, tokenizer digest, eos_id, dtype, totals, files; and the card: where the documents come
+  from, and what was left out. It is written last: a directory without it is incomplete.
 - `tokenizer.json`: the tokenizer that made it.
 - `tokens-00000.npy`, `tokens-00001.npy`, ... (see `token_files`): the documents, each terminated by EOS. No document
-  spans two files.
+  spans two files. They may lie elsewhere, as files that another program wrote.
+- `tokens-00000.ends`, ...: where the documents of each file end. Older corpora have none.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
-from rich.progress import SpinnerColumn, TimeElapsedColumn
 
-from flexolmo_jax.checkpoint.atomic import atomic_directory, commit
 from flexolmo_jax.checkpoint.digests import combined_digest
-from flexolmo_jax.data.bad_records import BadRecords, StoppedError
 from flexolmo_jax.data.local_copies import local_copy
-from flexolmo_jax.data.token_files import TokenFileWriter, file_digest, find_above, find_document_ends, map_token_file
+from flexolmo_jax.data.token_files import (
+    DTYPES,
+    ENDS_DTYPE,
+    file_digest,
+    find_above,
+    find_document_ends,
+    map_document_ends,
+    map_token_file,
+)
 from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.paths import is_remote
-from flexolmo_jax.progress import byte_progress, progress_bar
+from flexolmo_jax.progress import byte_progress
 
 FORMAT_VERSION = 1
-_MANIFEST, _TOKENIZER, _TOKENS = "corpus.json", "tokenizer.json", "tokens-*.npy"
-_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_TOKENS_PER_FILE = 1 << 28
-_SCAN_TOKENS = 1 << 24
-_BATCH_CHUNKS = 1024
-_BATCH_BYTES = 1 << 20  # of text; `tokenizers` needs about 100 times as many
-
-
-class NoTextError(UserError):
-    """There is no document with text to make a corpus of.
-
-    Attributes:
-      problem: the message without its subject.
-    """
-
-    def __init__(self, bad_records: BadRecords | None):
-        """Mentions the first bad record, if any."""
-        if bad_records and bad_records.count:
-            self.problem = f"holds no usable text; bad records: {bad_records.count:,}, {bad_records.first()}"
-        else:
-            self.problem = "holds no text; name files with at least one document that is not empty"
-        super().__init__(f"the input {self.problem}")
+MANIFEST, TOKENIZER = "corpus.json", "tokenizer.json"
+CARD = ("license", "sources", "dropped", "bad_records", "split")  # keys of corpus.json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
     """A corpus directory, local or remote, memory-mapped: a random-access sequence of documents.
 
-    `corpus[i]` is document i, EOS included: a read-only array of `dtype` [length]. The first access finds the ends of
-    documents by one pass over the tokens, and keeps 8 bytes per document. Ids are not checked: callers compare them
-    with `vocab_size`, and call `refuse_ids` for the error.
+    `corpus[i]` is document i, EOS included: a read-only array of `dtype` [length]. The index of documents is
+    memory-mapped too. In a corpus without one, the first access finds the ends of documents by one pass over the
+    tokens, and keeps 8 bytes per document. Ids are not checked: callers compare them with `vocab_size`, and call
+    `refuse_ids` for the error.
 
     Attributes:
       path: the directory.
@@ -75,7 +60,9 @@ class Corpus:
       eos_id: the id that terminates each document.
       dtype: of the token files.
       tokenizer_digest: `Tokenizer.digest` of the tokenizer that made it.
-      files: of each token file, its name, number of tokens and SHA-256.
+      files: of each token file, its name (or its absolute path or URL), number of tokens and SHA-256, and where it has
+        an index, the number of documents, and the name and SHA-256 of the index under "ends".
+      card: what corpus.json has under the keys of `CARD`.
     """
 
     path: epath.Path
@@ -86,19 +73,23 @@ class Corpus:
     dtype: np.dtype
     tokenizer_digest: str
     files: tuple[dict[str, Any], ...]
+    card: Mapping[str, Any]
 
     @classmethod
     def open(cls, path: epath.PathLike) -> "Corpus":
         """Opens a corpus directory. Of a remote one (`gs://`, `s3://`) the token files are copied, `local_copies`.
 
         Raises:
-          UserError: it is not a corpus, or of another format version, or a token file is missing or truncated.
+          UserError: it is not a corpus, or of another format version, or a token file or an index is missing or
+            truncated.
         """
         path = epath.Path(path)
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; `flexolmo tokenize` makes a corpus")
-        corpus = cls(path=path, **_read_description(path / _MANIFEST))
+        corpus = cls(path=path, **_read_description(path / MANIFEST))
         corpus._arrays  # noqa: B018  maps the files, so that a missing one is an error now
+        if corpus._has_index:
+            corpus._indices  # noqa: B018  the same
         return corpus
 
     def __len__(self) -> int:
@@ -129,14 +120,14 @@ class Corpus:
         Raises:
           UserError: `tokenizer.json` is missing or is not the one that `corpus.json` names.
         """
-        file = self.path / _TOKENIZER
+        file = self.path / TOKENIZER
         tokenizer = load_tokenizer(file, eos_id=self.eos_id)
         if tokenizer.digest != self.tokenizer_digest:
             raise UserError(f"{file}: did not make this corpus; tokenize the text again")
         return tokenizer
 
     def verify(self) -> None:
-        """Reads every token file and compares its SHA-256.
+        """Reads every token file and index, and compares their SHA-256.
 
         Raises:
           UserError: a file's content is not what `corpus.json` says.
@@ -153,28 +144,65 @@ class Corpus:
             at = find_above(array, self.vocab_size - 1)
             if at is not None:
                 raise UserError(
-                    f"{self.path / file['name']}: damaged: the id {array[at]} at offset {at} (in tokens) is outside "
-                    f"the vocabulary of {self.vocab_size}; copy the corpus again"
+                    f"{self._locate(file)}: damaged: the id {array[at]} at offset {at} (in tokens) is outside "
+                    f"the vocabulary of {self.vocab_size}; {self._remedy(file)}"
                 )
 
     @functools.cached_property
     def local_files(self) -> list[epath.Path]:
         """The token files, or the local copies of remote ones."""
-        files = {self.path / file["name"]: file["sha256"] for file in self.files}
-        if not is_remote(self.path):
-            return [*files]
-        total = sum(file["tokens"] for file in self.files) * self.dtype.itemsize
+        return self._make_local([(file, file["tokens"] * self.dtype.itemsize) for file in self.files])
+
+    @functools.cached_property
+    def local_indices(self) -> list[epath.Path]:
+        """The indices of the token files, or the local copies of remote ones; empty where there are none."""
+        return self._make_local(
+            [(file["ends"], file["documents"] * ENDS_DTYPE.itemsize) for file in self.files if self._has_index]
+        )
+
+    def expected_digests(self) -> dict[epath.Path, tuple[str, str]]:
+        """The SHA-256 that each local file must have, and what to do where it has another."""
+        described = [*self.files, *(file["ends"] for file in self.files if self._has_index)]
+        files = zip([*self.local_files, *self.local_indices], described, strict=True)
+        return {path: (file["sha256"], self._remedy(file)) for path, file in files}
+
+    def _make_local(self, files: Sequence[tuple[Mapping[str, Any], int]]) -> list[epath.Path]:
+        """The local paths of described files, of which remote ones, of that many bytes, are copied."""
+        paths = [self._locate(file) for file, _ in files]
+        total = sum(size for path, (_, size) in zip(paths, files, strict=True) if is_remote(path))
+        if not total:
+            return paths
         with byte_progress(f"copy of {self.path}", total) as advance:
-            return [local_copy(file, digest, advance) for file, digest in files.items()]
+            return [
+                local_copy(path, file["sha256"], advance) if is_remote(path) else path
+                for path, (file, _) in zip(paths, files, strict=True)
+            ]
+
+    def _locate(self, file: Mapping[str, Any]) -> epath.Path:
+        """The path of a described file, which may lie elsewhere."""
+        name = file["name"]
+        return epath.Path(name) if is_remote(name) or os.path.isabs(name) else self.path / name
+
+    def _remedy(self, file: Mapping[str, Any]) -> str:
+        """What to do where a described file is not as it was."""
+        lies_elsewhere = self._locate(file).parent != self.path
+        return "restore it, or make the corpus again" if lies_elsewhere else "copy the corpus again"
 
     @functools.cached_property
     def _arrays(self) -> list[np.ndarray]:
         files = zip(self.local_files, self.files, strict=True)
-        return [map_token_file(file, described["tokens"], self.dtype) for file, described in files]
+        return [map_token_file(path, file["tokens"], self.dtype, self._remedy(file)) for path, file in files]
+
+    @functools.cached_property
+    def _has_index(self) -> bool:
+        return all("ends" in file for file in self.files)
 
     @functools.cached_property
     def _document_ends(self) -> list[np.ndarray]:
-        """Of each file, the offset after each document's EOS, int64 [documents of the file]."""
+        """Of each file, the offset after each document's EOS, int64 or uint64 [documents of the file]."""
+        if self._has_index:
+            self._check_eos()
+            return self._indices
         ends = [find_document_ends(array, self.eos_id) for array in self._arrays]
         found = sum(map(len, ends))
         if found != self.documents:
@@ -183,6 +211,22 @@ class Corpus:
                 f"says {self.documents}; tokenize the text again"
             )
         return ends
+
+    @functools.cached_property
+    def _indices(self) -> list[np.ndarray]:
+        """The mapped indices, uint64 [documents of the file]."""
+        files = zip(self.local_indices, self.files, strict=True)
+        return [map_document_ends(path, file["documents"], file["tokens"]) for path, file in files]
+
+    def _check_eos(self) -> None:
+        """Looks at one document of each file: where eos_id is wrong, none ends in it."""
+        for ends, tokens, path in zip(self._indices, self._arrays, self.local_indices, strict=True):
+            last = tokens[int(ends[0]) - 1]
+            if last != self.eos_id and len(ends) > 1:  # the last document of a file may lack EOS
+                raise UserError(
+                    f"{path}: its first document ends in the id {last}, and corpus.json says EOS {self.eos_id}; "
+                    "tokenize the text again"
+                )
 
     @functools.cached_property
     def _first_documents(self) -> list[int]:
@@ -204,196 +248,21 @@ def path_labels(paths: Sequence[str]) -> dict[str, str]:
 
 
 def verify_corpora(corpora: Sequence[Corpus]) -> None:
-    """Reads the token files of all corpora and compares their SHA-256, with a progress bar.
+    """Reads the token files and indices of all corpora and compares their SHA-256, with a progress bar.
 
     Raises:
       UserError: a file's content is not what `corpus.json` says.
     """
-    files = {
-        file: described["sha256"]
-        for corpus in corpora
-        for file, described in zip(corpus.local_files, corpus.files, strict=True)
-    }
+    expected = {path: digest for corpus in corpora for path, digest in corpus.expected_digests().items()}
     with (
-        byte_progress("token files", sum(file.stat().length for file in files)) as advance,
+        byte_progress("token files", sum(path.stat().length for path in expected)) as advance,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
-        for file, found in zip(files, pool.map(functools.partial(file_digest, advance=advance), files), strict=True):
-            if found != files[file]:
+        found = pool.map(functools.partial(file_digest, advance=advance), expected)
+        for (path, (digest, remedy)), digest_found in zip(expected.items(), found, strict=True):
+            if digest_found != digest:
                 pool.shutdown(cancel_futures=True)
-                raise UserError(f"{file}: differs from the digest in corpus.json; copy the corpus again")
-
-
-def write_corpus(
-    out: epath.PathLike,
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    *,
-    tokens_per_file: int = _TOKENS_PER_FILE,
-    bad_records: BadRecords | None = None,
-    progress: bool = False,
-) -> Corpus:
-    """Tokenizes documents into a new corpus directory, which is complete or absent.
-
-    Memory holds one document and a batch of chunks, whatever the number and length of the documents. Documents
-    without a token are skipped.
-
-    Args:
-      out: the directory to make.
-      documents: the texts.
-      tokenizer: encodes them; a copy is stored in the corpus.
-      tokens_per_file: a new file starts when the current one has this many.
-      bad_records: records that the reader of `documents` skipped, for corpus.json.
-      progress: show a progress bar on standard error.
-
-    Raises:
-      NoTextError: there is no document with text.
-      StoppedError: the reader stopped at a bad record.
-      UserError: `out` exists.
-    """
-    columns = (SpinnerColumn(), "{task.description} {task.completed} documents", TimeElapsedColumn())
-    with progress_bar(*columns, shown=progress) as bar:
-        chunks = _chunks(bar.track(documents, description="Tokenized"), tokenizer)
-        encoded = (
-            (ids, chunk)
-            for batch in _batches(chunks)
-            for chunk, ids in zip(batch, tokenizer.encode_batch([chunk.text for chunk in batch]), strict=True)
-        )
-        _write(out, _terminate_documents(encoded, tokenizer.eos_id), tokenizer, tokens_per_file, bad_records)
-    return Corpus.open(out)
-
-
-def unknown_text(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
-    """A warning where text is lost: as tokens for unknown text, or because characters have no token."""
-    if tokenizer.drops_unknown:
-        return [f"{tokenizer.label}: has no token for unknown text; characters that it does not know were left out"]
-    if tokenizer.unknown_id is None:
-        return []
-    slices = (array[at : at + _SCAN_TOKENS] for array in corpus._arrays for at in range(0, len(array), _SCAN_TOKENS))
-    unknown = sum(np.count_nonzero(tokens == tokenizer.unknown_id) for tokens in slices)
-    name = tokenizer.backend.id_to_token(tokenizer.unknown_id)
-    share = f"{unknown / corpus.tokens:.2%}"
-    return [f"{unknown:,} of {corpus.tokens:,} tokens ({share}) are {name!r}, unknown text"] if unknown else []
-
-
-def copy_documents(
-    source: Corpus, indices: Iterable[int], out: epath.PathLike, *, card: Mapping[str, Any] | None = None
-) -> None:
-    """Copies documents of one corpus, token by token, into a new one, which may be remote.
-
-    Args:
-      source: the corpus to copy from.
-      indices: of its documents, in the order of the copy.
-      out: the directory to make.
-      card: other keys of corpus.json.
-
-    Raises:
-      UserError: `out` exists, there are no indices, or an id is outside the vocabulary.
-    """
-    tokenizer = source.tokenizer()
-    documents = (source[index] for index in indices)
-    counted = ((ids, tokenizer.count_bytes(ids[:-1]), True) for ids in _in_vocabulary(source, documents))
-    _write(out, counted, tokenizer, _TOKENS_PER_FILE, card=card)
-
-
-class _Chunk(NamedTuple):
-    """A chunk of a document: its text, the number of its UTF-8 bytes, and whether it is the last."""
-
-    text: str
-    bytes: int
-    ends: bool
-
-
-def _chunks(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[_Chunk]:
-    for text in documents:
-        for start, end in itertools.pairwise([0, *tokenizer.chunk_ends(text)]):
-            chunk = text[start:end]
-            yield _Chunk(chunk, len(chunk.encode()), end == len(text))
-
-
-def _batches(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Gathers chunks to be encoded together; where the reader stops, the chunks before are still yielded."""
-    batch, size = [], 0
-    try:
-        for chunk in chunks:
-            if batch and (len(batch) == _BATCH_CHUNKS or size + chunk.bytes > _BATCH_BYTES):
-                yield batch
-                batch, size = [], 0
-            batch.append(chunk)
-            size += chunk.bytes
-    except StoppedError:
-        if batch:
-            yield batch
-        raise
-    if batch:
-        yield batch
-
-
-def _terminate_documents(
-    chunks: Iterable[tuple[np.ndarray, _Chunk]], eos_id: int
-) -> Iterator[tuple[np.ndarray, int, bool]]:
-    """Appends EOS to each document with a token; yields ids, bytes of text, and whether the document ends."""
-    length = size = 0
-    for ids, chunk in chunks:
-        length, size = length + ids.size, size + chunk.bytes
-        if chunk.ends and length:
-            yield np.append(ids, eos_id), size, True
-        elif ids.size:
-            yield ids, 0, False
-        if chunk.ends:
-            length = size = 0
-
-
-def _write(
-    out: epath.PathLike,
-    chunks: Iterable[tuple[np.ndarray, int, bool]],
-    tokenizer: Tokenizer,
-    tokens_per_file: int,
-    bad_records: BadRecords | None = None,
-    card: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes a new corpus directory of chunks: (ids, bytes of text, whether the document ends).
-
-    `card` is added to corpus.json.
-    """
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    totals = {"documents": 0, "tokens": 0, "bytes": 0}
-    with (
-        atomic_directory(out, _MANIFEST, (_MANIFEST, _TOKENIZER, _TOKENS)) as directory,
-        contextlib.closing(TokenFileWriter(directory, _DTYPES[dtype], tokens_per_file)) as files,
-    ):
-        try:
-            for ids, size, ends in chunks:
-                files.append(ids, ends=ends)
-                totals["documents"] += ends
-                totals["tokens"] += ids.size
-                totals["bytes"] += size
-        except StoppedError as error:
-            raise StoppedError(
-                f"{error} (stopped after {totals['documents']:,} documents, {totals['tokens']:,} tokens; "
-                "no corpus is made)"
-            ) from error
-        if not totals["documents"]:
-            raise NoTextError(bad_records)
-        description = {
-            "format_version": FORMAT_VERSION,
-            "tokenizer_digest": tokenizer.digest,
-            "eos_id": tokenizer.eos_id,
-            "dtype": dtype,
-            **totals,
-            "files": files.close(),
-            **({"bad_records": bad_records.description()} if bad_records and bad_records.count else {}),
-            **(card or {}),
-        }
-        tokenizer.save(directory / _TOKENIZER)
-        commit(directory / _MANIFEST, description)
-
-
-def _in_vocabulary(source: Corpus, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    for ids in documents:
-        if ids.max() >= source.vocab_size:
-            source.refuse_ids()
-        yield ids
+                raise UserError(f"{path}: differs from the digest in corpus.json; {remedy}")
 
 
 def _read_description(file: epath.Path) -> dict[str, Any]:
@@ -406,10 +275,22 @@ def _read_description(file: epath.Path) -> dict[str, Any]:
         if version != FORMAT_VERSION:
             raise UserError(f"{file}: has format version {version}; this program reads {FORMAT_VERSION}")
         counts = {name: int(record[name]) for name in ("documents", "tokens", "bytes", "eos_id")}
-        files = tuple({"name": f["name"], "tokens": int(f["tokens"]), "sha256": f["sha256"]} for f in record["files"])
-        dtype, digest = _DTYPES[record["dtype"]], record["tokenizer_digest"]
+        files = tuple(map(_file_description, record["files"]))
+        dtype, digest = DTYPES[record["dtype"]], record["tokenizer_digest"]
+        card = {key: record[key] for key in CARD if key in record}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: is not the description of a corpus ({error!r}); copy it again") from error
     if counts["tokens"] != sum(f["tokens"] for f in files):
         raise UserError(f"{file}: its files do not add up to {counts['tokens']} tokens; copy it again")
-    return {**counts, "files": files, "dtype": dtype, "tokenizer_digest": digest}
+    if all("ends" in f for f in files) and counts["documents"] != sum(f["documents"] for f in files):
+        raise UserError(f"{file}: its files do not add up to {counts['documents']} documents; copy it again")
+    return {**counts, "files": files, "dtype": dtype, "tokenizer_digest": digest, "card": card}
+
+
+def _file_description(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a token file in corpus.json."""
+    description = {"name": record["name"], "tokens": int(record["tokens"]), "sha256": record["sha256"]}
+    if "ends" in record:
+        ends = {"name": record["ends"]["name"], "sha256": record["ends"]["sha256"]}
+        description |= {"documents": int(record["documents"]), "ends": ends}
+    return description

@@ -11,9 +11,10 @@ import lzma
 import os
 import pathlib
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -27,6 +28,28 @@ _BUFFER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 14  # compressed bytes read together
 
 
+class FileState(NamedTuple):
+    """What changes when a file does: its size in bytes, and the time of its last change."""
+
+    size: int
+    changed: int
+
+
+def file_state(file: epath.Path) -> FileState | None:
+    """The state of a file; None for what is no regular file, such as a pipe."""
+    if is_remote(file):
+        status = file.stat()
+        return FileState(status.length, status.mtime)
+    local = os.stat(file)
+    return FileState(local.st_size, local.st_mtime_ns) if stat.S_ISREG(local.st_mode) else None
+
+
+def check_unchanged(file: epath.Path, state: FileState | None) -> None:
+    """Raises UserError where a file is no longer in that state."""
+    if file_state(file) != state:
+        raise UserError(f"{file}: changed while it was read; wait until it is complete, and run the command again")
+
+
 def read_documents(
     patterns: Iterable[str],
     *,
@@ -37,33 +60,84 @@ def read_documents(
 ) -> Iterator[str]:
     """Yields the documents of every file that the patterns match, each file once, in sorted order.
 
-    A file may be compressed (gzip, bzip2, xz, zstd), which its first bytes tell. Its suffix, or the suffix before that
-    of the compression, selects its format from `SOURCES`, in any case. Other files are one document each, whole, with
-    their line ends untouched; one that holds JSON is refused.
-
-    A byte order mark of UTF-8 is dropped. Memory holds one document and the buffers of the decompressor.
-
     Args:
-      patterns: names of files or patterns (`*`, `?`, `[...]`), local or `gs://`; `**`, any directories, is local
-        only. What exists under a name is that file, whatever the name looks like.
-      text_key: where records keep their text; "a.b" is also the key "b" of the object under "a".
+      patterns: as in `matching_files`.
+      text_key: as in `read_file`, with the others.
       format: a name in `SOURCES` for all files, or "auto".
       bad_records: counts records without usable text; by default the first one is an error.
       check: called with each text; may raise `BadRecordError`.
 
     Raises:
       StoppedError: a record has no usable text, and bad records are not skipped.
-      UserError: a pattern matches no file, or a library is not installed.
+      UserError: a pattern matches no file, a file changes while it is read, or a library is not installed.
+    """
+    for file in matching_files(patterns):
+        yield from read_file(file, text_key=text_key, format=format, bad_records=bad_records, check=check)
+
+
+def matching_files(patterns: Iterable[str]) -> list[epath.Path]:
+    """Returns the files that the patterns match, each once, in sorted order for each pattern.
+
+    Args:
+      patterns: names of files or patterns (`*`, `?`, `[...]`), local or `gs://`; `**`, any directories, is local
+        only. What exists under a name is that file, whatever the name looks like.
+
+    Raises:
+      UserError: a pattern matches no file.
+    """
+    return _once(itertools.chain.from_iterable(map(_matches, patterns)))
+
+
+def read_file(
+    file: epath.Path,
+    *,
+    text_key: str = "text",
+    format: str = AUTO,
+    bad_records: BadRecords | None = None,
+    check: Callable[[str], object] | None = None,
+    advance: Callable[[int], object] = lambda size: None,
+    state: FileState | None = None,
+) -> Iterator[str]:
+    """Yields the documents of a file.
+
+    It may be compressed (gzip, bzip2, xz, zstd), which its first bytes tell. Its suffix, or the suffix before that of
+    the compression, selects its format from `SOURCES`, in any case. Other files are one document each, whole, with
+    their line ends untouched; one that holds JSON is refused.
+
+    A byte order mark of UTF-8 is dropped. Memory holds one document and the buffers of the decompressor.
+
+    Args:
+      file: its path.
+      text_key: where records keep their text; "a.b" is also the key "b" of the object under "a".
+      format: a name in `SOURCES`, or "auto".
+      bad_records: counts records without usable text; by default the first one is an error.
+      check: called with each text; may raise `BadRecordError`.
+      advance: called with numbers of bytes that were read, whose sum at the end is the size of the file.
+      state: the state in which the file must be; by default its present one.
+
+    Raises:
+      StoppedError: a record has no usable text, and bad records are not skipped.
+      UserError: the file changes while it is read, or a library is not installed.
     """
     bad_records = bad_records or BadRecords()
-    for file in _once(itertools.chain.from_iterable(map(_matches, patterns))):
-        source = source_of(split_suffix(file.name)[0]) if format == AUTO else SOURCES[format]
-        try:
-            yield from _read(file, source, text_key, bad_records, check)
-        except BadRecordError as error:
-            bad_records.add(f"{file}", error)
-        except MissingLibraryError as error:
-            raise UserError(f"{file}: {error}") from error
+    state = state or file_state(file)
+    source = source_of(split_suffix(file.name)[0]) if format == AUTO else SOURCES[format]
+    left = state.size if state else 0
+
+    def advance_within(size: int) -> None:  # Parquet may skip bytes of a file, or read some twice
+        nonlocal left
+        advance(min(size, left))
+        left -= min(size, left)
+
+    try:
+        yield from _read(file, source, text_key, bad_records, check, advance_within)
+    except BadRecordError as error:
+        bad_records.add(f"{file}", error)
+    except MissingLibraryError as error:
+        raise UserError(f"{file}: {error}") from error
+    if state:
+        check_unchanged(file, state)
+    advance(left)
 
 
 def _once(files: Iterable[epath.Path]) -> list[epath.Path]:
@@ -84,9 +158,14 @@ def _with_file_name(file: epath.Path, records: Records) -> Records:
 
 
 def _read(
-    file: epath.Path, source: Source, text_key: str, bad_records: BadRecords, check: Callable[[str], object] | None
+    file: epath.Path,
+    source: Source,
+    text_key: str,
+    bad_records: BadRecords,
+    check: Callable[[str], object] | None,
+    advance: Callable[[int], object],
 ) -> Iterator[str]:
-    with open_decompressed(file) as stream:
+    with open_decompressed(file, advance) as stream:
         for place, record in _with_file_name(file, source.records(stream, text_key)):
             try:
                 text = source.text(record, text_key)
@@ -180,7 +259,7 @@ class _Decompressed(io.RawIOBase):
             size += len(data)
         if self._damage and not size:
             raise BadRecordError(
-                f"is not a whole {self._name} file ({self._damage}); fetch or compress it again"
+                f"is not a whole {self._name} file ({self._damage}); fetch or compress it again", "damaged file"
             ) from self._damage
         return size
 
@@ -212,16 +291,44 @@ def split_suffix(name: str) -> tuple[str, str]:
     return path.suffix, ""
 
 
+class _Counted(io.RawIOBase):
+    """Passes reads on to a file, and tells how many bytes each gave."""
+
+    def __init__(self, file: Any, name: str, advance: Callable[[int], object]):
+        self._file, self.name, self._advance = file, name, advance
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = self._file.readinto(buffer)
+        self._advance(size)
+        return size
+
+
 @contextlib.contextmanager
-def open_decompressed(file: epath.Path) -> Iterator[io.BufferedReader]:
+def open_decompressed(
+    file: epath.Path, advance: Callable[[int], object] = lambda size: None
+) -> Iterator[io.BufferedReader]:
     """Opens a file for reading, and decompresses it if its first bytes are those of gzip, bzip2, xz or zstd.
+
+    `advance` is called with the number of bytes of the file that each read gave.
 
     Raises:
       BadRecordError: its suffix names another compression, or its content is damaged.
     """
     suffix = split_suffix(file.name)[1]
     with file.open("rb") as opened:
-        raw: Any = opened
+        raw: Any = _Counted(opened, os.fspath(file), advance)
         packed = io.BufferedReader(raw, _BUFFER_BYTES)
         head = packed.peek()
         found = next((c for c in _COMPRESSIONS if c.magic.match(head)), None)
@@ -229,6 +336,8 @@ def open_decompressed(file: epath.Path) -> Iterator[io.BufferedReader]:
         if found:
             yield io.BufferedReader(_Decompressed(found.name, found.decompress(packed)), _BUFFER_BYTES)
         elif named:
-            raise BadRecordError(f"is not a {named.name} file; fetch it again, or drop {suffix} from its name")
+            raise BadRecordError(
+                f"is not a {named.name} file; fetch it again, or drop {suffix} from its name", "damaged file"
+            )
         else:
             yield packed

@@ -136,7 +136,9 @@ class _Scanner:
 
     def fail(self, reason: str) -> NoReturn:
         """Raises `BadRecordError` at the current place."""
-        raise BadRecordError(f"is not JSON from character {self._before + self._place} on ({reason}); fix it there")
+        raise BadRecordError(
+            f"is not JSON from character {self._before + self._place} on ({reason}); fix it there", "not JSON"
+        )
 
     def _read(self, size: int) -> bool:
         """Reads `size` more characters, or a chunk; returns False at the end of the input."""

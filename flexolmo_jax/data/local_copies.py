@@ -1,4 +1,4 @@
-"""Copies of remote token files on the local disk, which are memory-mapped: by SHA-256, each made once."""
+"""Copies of remote token files and indices on the local disk, which are memory-mapped: by SHA-256, each made once."""
 
 import hashlib
 import pathlib
@@ -27,7 +27,7 @@ def local_copy(file: epath.Path, sha256: str, advance: Callable[[int], None] = l
     Raises:
       UserError: the file is missing, or its content is another.
     """
-    copy = folder() / f"{sha256}.npy"
+    copy = folder() / f"{sha256}{file.suffix}"
     copy.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(copy.with_suffix(".lock")):
         if not copy.exists():

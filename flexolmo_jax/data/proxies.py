@@ -22,7 +22,8 @@ from scipy.special import log_expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from flexolmo_jax.data.corpus import Corpus, copy_documents
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import copy_documents
 from flexolmo_jax.data.document_features import EmbeddingFeatures, Features, Matrix, NgramFeatures, read_embeddings
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.progress import progress_bar

@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from flexolmo_jax.data.bad_records import BadRecordError
 from flexolmo_jax.data.json_values import BOM, are_json_lines, is_array, looks_like_json, read_values
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, first_line
 
 Records = Iterator[tuple[str, Any]]
 
@@ -123,11 +124,14 @@ class UnnamedText(Text):
         """Decodes it; refuses binary files and JSON."""
         text = super().text(record, text_key)
         if "\0" in text:
-            raise BadRecordError("holds NUL bytes, so it is not text; leave it out, or give format=text to read it")
+            raise BadRecordError(
+                "holds NUL bytes, so it is not text; leave it out, or give format=text to read it", "another format"
+            )
         if looks_like_json(record[:_HEAD_BYTES].removeprefix(BOM), whole=len(record) <= _HEAD_BYTES):
             raise BadRecordError(
                 "holds JSON, and its name does not say so; give format=jsonl or format=json to read the text in it, "
-                "or format=text to read its markup too"
+                "or format=text to read its markup too",
+                "another format",
             )
         return text
 
@@ -154,9 +158,9 @@ class JsonLines(Source):
         try:
             value = json.loads(_utf8(record))
         except (ValueError, RecursionError) as error:
-            raise BadRecordError(f"is not JSON ({error}); {remedy}") from error
+            raise BadRecordError(f"is not JSON ({error}); {remedy}", "not JSON") from error
         if not isinstance(value, dict):
-            raise BadRecordError(f'is not an object with a string under "{text_key}"; {remedy}')
+            raise BadRecordError(f'is not an object with a string under "{text_key}"; {remedy}', "no text")
         return _text_of_value(value, text_key)
 
 
@@ -206,13 +210,15 @@ class Parquet(Source):
         """Yields the name of the column and its value in each row."""
         parquet, arrow = data_library("pyarrow.parquet", "Parquet"), data_library("pyarrow", "Parquet")
         if not stream.seekable():
-            raise BadRecordError("cannot be read as Parquet from a pipe or a compressed file; unpack it into a file")
+            raise BadRecordError(
+                "cannot be read as Parquet from a pipe or a compressed file; unpack it into a file", "another format"
+            )
         try:
             file = parquet.ParquetFile(stream)
             names = file.schema_arrow.names
             column = text_key if text_key in names else text_key.partition(".")[0]
             if column not in names:
-                raise BadRecordError(_no_key(text_key, names))
+                raise BadRecordError(_no_key(text_key, names), "no text")
             rows = itertools.count(1)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
                 for value in batch.column(0):
@@ -221,7 +227,9 @@ class Parquet(Source):
             if getattr(error, "errno", None) is not None:
                 raise  # of the disk, not of the data
             reason = str(error).strip().splitlines()[0]
-            raise BadRecordError(f"is not a whole Parquet file ({reason}); fetch or write it again") from error
+            raise BadRecordError(
+                f"is not a whole Parquet file ({reason}); fetch or write it again", "damaged file"
+            ) from error
 
     def text(self, record: tuple[str, Any], text_key: str) -> str:
         """Converts the value of a row."""
@@ -231,6 +239,48 @@ class Parquet(Source):
         except UnicodeDecodeError as error:
             raise _not_utf8(error) from error
         return _text_of_value({column: _utf8(content) if isinstance(content, bytes) else content}, text_key)
+
+
+@register
+class ArrayRecord(JsonLines):
+    """Each record is UTF-8 text, or a JSON object."""
+
+    name = "arrayrecord"
+    suffixes = (".array_record", ".arrayrecord")
+    document = "each record, text or a JSON object"
+
+    def records(self, stream: io.BufferedReader, text_key: str) -> Records:
+        """Yields the records."""
+        array_record = data_library("array_record.python.array_record_module", "ArrayRecord")
+        path = getattr(stream, "name", None)  # that of a decompressed stream is not known
+        if not (isinstance(path, str) and os.path.isfile(path)):
+            raise BadRecordError(
+                "cannot be read as ArrayRecord from a bucket, a pipe or a compressed file; copy it to a local file",
+                "another format",
+            )
+        reader = array_record.ArrayRecordReader(path)
+        try:
+            for number in range(reader.num_records()):
+                yield f": record {number + 1}", reader.read()
+        except (IndexError, RuntimeError, ValueError) as error:
+            reason = first_line(error)
+            raise BadRecordError(f"is damaged ({reason}); fetch or write it again", "damaged file") from error
+        if not reader.ok():
+            raise BadRecordError("is not a whole ArrayRecord file; fetch or write it again", "damaged file")
+
+    def text(self, record: bytes, text_key: str) -> str:
+        """Parses an object, or decodes text."""
+        return super().text(record, text_key) if _is_object(record) else _utf8(record)
+
+
+def _is_object(record: bytes) -> bool:
+    """Whether a record is a JSON object, rather than text."""
+    if not record.lstrip().startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(record), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _numbered(lines: Iterable[bytes]) -> Records:
@@ -245,13 +295,13 @@ def _text_of_value(value: Any, key: str) -> str:
     text = _look_up(value, key) if isinstance(value, dict) else value
     if not isinstance(text, str):
         what = f'has {_type_name(text)} under "{key}"' if isinstance(value, dict) else f"is {_type_name(text)}"
-        raise BadRecordError(f"{what}, not a string; name the key of the text with text_key")
+        raise BadRecordError(f"{what}, not a string; name the key of the text with text_key", "no text")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; bytes come as one from read_values
         bytes_or_half = "\udc80" <= text[error.start] <= "\udcff"
         what = "is not UTF-8, or escapes" if bytes_or_half else "escapes"
-        raise BadRecordError(f"{what} half of a surrogate pair; escape both halves") from error
+        raise BadRecordError(f"{what} half of a surrogate pair; escape both halves", "not UTF-8") from error
     return text
 
 
@@ -262,7 +312,7 @@ def _look_up(record: dict[str, Any], key: str) -> Any:
     value: Any = record
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise BadRecordError(_no_key(key, list(record)))
+            raise BadRecordError(_no_key(key, list(record)), "no text")
         value = value[part]
     return value
 
@@ -281,11 +331,13 @@ def _refuse_other_formats(head: bytes) -> None:
     """Raises BadRecordError where a file that is read as text begins like something else."""
     for magic, what, remedy in _NOT_TEXT:
         if magic.match(head):
-            raise BadRecordError(f"is {what}; {remedy}")
+            raise BadRecordError(f"is {what}; {remedy}", "another format")
     for source in SOURCES.values():
         if source.magic and source.magic.match(head):
             rename = f"name it {source.suffixes[0]} or " if source.suffixes else ""
-            raise BadRecordError(f"is a {source.name.title()} file; {rename}give format={source.name}")
+            raise BadRecordError(
+                f"is a {source.name.title()} file; {rename}give format={source.name}", "another format"
+            )
 
 
 def _utf8(data: bytes) -> str:
@@ -296,4 +348,4 @@ def _utf8(data: bytes) -> str:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> BadRecordError:
-    return BadRecordError(f"is not UTF-8 (byte {error.start}); convert it to UTF-8, or leave it out")
+    return BadRecordError(f"is not UTF-8 (byte {error.start}); convert it to UTF-8, or leave it out", "not UTF-8")

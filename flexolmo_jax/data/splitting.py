@@ -78,7 +78,8 @@ class Splitter:
             if (end - start) * 4 > MAX_CHUNK_BYTES and len(text[start:end].encode()) > MAX_CHUNK_BYTES:
                 raise BadRecordError(
                     f"has more than {MAX_CHUNK_BYTES >> 20} MiB from character {start} on that this tokenizer can "
-                    "only encode at once; split the text into documents"
+                    "only encode at once; split the text into documents",
+                    "too long",
                 )
             ends.append(end)
         return ends

@@ -71,6 +71,15 @@ class Tokenizer:
         once, twice = _ids_if_any(self, _RARE), _ids_if_any(self, 2 * _RARE)
         return self.unknown_id is None and once is not None and once == twice
 
+    def unknown_text(self, unknown: int, tokens: int) -> str | None:
+        """A warning where encoding loses text: characters have no token, or `unknown` of `tokens` are `unknown_id`."""
+        if self.drops_unknown:
+            return f"{self.label}: has no token for unknown text; characters that it does not know were left out"
+        if not unknown or self.unknown_id is None:
+            return None
+        name = self.backend.id_to_token(self.unknown_id)
+        return f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.2%}) are {name!r}, unknown text"
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the size that an embedding table needs."""
@@ -116,7 +125,7 @@ class Tokenizer:
             try:
                 self.encode(text)
             except UserError as error:
-                raise BadRecordError(str(error)) from error
+                raise BadRecordError(str(error), "no token") from error
 
     @functools.cached_property
     def _refuses_unknown(self) -> bool:
@@ -131,12 +140,17 @@ class Tokenizer:
         """Returns the text of `ids` [length]; special tokens give none, and broken UTF-8 gives U+FFFD."""
         return self.plain.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether each id stands for bytes of its own, whatever is around it."""
+        return isinstance(self.backend.decoder, decoders.ByteLevel)
+
     def count_bytes(self, ids: np.ndarray) -> int:
         """Returns the number of UTF-8 bytes of the text that was encoded to `ids` [length].
 
         Ids of a byte-level tokenizer are not decoded, since that takes some 100 bytes of memory per id.
         """
-        if isinstance(self.backend.decoder, decoders.ByteLevel):
+        if self.is_byte_level:
             return int(self._bytes_of_tokens[ids].sum())
         return len(self.decode(ids).encode())
 

@@ -27,7 +27,8 @@ from flexolmo_jax.checkpoint.model_directory import (
     write_model,
 )
 from flexolmo_jax.checkpoint.params import Slice
-from flexolmo_jax.data.corpus import Corpus, copy_documents
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import copy_documents
 from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.model.privacy import Privacy
 from flexolmo_jax.model.selectors import SELECTORS, is_derived

@@ -9,7 +9,8 @@ from etils.epath import backend, gpath
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
 from flexolmo_jax.checkpoint.model_directory import read_model
-from flexolmo_jax.data.corpus import Corpus, copy_documents
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import copy_documents
 from flexolmo_jax.errors import UserError
 from tests.support import small
 

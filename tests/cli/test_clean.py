@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from tests.support import kinds, small
 from tests.support.small import assert_refused, flexolmo

@@ -18,9 +18,12 @@ from tests.support.small import assert_refused, flexolmo
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 FLAGS = {
-    "tokenize": ["input", "format", "text_key", "on_error", "tokenizer", "eos_token", "out"],
     "select-proxies": ["own", "public", "out", "documents", "tokens", "diversity", "embedder", "report"],
     "clean": ["data", "against", "out", "json", "drop", "repeats", "ngram", "overlap", "near"],
+    "tokenize": [
+        *("input", "format", "text_key", "on_error", "dtype", "tokenizer", "eos_token", "out", "split", "split_key"),
+        *("license", "processes"),
+    ],
     "train": ["config", "workdir", "verify", "distributed", "coordinator", "num_processes", "process_id"],
     "merge": ["anchor", "model", "contribution", "replace", "out", "method", "selection", "top_k", "dtype"],
     "statistics": ["source", "data", "out", "selector", "epsilon", "delta", "clip"],
@@ -42,7 +45,7 @@ FLAGS = {
     "benchmark": ["config", "step", "runs", "num_experts", "selection", "processes", "versus", "json"],
     "plan": ["config", "topology", "json"],
     "convert": ["source", "anchor", "out"],
-    "inspect": ["check"],
+    "inspect": ["check", "samples"],
     "import-hf": ["source", "out", "expert_names", "router_weights_from", "as_contribution", "anchor", "expert"],
     "export-hf": [
         "model",

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from flexolmo_jax.data import corpus as corpus_module
-from flexolmo_jax.data import token_files
+from flexolmo_jax.data import encoding, token_files
 from flexolmo_jax.data.bad_records import BadRecords
-from flexolmo_jax.data.corpus import Corpus, copy_documents, verify_corpora, write_corpus
+from flexolmo_jax.data.corpus import Corpus, verify_corpora
+from flexolmo_jax.data.corpus_writer import copy_documents, write_corpus
 from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError
 
@@ -70,14 +70,14 @@ def test_random_access(corpus, monkeypatch, scan_tokens):
 
 @pytest.mark.parametrize("size", [1, 30])
 def test_batches_do_not_change_the_result(corpus, tmp_path, monkeypatch, size):
-    monkeypatch.setattr(corpus_module, "_BATCH_BYTES", size)
+    monkeypatch.setattr(encoding, "_BATCH_BYTES", size)
     write_corpus(tmp_path / "other", iter(TEXTS), byte_tokenizer(), tokens_per_file=30)
     for file in corpus.path.iterdir():
         assert (tmp_path / "other" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_documents_are_encoded_as_they_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_BATCH_CHUNKS", 2)
+    monkeypatch.setattr(encoding, "_BATCH_CHUNKS", 2)
     drawn, seen = [], []
     encode_batch = Tokenizer.encode_batch
 
@@ -227,7 +227,22 @@ def test_open_needs_a_directory(tmp_path):
         Corpus.open(tmp_path / "missing")
 
 
+def without_index(corpus):
+    """The corpus as version 0.1.0 wrote it."""
+    for file in corpus.path.glob("*.ends"):
+        file.unlink()
+    record = json.loads((corpus.path / "corpus.json").read_text())
+    edit(corpus, files=[{key: file[key] for key in ("name", "tokens", "sha256")} for file in record["files"]])
+
+
 def test_a_wrong_eos_is_found(corpus):
+    edit(corpus, eos_id=120)
+    with pytest.raises(UserError, match=r"tokens-00000.ends: its first document ends in the id 256, .* says EOS 120"):
+        Corpus.open(corpus.path)[0]
+
+
+def test_a_wrong_eos_is_found_without_an_index(corpus):
+    without_index(corpus)
     edit(corpus, eos_id=120)
     with pytest.raises(UserError, match=r"holds 54 documents terminated by EOS 120, and corpus.json says 6"):
         Corpus.open(corpus.path)[0]

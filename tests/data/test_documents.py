@@ -12,10 +12,11 @@ import threading
 import zipfile
 
 import pytest
+from etils import epath
 
 from flexolmo_jax.data import json_values
 from flexolmo_jax.data.bad_records import BadRecordError, BadRecords
-from flexolmo_jax.data.documents import read_documents
+from flexolmo_jax.data.documents import read_documents, read_file
 from flexolmo_jax.errors import UserError
 
 TEXTS = ["first", "zwei\nLinien, ünï", "\U0001f9d1"]
@@ -383,3 +384,65 @@ def test_a_long_first_line_hides_no_json_lines(tmp_path):
     bad_records = BadRecords(skip=True)
     texts = list(read_documents([str(tmp_path / "a.json")], bad_records=bad_records))
     assert (list(map(len, texts)), bad_records.count) == ([3_000_000, 4], 1)
+
+
+def array_record(path, records):
+    module = pytest.importorskip("array_record.python.array_record_module")
+    writer = module.ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def test_array_record_holds_text_or_objects(tmp_path):
+    file = tmp_path / "a.array_record"
+    array_record(file, [b'{"text": "an object"}', "plain \u00fc".encode(), b"\xff", b'{"a": 1}', b"{ no JSON", b""])
+    left_out = BadRecords(skip=True)
+    documents = list(read_documents([str(file)], bad_records=left_out))
+    assert documents == ["an object", "plain \u00fc", "{ no JSON", ""]
+    assert [bad["place"] for bad in left_out.listed] == [f"{file}: record 3", f"{file}: record 4"]
+    assert left_out.kinds == {"not UTF-8": 1, "no text": 1}
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-50], lambda data: b"garbage", lambda data: b""])
+def test_a_damaged_array_record_file_is_named(tmp_path, spoil):
+    file = tmp_path / "a.arrayrecord"
+    array_record(file, [b"text"])
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(UserError, match=r"a\.arrayrecord: is not a whole ArrayRecord file"):
+        list(read_documents([str(file)]))
+
+
+def test_array_record_is_read_from_local_files_alone(tmp_path):
+    file = tmp_path / "a.array_record"
+    array_record(file, [b"text"])
+    (tmp_path / "a.array_record.gz").write_bytes(gzip.compress(file.read_bytes()))
+    with pytest.raises(
+        UserError, match=r"record\.gz: cannot be read as ArrayRecord from a bucket, a pipe or a compressed"
+    ):
+        list(read_documents([f"{tmp_path}/a.array_record.gz"]))
+
+
+def test_documents_of_dolma(tmp_path):
+    record = {
+        "id": "0001",
+        "text": "A document.",
+        "source": "wiki",
+        "added": "2024-01-01T00:00:00.000Z",
+        "created": "2020-01-01T00:00:00.000Z",
+        "metadata": {"text": "not this one"},
+    }
+    assert read(tmp_path, "v1.jsonl.gz", gzip.compress(json.dumps(record).encode() + b"\n")) == ["A document."]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.txt", "a.parquet"])
+def test_the_bytes_that_are_read_add_up_to_the_size_of_the_file(tmp_path, name):
+    lines = LINES * 1000
+    content = {"a.jsonl.gz": gzip.compress(lines), "a.parquet": parquet()}.get(name, lines)
+    if name == "a.txt":
+        content = b"text"
+    (tmp_path / name).write_bytes(content)
+    read_bytes = []
+    assert list(read_file(epath.Path(tmp_path / name), advance=read_bytes.append))
+    assert sum(read_bytes) == len(content)
+    assert min(read_bytes) >= 0

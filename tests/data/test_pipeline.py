@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import write_corpus
 from flexolmo_jax.data.pipeline import evaluation_batches, training_batches
 from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError

@@ -11,7 +11,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from tokenizers import models, pre_tokenizers
 
 from flexolmo_jax.data import proxies
-from flexolmo_jax.data.corpus import Corpus, copy_documents, write_corpus
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import copy_documents, write_corpus
 from flexolmo_jax.data.disclosure import disclosure, disclosure_tables
 from flexolmo_jax.data.document_features import EmbeddingFeatures, NgramFeatures
 from flexolmo_jax.data.proxies import diverse_order, select_proxies

@@ -27,7 +27,8 @@ from flexolmo_jax.checkpoint.model_directory import open_params
 from flexolmo_jax.checkpoint.params import read_block
 from flexolmo_jax.checkpoint.train_state import Checkpoints
 from flexolmo_jax.combine.merge import merge
-from flexolmo_jax.data.corpus import Corpus, write_corpus
+from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus_writer import write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.metrics import Reporter
