@@ -147,15 +147,17 @@ def test_the_start_brings_the_architecture_and_its_roster(folder):
 def test_shares_of_sequences_go_to_own_and_public_data(folder):
     config = make(folder, "pair", **EXPERT | {"data__public_share": 0.25})
     config.data.train = f"{folder}/corpus, {folder}/corpus,"
-    ((train, share), (public, public_share)) = read_run(config).data.groups
-    assert (len(train), share, len(public), public_share) == (2, 0.75, 1, 0.25)
+    data = read_run(config).data
+    assert [(source.label, len(source.corpora)) for source in data.sources] == [("train", 2), ("public", 1)]
+    assert data.mixture.counts(1000) == [750, 250]
+    assert data.corpora == data.sources[0].corpora
 
 
 def test_the_sample_that_came_with_the_start_is_the_public_data(folder, tmp_path):
     small.anchor(tmp_path / "anchor")
     small.corpus(tmp_path / "anchor" / "public", texts=("one", "two"))
     config = make(folder, "pair", **EXPERT | {"start_from": f"{tmp_path}/anchor", "data__public": ""})
-    assert read_run(config).data.groups[1][0][0].documents == 2
+    assert read_run(config).data.sources[1].corpora[0].documents == 2
 
 
 def test_computation_is_as_configured(folder):
