@@ -46,3 +46,12 @@ def test_kernels_are_measured_beside_a_plain_matmul():
     assert done.returncode == 0, done.stderr
     for name in ("matmul", "grouped: ragged", "grouped: blocks", "blockwise, documents: 1", "blockwise, documents: 8"):
         assert name in done.stdout
+
+
+def test_batches_of_both_packings_are_measured():
+    sizes = dict(tokens=4096, mean=20, length=64, batch_size=4, batches=2)
+    command = [sys.executable, str(BENCHMARKS / "data.py"), *(f"--{name}={size}" for name, size in sizes.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr
+    cut = {line.split("|")[1].strip(): line.split("|")[3] for line in done.stdout.splitlines() if "%" in line}
+    assert float(cut["best_fit"].strip(" %")) < float(cut["concatenate"].strip(" %")) / 3
