@@ -18,7 +18,7 @@ import numpy as np
 
 import flexolmo_jax
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.pipeline import evaluation_batches
+from flexolmo_jax.data.pipeline import EvaluationBatches
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.tables import plain_table, show
 
@@ -53,7 +53,7 @@ def _losses(decoder, params, batch, mask_E):
 def read_tokens(model: Model, corpus: Corpus, expert: str) -> Tokens:
     """Computes the losses of a corpus with the anchor alone, and with all experts but one."""
     columns: list[list[np.ndarray]] = [[], [], [], []]
-    for batch in evaluation_batches(corpus, LENGTH, BATCH):
+    for batch in EvaluationBatches(corpus, LENGTH, BATCH):
         is_token_BxS = batch["segment_ids"] > 0
         anchor, _ = _losses(model.decoder, model.params, batch, model.expert_mask(model.roster[1:]))
         left, chosen = _losses(model.decoder, model.params, batch, model.expert_mask([expert]))

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import keys
-from configs.keys import at_least, choices, fraction, key, pairs, patterns
+from configs.keys import at_least, choices, fraction, key, pairs, patterns, triples
 
 # Where the dimensions of parameters and activations go: logical axis -> mesh axes.
 SHARDING_RULES = (
@@ -106,9 +106,21 @@ def declare() -> ConfigDict:
     config.data.train = ""  # corpus directory, or several with commas between
     config.data.public_share = key(0.0, at_least(0, below=1))  # share of sequences from public data, not data.train
     config.data.public = ""  # corpus directory of public data; "": the sample that came with start_from
+    # Instead of data.train, sources of data: (name, corpus directories with commas between, weight). A weight is the
+    # share of sequences, relative to the others; 0: none until a phase gives the source one.
+    config.data.mixture = key((), triples)
+    # Phases with other weights, such as annealing: (the step that it begins with, pairs of a name in data.mixture and a
+    # weight). A source that a phase does not name has none there.
+    config.data.phases = key((), pairs)
+    # Times that the steps of the run may take a source's tokens, on average; more is refused. 0: any number.
+    config.data.max_epochs = key(0.0, at_least(0))
+    # How documents are put into sequences: "concatenate", one after another, cut where a sequence ends; "best_fit",
+    # arranged so that few are cut. Neither pads.
+    config.data.packing = key("concatenate", choices(registry="data.packing:PACKINGS"))
     config.data.sequence_length = key(0, at_least(1))  # tokens of a sequence
     config.data.batch_size = key(0, at_least(1))  # sequences of a step, over all devices
     config.data.grad_accum_steps = key(1, at_least(1))  # micro-batches of a step, computed one after another
+    config.data.prefetch = key(1, at_least(0))  # batches made ahead, by a background thread; 0: none
 
     config.evaluation = ConfigDict()  # held-out losses while training
     config.evaluation.data = ""  # held-out corpus directories, commas between; "": no evaluation while training

@@ -49,9 +49,16 @@ def choices(*values: str, registry: str = "") -> Bound:
 
 def pairs(value: Sequence[Any]) -> str:
     """A bound: a sequence of pairs."""
-    if all(isinstance(pair, Sequence) and len(pair) == 2 for pair in value):
-        return ""
-    return "must hold pairs; write them in a configuration file"
+    return "" if _holds(value, 2) else "must hold pairs; write them in a configuration file"
+
+
+def triples(value: Sequence[Any]) -> str:
+    """A bound: a sequence of triples."""
+    return "" if _holds(value, 3) else "must hold triples; write them in a configuration file"
+
+
+def _holds(value: Sequence[Any], size: int) -> bool:
+    return all(isinstance(item, Sequence) and not isinstance(item, str) and len(item) == size for item in value)
 
 
 def patterns(value: Sequence[str]) -> str:

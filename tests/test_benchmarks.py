@@ -60,3 +60,12 @@ def test_tokenizing_is_compared_with_the_batch_encoder(tmp_path):
     assert seconds["work"] == pytest.approx(seconds["command"] - seconds["start"])
     assert "throughput of the work to that of tokenizers" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_batches_of_both_packings_are_measured():
+    sizes = dict(tokens=4096, mean=20, length=64, batch_size=4, batches=2)
+    command = [sys.executable, str(BENCHMARKS / "data.py"), *(f"--{name}={size}" for name, size in sizes.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr
+    cut = {line.split("|")[1].strip(): line.split("|")[3] for line in done.stdout.splitlines() if "%" in line}
+    assert float(cut["best_fit"].strip(" %")) < float(cut["concatenate"].strip(" %")) / 3

@@ -28,6 +28,7 @@ SOLO_LEAVES = {f"blocks/moe/expert/{leaf}" for leaf in ("gate", "up", "down")}
 # The layout each one trains, the leaves it trains, and the tokens of its published setting (docs/method.md).
 TRAINS = {
     "anchor": (ANCHOR, lambda path: not re.search("moe/anchor/router/.*", path), 1e12),
+    "flexmix": (ANCHOR, lambda path: not re.search("moe/anchor/router/.*", path), 1e12),
     "expert": (SOLO, lambda path: path in SOLO_LEAVES, 50e9),
     "pair": (PAIR, lambda path: path.startswith("blocks/moe/expert/"), 50e9),
     "router": (STACKED, lambda path: path.endswith(("experts/router/weight", "experts/router/bias")), 5e9),
@@ -75,7 +76,7 @@ class TestEverySize:
 
     def test_its_fresh_model_has_the_layout_it_trains(self, name, size):
         config = get_config(name, size)
-        fresh = {"anchor": ANCHOR, "expert": SOLO, "pair": PAIR}.get(
+        fresh = {"anchor": ANCHOR, "flexmix": ANCHOR, "expert": SOLO, "pair": PAIR}.get(
             name, Layout("stacked", *((4, 2) if size == "tiny" else (8, 4)))
         )
         assert build_model(config)[0].layout == fresh
@@ -126,6 +127,13 @@ def test_the_benchmark_changes_values_of_base_alone():
     assert build_model(config)[0].layout == Layout("stacked", 4, 2)
 
 
+def test_flexmix_has_the_published_sizes():
+    names, paths, billions = zip(*get_config("flexmix").data.mixture, strict=True)
+    assert len(set(names)) == len(set(paths)) == 8
+    assert sum(billions) == pytest.approx(3003.9)  # 3T tokens in all
+    assert dict(zip(names, billions, strict=True))["public"] == max(billions) == 2370
+
+
 def test_base_is_locked():
     assert base.get_config().is_locked
     with pytest.raises(AttributeError):
@@ -154,7 +162,8 @@ def test_the_docstring_holds_the_command(name):
     program, command, *flags = shlex.split(first)
     values = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
     assert (program, command, values["config"]) == ("flexolmo", "train", f"configs/{name}.py:tiny")
-    assert values.keys() >= {"workdir", "config.data.train"} | STARTS.get(name, set())
+    data = set() if get_config(name).data.mixture else {"config.data.train"}
+    assert values.keys() >= {"workdir"} | data | STARTS.get(name, set())
 
 
 @pytest.mark.parametrize(

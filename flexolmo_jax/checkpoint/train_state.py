@@ -253,9 +253,15 @@ def _check(folder: epath.Path, like_position: dict[str, Any]) -> Best | None:
     data = _read_json(folder / "data" / "metadata")
     named = data.get("checksums", {}) if isinstance(data, dict) else {}
     position = _position_of(data) if named else data
+    altered = bool(named) and named.get(_POSITION) != _json_checksum(position)
     if _structure(position) != _structure(like_position):
+        if named and not altered:
+            raise UserError(
+                f"{folder}: its data position is of another version, which had another order of the data; finish the "
+                "run with the version that began it, or name a new workdir"
+            )
         raise DamagedError("data position: not one")
-    if named and named.get(_POSITION) != _json_checksum(position):
+    if altered:
         raise DamagedError("data position: altered")
     if named.get(_BEST) != (_json_checksum(data["best"]) if named and "best" in data else None):
         raise DamagedError("best evaluation: altered")

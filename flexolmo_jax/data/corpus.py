@@ -14,9 +14,9 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -37,6 +37,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.paths import is_remote
 from flexolmo_jax.progress import byte_progress
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
 MANIFEST, TOKENIZER = "corpus.json", "tokenizer.json"
 CARD = ("license", "sources", "dropped", "bad_records", "split")  # keys of corpus.json
@@ -102,6 +103,37 @@ class Corpus:
         ends = self._document_ends[file]
         place = index - self._first_documents[file]
         return self._arrays[file][ends[place - 1] if place else 0 : ends[place]]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens from one offset to another, counted over all files one after another: `dtype` [stop - start].
+
+        Within a file it is a view of it, which reads nothing yet.
+        """
+        slices = [array[first:last] for array, _, first, last in self._slices(self._arrays, start, stop)]
+        return slices[0] if len(slices) == 1 else np.concatenate(slices or [np.empty(0, self.dtype)])
+
+    def document_ends(self, start: int, stop: int) -> np.ndarray:
+        """Offsets, counted as by `read`, after the EOS of documents: above `start` and up to `stop`, int64 [documents].
+
+        No token is read but for the first call, as by `corpus[i]`.
+        """
+        found = [np.empty(0, np.int64)]
+        for ends, offset, first, last in self._slices(self._document_ends, start, stop):
+            found.append(ends[slice(*np.searchsorted(ends, (first, last), "right"))] + offset)
+        return np.concatenate(found)
+
+    def file_starts(self, start: int, stop: int) -> np.ndarray:
+        """Offsets, counted as by `read`, at which a file begins: from `start` on and below `stop`, int64 [files]."""
+        first, last = (bisect.bisect_left(self._first_tokens, offset) for offset in (start, stop))
+        return np.array(self._first_tokens[first:last], np.int64)
+
+    def _slices(self, of_files: Sequence[T], start: int, stop: int) -> Iterator[tuple[T, int, int, int]]:
+        """Yields, for each file with tokens in the range: what belongs to it, its offset, first token and end in it."""
+        file = bisect.bisect_right(self._first_tokens, start) - 1
+        while start < stop:
+            offset, size = self._first_tokens[file], self.files[file]["tokens"]
+            yield of_files[file], offset, start - offset, min(stop - offset, size)
+            start, file = offset + size, file + 1
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -231,6 +263,10 @@ class Corpus:
     @functools.cached_property
     def _first_documents(self) -> list[int]:
         return [0, *itertools.accumulate(map(len, self._document_ends))][:-1]
+
+    @functools.cached_property
+    def _first_tokens(self) -> list[int]:
+        return [0, *itertools.accumulate(file["tokens"] for file in self.files)][:-1]
 
 
 def open_corpora(paths: Sequence[str]) -> dict[str, Corpus]:

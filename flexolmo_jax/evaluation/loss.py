@@ -11,7 +11,7 @@ from etils import epath
 
 from flexolmo_jax.checkpoint.model_directory import CERTIFICATE_FILE
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.pipeline import evaluation_batches
+from flexolmo_jax.data.pipeline import EvaluationBatches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model, load
 from flexolmo_jax.progress import progress_bar
@@ -107,7 +107,7 @@ def evaluate(
         if corpus.vocab_size > int(model.manifest.architecture["vocab_size"]):
             raise UserError(f"{corpus.path}: its tokenizer has more tokens than the model; import the model again")
         sums = []
-        for batch in evaluation_batches(corpus, length, batch_size):
+        for batch in EvaluationBatches(corpus, length, batch_size):
             sums.append(model.loss_step(batch, mask_E))
             advance()
         sums = jax.device_get(sums)

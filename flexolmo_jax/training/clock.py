@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 BETWEEN_STEPS = ("start", "evaluation", "checkpoint")  # while the loop takes no step
-ALWAYS = ("steps", "data")  # in each line; making batches is in the time of steps, and overlaps with the devices'
+ALWAYS = ("steps", "data")  # in each line; waiting for batches is in the time of steps
 Line = Mapping[str, Any]
 
 

@@ -2,10 +2,9 @@
 
 import contextlib
 import functools
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 from etils import epath
@@ -17,12 +16,13 @@ from flexolmo_jax.checkpoint.digests import document_digest
 from flexolmo_jax.checkpoint.model_directory import check_model, open_model
 from flexolmo_jax.checkpoint.train_state import Best, Checkpoints, latest_whole_step
 from flexolmo_jax.data.corpus import Corpus, verify_corpora
-from flexolmo_jax.data.pipeline import Batch, evaluation_batches, training_batches
+from flexolmo_jax.data.pipeline import EvaluationBatches, TrainingBatches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.flops import train_step_flops
 from flexolmo_jax.model.loss import make_loss_step
 from flexolmo_jax.training import workdir as workdirs
 from flexolmo_jax.training.clock import Clock
+from flexolmo_jax.training.inputs import placed_batches
 from flexolmo_jax.training.metrics import Reported, Reporter, TooManySkippedError
 from flexolmo_jax.training.profile import PROFILE, Profile
 from flexolmo_jax.training.publish import publish
@@ -100,11 +100,12 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
         distributed.from_primary("corpora", lambda: verify_corpora([*data.training, *data.held_out.values()]))
     for warning in run.warnings if distributed.is_primary() else ():
         sys.stderr.write(f"{warning}\n")
-    batches = training_batches(data.groups, data.sequence_length, data.batch_size, data.seed)
+    batches = TrainingBatches(
+        data.sources, data.mixture, data.sequence_length, data.batch_size, data.seed, data.packing
+    )
     batch_sharding = program.batch["tokens"].sharding
-    placed_batches = _placed(batches, batch_sharding)
     folder = workdir / workdirs.CHECKPOINTS
-    first = distributed.from_primary("checkpoint", lambda: latest_whole_step(folder, batches.get_state())) or 0
+    first = distributed.from_primary("checkpoint", lambda: latest_whole_step(folder, _position(0))) or 0
     with distributed.agreed("start"):
         if start:
             check_model(start.manifest, *open_model(start.path, start.manifest))
@@ -124,21 +125,22 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
     ):
         if first:
             state, position = checkpoints.restore(first, state)
-            batches.set_state(position)
-            best = checkpoints.best
+            first, best = position["step"], checkpoints.best
+        inputs = placed_batches(batches, batch_sharding, range(first, run.steps), data.prefetch)
+        until_saved.enter_context(contextlib.closing(inputs))
         until_saved.enter_context(sigterm.waiting())
         step = first
-        reporter, watchdog = Reporter(workdir, _reported(run), first, clock), Watchdog(run.faults.step_timeout)
+        reporter, watchdog = Reporter(workdir, _reported(run, batches), first, clock), Watchdog(run.faults.step_timeout)
         profile = Profile(workdir / PROFILE, run.profile.first, run.profile.steps)
         clock.has_started()
-        saving = _saving_after_skips(lambda: checkpoints.save(step, state, batches.get_state(), best))
+        saving = _saving_after_skips(lambda: checkpoints.save(step, state, _position(step), best))
         with reporter, watchdog, profile, jax.transfer_guard("disallow"), saving:
             while not _is_done(run, step, best):
                 step += 1
                 watchdog.beat(step)
                 profile.begins(step)
                 with clock.spending("data"):
-                    batch = next(placed_batches)
+                    batch = next(inputs)
                 state, metrics = train_step(state, frozen, batch)
                 reporter.step(step, metrics)
                 if data.held_out and (step == run.steps or (run.evaluation.every and step % run.evaluation.every == 0)):
@@ -154,7 +156,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
                     # a step whose metrics are not finite.
                     reporter.store()
                     with clock.spending("checkpoint"):
-                        checkpoints.save(step, state, batches.get_state(), best)
+                        checkpoints.save(step, state, _position(step), best)
                 if stop and not done:
                     return None
         if best:
@@ -168,7 +170,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
             publication = publication._replace(card=card)
             if best.step != step:
                 del state  # so that there is never room needed for two
-                state = checkpoints.restore_checked(best.step, program.state, batches.get_state())
+                state = checkpoints.restore_checked(best.step, program.state, _position(step))
 
     if not verify:
         # What is held out chooses what is published, where the best is kept.
@@ -178,7 +180,12 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
     return publish(workdir / name, {**frozen, **state.trainable}, publication)
 
 
-def _reported(run: Run) -> Reported:
+def _position(step: int) -> dict[str, int]:
+    """The data position after a step: the batch of a step is a function of its number."""
+    return {"step": step}
+
+
+def _reported(run: Run, batches: TrainingBatches) -> Reported:
     """What the reports of a run go by."""
     model, data = run.program.model, run.data
     return Reported(
@@ -192,6 +199,7 @@ def _reported(run: Run) -> Reported:
             model.architecture, model.layout, run.program.trainable, data.batch_size, data.sequence_length
         ),
         wandb=run.log.wandb,
+        data=batches.taken,
     )
 
 
@@ -231,19 +239,9 @@ def _evaluate(run: Run, loss_step: Callable, batch_sharding: NamedSharding, para
     """Mean nats per token of each held-out corpus, or of its first `evaluation.batches` batches (0: all)."""
     losses = {}
     for label, corpus in run.data.held_out.items():
-        batches = evaluation_batches(corpus, run.data.sequence_length, run.data.batch_size)
-        batches = itertools.islice(batches, run.evaluation.batches or None)
-        sums = jax.device_get([loss_step(params, batch) for batch in _placed(batches, batch_sharding)])
+        batches = EvaluationBatches(corpus, run.data.sequence_length, run.data.batch_size)
+        numbers = range(len(batches))[: run.evaluation.batches or None]
+        placed = placed_batches(batches, batch_sharding, numbers, run.data.prefetch)
+        sums = jax.device_get([loss_step(params, batch) for batch in placed])
         losses[label] = sum(float(s["cross_entropy"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
     return losses
-
-
-def _placed(batches: Iterable[Batch], batch_sharding: NamedSharding) -> Iterator[dict[str, jax.Array]]:
-    """Global batches on the devices, each made when it is asked for; each device takes its own sequences."""
-    for batch in batches:
-        with jax.transfer_guard("allow"):
-            placed: dict[str, jax.Array] = {
-                name: jax.make_array_from_callback(array.shape, batch_sharding, array.__getitem__)
-                for name, array in batch.items()
-            }
-        yield placed

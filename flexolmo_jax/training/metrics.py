@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,7 @@ class Reported(NamedTuple):
       skip_steps: how many consecutive steps may be skipped.
       flops: of a step, as `model.flops` counts them.
       wandb: project of Weights & Biases; "": none.
+      data: what the first steps have taken of each source of data, {label: (tokens, epochs)}.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Reported(NamedTuple):
     skip_steps: int = 0
     flops: float = 0.0
     wandb: str = ""
+    data: Callable[[int], Mapping[str, tuple[int, float]]] = lambda steps: {}
 
 
 class Reporter:
@@ -112,7 +114,7 @@ class Reporter:
         steps, every = self._reported.steps, self._reported.every
         if step % every and step not in (1, steps):
             return
-        scalars = {**_of_routing(metrics, self._reported), **self._of_machine()}
+        scalars = {**_of_routing(metrics, self._reported), **_of_data(self._reported.data(step)), **self._of_machine()}
         self._write(step, scalars)
         if not self._reports:
             return
@@ -230,6 +232,12 @@ def _of_routing(metrics: dict[str, Any], reported: Reported) -> dict[str, float 
             shares = zip(reported.roster, shares_LxE.T.tolist(), strict=True)
             values |= {f"layers/routing/{name}": share_L for name, share_L in shares}
     return values
+
+
+def _of_data(taken: Mapping[str, tuple[int, float]]) -> dict[str, float]:
+    """Tokens and epochs of each source of data so far."""
+    tokens = {f"data/tokens/{label}": float(tokens) for label, (tokens, _) in taken.items()}
+    return tokens | {f"data/epochs/{label}": epochs for label, (_, epochs) in taken.items()}
 
 
 def _flat(values: Mapping[str, float | list[float]]) -> list[tuple[str, float]]:

@@ -1,10 +1,8 @@
-"""The objects that a run is made of, from its configuration. No other module of this package reads a configuration."""
+"""The objects that a run is made of, from its configuration. Besides this module only `data` reads a configuration."""
 
 import hashlib
 import importlib.util
-import itertools
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +16,6 @@ from configs import base, keys
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, NAME_RULE, is_expert_name
 from flexolmo_jax.checkpoint.model_directory import PUBLIC, kind_of, read_model
-from flexolmo_jax.data.corpus import Corpus, open_corpora
 from flexolmo_jax.data.pipeline import ARRAYS
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import ArgumentError, NotFoundError, UserError
@@ -27,6 +24,7 @@ from flexolmo_jax.model.decoder import Compute, Decoder
 from flexolmo_jax.model.kernels import causal_attention, grouped_matmul
 from flexolmo_jax.model.privacy import CARD_KEY, Privacy, make_privacy
 from flexolmo_jax.model.selectors import is_derived
+from flexolmo_jax.training.data import TRAIN, Data, open_data, split_paths
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule, skipping, warmup_steps
 from flexolmo_jax.training.publish import Publication
 from flexolmo_jax.training.state import (
@@ -42,34 +40,6 @@ from flexolmo_jax.training.workdir import content_key
 
 ANY_PLATFORM = "any"
 NEEDS_ANCHOR = "config.start_from: empty; an expert starts from an anchor, give its model directory"
-
-
-class Data(NamedTuple):
-    """The corpora of a run, and how they are cut into batches.
-
-    Attributes:
-      groups: training corpora, each group with its share of the sequences.
-      held_out: {label: corpus} that are evaluated while training.
-      sequence_length: tokens of a sequence.
-      batch_size: sequences of a batch.
-      seed: of the order of documents.
-    """
-
-    groups: list[tuple[list[Corpus], float]]
-    held_out: dict[str, Corpus]
-    sequence_length: int
-    batch_size: int
-    seed: int
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a batch."""
-        return self.batch_size * self.sequence_length
-
-    @property
-    def training(self) -> list[Corpus]:
-        """The training corpora of all groups."""
-        return [corpus for group, _ in self.groups for corpus in group]
 
 
 class Run(NamedTuple):
@@ -119,7 +89,7 @@ def read_run(config: ConfigDict) -> Run:
     devices = jax.devices()
     start = _read_start(config, sharding.platform_of(devices[0]))
     _check_fresh(config)
-    data = _open_data(config)
+    data = open_data(config)
     tokenizer = _check_tokenizers(data, start)
     privacy = _privacy(config, data, start)
     card, record, warnings = _data_card(config, data, privacy), _record(config, data, start), _warnings(config)
@@ -135,7 +105,7 @@ def read_run(config: ConfigDict) -> Run:
         architecture=architecture,
         roster=start.manifest.roster if start else [ANCHOR_NAME],
         trainable=program.trainable,
-        corpora=data.groups[0][0],
+        corpora=data.corpora,
         selector=config.publish.selector,
         privacy=privacy,
         public_documents=config.publish.public_documents,
@@ -275,7 +245,7 @@ def _check_evaluation(evaluation: ConfigDict) -> None:
                 "config.evaluation.patience", evaluation.patience, "needs config.evaluation.keep_best=True"
             )
         return
-    if not _split_paths(evaluation.data):
+    if not split_paths(evaluation.data):
         problem = "needs held-out text; give config.evaluation.data=DIR"
         raise ArgumentError("config.evaluation.keep_best", evaluation.keep_best, problem)
     if not evaluation.every:
@@ -326,31 +296,6 @@ def _check_fresh(config: ConfigDict) -> None:
         raise UserError(NEEDS_ANCHOR)
 
 
-def _open_data(config: ConfigDict) -> Data:
-    data = config.data
-    paths = _split_paths(data.train)
-    if not paths:
-        raise UserError("config.data.train: empty; give a corpus directory (`flexolmo tokenize` makes one)")
-    groups = [([Corpus.open(path) for path in paths], 1 - data.public_share)]
-    if data.public_share:
-        # The corpus that is named, or the sample that came with the start.
-        public = data.public or os.path.join(config.start_from, PUBLIC)
-        if not epath.Path(public).exists():
-            problem = (
-                f"{config.start_from or 'the start'} came without public data; give config.data.public=DIR, or a share "
-                "of 0"
-            )
-            raise ArgumentError("config.data.public_share", data.public_share, problem)
-        groups.append(([Corpus.open(public)], data.public_share))
-    held_out = open_corpora(_split_paths(config.evaluation.data))
-    return Data(groups, held_out, data.sequence_length, data.batch_size, config.seed)
-
-
-def _split_paths(value: str) -> list[str]:
-    """Splits a value that lists paths with commas between."""
-    return [path.strip() for path in value.split(",") if path.strip()]
-
-
 def _check_tokenizers(data: Data, start: Start | None) -> Tokenizer:
     """The tokenizer of all corpora, which is that of the start."""
     corpora = [*data.training, *data.held_out.values()]
@@ -368,18 +313,17 @@ def _privacy(config: ConfigDict, data: Data, start: Start | None) -> Privacy | N
     options = config.publish
     if not options.selector or (start and start.is_merged):
         return None
-    documents = sum(corpus.documents for corpus in data.groups[0][0])
+    documents = sum(corpus.documents for corpus in data.corpora)
     return make_privacy(options.epsilon, options.delta, options.clip, documents, section="config.publish.")
 
 
 def _data_card(config: ConfigDict, data: Data, privacy: Privacy | None) -> dict[str, Any]:
     """What the weights say of their data: the owner's words, counts, and how long they were trained on it."""
-    corpora, _ = data.groups[0]
     return {
         **config.card.to_dict(),
         **({"expert_layout": config.expert_layout} if config.expert else {}),
-        "documents": sum(corpus.documents for corpus in corpora),
-        "tokens": sum(corpus.tokens for corpus in corpora),
+        "documents": sum(corpus.documents for corpus in data.corpora),
+        "tokens": sum(corpus.tokens for corpus in data.corpora),
         "sequence_length": config.data.sequence_length,
         # Of all sequences, public ones included.
         "trained_tokens": config.steps * data.tokens_per_step,
@@ -392,11 +336,12 @@ def _record(config: ConfigDict, data: Data, start: Start | None) -> dict[str, An
     """What `config.json` holds: the configuration, and the content of what its paths name."""
     record = json.loads(config.to_json())
     record["optimizer"]["warmup_steps"] = warmup_steps(config.optimizer, config.steps)
-    train, *public = ([corpus.digest for corpus in group] for group, _ in data.groups)
+    digests = {source.label: [corpus.digest for corpus in source.corpora] for source in data.sources}
     content = {
         "start_from": start.manifest.content_digest if start else "",
-        "data.train": train,
-        "data.public": list(itertools.chain(*public)),
+        "data.train": digests.get(TRAIN, []),
+        "data.public": digests.get(PUBLIC, []),
+        "data.mixture": [[name, digests[name], weight] for name, _, weight in config.data.mixture],
         "evaluation.data": [corpus.digest for corpus in data.held_out.values()],
         "init.router_weight_file": _file_digest(config.init.router_weight_file),
     }

@@ -26,7 +26,10 @@ OUTPUTS = MODEL, CONTRIBUTION = "model", "contribution"
 LOCK_FILE = ".lock"
 DAMAGED_FILE = "damaged_corpus.txt"  # why no output may ever come of this run
 # What may differ when a run is resumed: where it runs, what it keeps, and what its owner says of the data.
-MAY_CHANGE = ("mesh", "sharding_rules", "checkpoint", "distributed", "log", "profile", "card")
+MAY_CHANGE = {
+    *("mesh", "sharding_rules", "checkpoint", "distributed", "log", "profile", "card"),
+    *("data.prefetch", "data.max_epochs"),
+}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 
@@ -212,7 +215,7 @@ def _check_same(workdir: epath.Path, before: dict[str, Any], now: dict[str, Any]
     changed = sorted(
         key
         for key in now.keys() | before.keys()
-        if content_key(key) not in now and key.split(".")[0] not in MAY_CHANGE and now.get(key) != before.get(key)
+        if content_key(key) not in now and not {key, key.split(".")[0]} & MAY_CHANGE and now.get(key) != before.get(key)
     )
     if changed:
         raise ArgumentError(

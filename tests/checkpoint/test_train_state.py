@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 from unittest import mock
 
@@ -254,6 +255,16 @@ def test_what_is_no_damage_is_not_taken_for_it(tmp_path, error):
         pytest.raises(type(error)),
     ):
         latest_whole_step(tmp_path, POSITION)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "5"]
+
+
+def test_a_checkpoint_of_another_order_of_the_data_is_refused_and_is_not_damaged(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(UserError) as caught:
+        latest_whole_step(tmp_path, {"step": 0})
+    assert re.fullmatch(
+        f"{tmp_path}/10: its data position is of another version.*or name a new workdir", str(caught.value)
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "5"]
 
 

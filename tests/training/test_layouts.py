@@ -1,6 +1,7 @@
 """Four processes, two and one: the same batches, losses and checkpoints, and a run resumes in another layout."""
 
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -14,8 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flexolmo_jax import distributed, sharding
 from flexolmo_jax.checkpoint.train_state import Checkpoints
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.pipeline import ARRAYS, training_batches
+from flexolmo_jax.data.mixture import Mixture
+from flexolmo_jax.data.pipeline import ARRAYS, Source, TrainingBatches
 from flexolmo_jax.training import loop
+from flexolmo_jax.training.inputs import placed_batches
 from tests.support import processes, runs
 
 pytestmark = pytest.mark.slow
@@ -31,8 +34,9 @@ def made(tmp_path_factory):
 
 
 def mixed(paths):
-    """Batches of eight packed sequences, mixed of two groups of documents."""
-    return training_batches([([Corpus.open(paths[0])], 0.6), ([Corpus.open(paths[1])], 0.4)], 16, 8, seed=5)
+    """Batches of eight packed sequences, mixed of two sources of documents."""
+    sources = [Source(path, [Corpus.open(path)]) for path in paths]
+    return TrainingBatches(sources, Mixture([(0, [0.6, 0.4])]), 16, 8, seed=5, packing="best_fit")
 
 
 def digest(batch, index):
@@ -43,10 +47,12 @@ def digest(batch, index):
 def take(paths, position):
     """Runs in each process: takes some batches from the position on, and prints the sequences that its devices have."""
     batches, file = mixed(paths), pathlib.Path(position)
-    if file.exists():
-        batches.set_state(json.loads(file.read_text()))
+    step = json.loads(file.read_text()) if file.exists() else 0
+    make, made = batches.sequences, []
+    batches.sequences = lambda numbers: made.append(len(numbers)) or make(numbers)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
-    placed = loop._placed(batches, NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None)))
+    by_sequence = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None))
+    placed = placed_batches(batches, by_sequence, range(step, step + STEPS_EACH), prefetch=1)
     found = []
     for _ in range(STEPS_EACH):
         shards = {name: array.addressable_shards for name, array in next(placed).items()}
@@ -56,13 +62,15 @@ def take(paths, position):
             found.append({str(first + at): digest(local, at) for at in range(len(local["tokens"]))})
     distributed.gather("all have read the position", 0)
     if jax.process_index() == 0:
-        file.write_text(json.dumps(batches.get_state()))
+        file.write_text(json.dumps(step + STEPS_EACH))
+    # No process reads what another one needs, and each sequence is made once.
+    assert made == [8 // jax.process_count()] * STEPS_EACH
     print(json.dumps(found))
 
 
 def test_every_layout_has_the_same_batches_also_after_a_restart_on_another(made, tmp_path):
     paths, position = [str(made.public.path), str(made.private.path)], str(tmp_path / "position.json")
-    batches = mixed(paths)
+    batches = map(mixed(paths).batch, itertools.count())
     for count, devices in LAYOUTS:
         printed = processes.run(count, devices, __name__, "take", [paths, position])
         of_processes = [json.loads(output) for output in printed]

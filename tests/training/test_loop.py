@@ -18,7 +18,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import flexolmo_jax
-from flexolmo_jax.data.pipeline import evaluation_batches
+from flexolmo_jax.data.pipeline import EvaluationBatches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop
@@ -113,7 +113,7 @@ def test_evaluation_can_stop_after_some_batches(made):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = loop._evaluate(run, loss_step, device, {})
     first_two = [
-        batch["tokens"].sum() for _, batch in zip(range(2), evaluation_batches(made.private, 32, 8), strict=False)
+        batch["tokens"].sum() for _, batch in zip(range(2), EvaluationBatches(made.private, 32, 8), strict=False)
     ]
     assert found["corpora/own"] == sum(first_two) / 8
 

@@ -122,3 +122,22 @@ def test_a_log_gets_a_plain_line_now_and_then(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split()[1] for line in err.splitlines()] == ["10/100"]
+
+
+def test_what_was_taken_of_each_source_is_written(tmp_path):
+    reported = Reported(
+        "news", ("anchor", "news"), 100, 2, data=lambda steps: {"web": (64 * steps, steps / 8), "code": (0, 0.0)}
+    )
+    with Reporter(epath.Path(tmp_path), reported, 0) as reporter:
+        for step in range(1, 5):
+            reporter.step(step, metrics(step))
+    taken = [{name: line[name] for name in line if name.startswith("data/")} for line in runs.read_metrics(tmp_path)]
+    assert taken == [
+        {
+            "data/tokens/web": 64 * step,
+            "data/tokens/code": 0,
+            "data/epochs/web": step / 8,
+            "data/epochs/code": 0,
+        }
+        for step in (1, 2, 4)
+    ]

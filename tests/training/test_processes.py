@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from flexolmo_jax.checkpoint.model_directory import check_model, open_model, rea
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop
+from flexolmo_jax.training.inputs import placed_batches
 from flexolmo_jax.training.metrics import Reporter
 from tests.support import processes, runs, small
 
@@ -125,8 +127,9 @@ def place():
     """Runs in each process: prints which sequences of a batch its devices have."""
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
     sequences = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None))
-    placed = next(loop._placed([{"tokens": np.arange(24).reshape(8, 3)}], sequences))["tokens"]
-    print(*[int(sequence[0]) // 3 for shard in placed.addressable_shards for sequence in np.asarray(shard.data)])
+    batches = mock.Mock(batch_size=8, length=3, sequences=lambda numbers: {"tokens": np.array([numbers] * 3).T})
+    placed = next(placed_batches(batches, sequences, [0]))["tokens"]
+    print(*[int(sequence[0]) for shard in placed.addressable_shards for sequence in np.asarray(shard.data)])
 
 
 def test_every_sequence_goes_to_one_process():

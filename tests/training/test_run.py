@@ -60,6 +60,11 @@ ANCHOR_REFUSALS = {
     "optimizer.no_decay": (("(bias",), "is not a regular expression"),
     "data.train": ("", "give a corpus directory"),
     "data.public_share": (1.0, "must be at least 0 and below 1"),
+    "data.packing": ("first_fit", "must be one of concatenate, best_fit"),
+    "data.prefetch": (-1, "must be at least 0"),
+    "data.max_epochs": (1.5, "train has "),
+    "data.phases": (((2, (("train", 1.0),)),), "needs config.data.mixture"),
+    "data.mixture": ((("news", "corpus"),), "must hold triples"),
     "model.vocab_size": (256, "below the 257 of the tokenizer"),
     "partition": ((("embedding", "frozen"),), "no pattern matches the leaf"),
     "sharding_rules": (("batch",), "must hold pairs"),
@@ -85,6 +90,41 @@ OTHER_REFUSALS = {
         "anchor",
         {"start_from": "{}/corpus"},
         "^.*/corpus: is a corpus directory; give a model",
+    ),
+    "a mixture beside data": ("anchor", {"data__mixture": (("a", "x", 1.0),)}, "config.data.train=.*give one of them"),
+    "a source without a corpus": (
+        "anchor",
+        {"data__train": "", "data__mixture": (("a", "", 1.0),)},
+        "mixture: a: empty",
+    ),
+    "two sources of a name": (
+        "anchor",
+        {"data__train": "", "data__mixture": (("a", "x", 1.0), ("a", "y", 1.0))},
+        "config.data.mixture=.*'a' .*name each source differently",
+    ),
+    "a negative weight": (
+        "anchor",
+        {"data__train": "", "data__mixture": (("a", "x", 1.0), ("b", "y", -1.0))},
+        r"config.data.mixture=\[1.0, -1.0\]: weights must be finite, at least 0",
+    ),
+    "a phase of an unknown source": (
+        "anchor",
+        {"data__train": "", "data__mixture": (("a", "x", 1.0),), "data__phases": ((5, (("b", 1.0),)),)},
+        "config.data.phases=.*step 5: 'b' is not in config.data.mixture",
+    ),
+    "phases out of order": (
+        "anchor",
+        {
+            "data__train": "",
+            "data__mixture": (("a", "x", 1.0),),
+            "data__phases": ((5, (("a", 1.0),)), (3, (("a", 1.0),))),
+        },
+        "config.data.phases=.*begins with step 3",
+    ),
+    "a phase without weights": (
+        "anchor",
+        {"data__train": "", "data__mixture": (("a", "x", 1.0),), "data__phases": ((5, (("a", 0.0),)),)},
+        "config.data.phases=.*not all 0",
     ),
     "no such corpus": ("anchor", {"data__train": "{}/none"}, "none: no such directory"),
     "no such held-out corpus": ("anchor", {"evaluation__data": "{}/none"}, "none: no such directory"),
@@ -147,15 +187,50 @@ def test_the_start_brings_the_architecture_and_its_roster(folder):
 def test_shares_of_sequences_go_to_own_and_public_data(folder):
     config = make(folder, "pair", **EXPERT | {"data__public_share": 0.25})
     config.data.train = f"{folder}/corpus, {folder}/corpus,"
-    ((train, share), (public, public_share)) = read_run(config).data.groups
-    assert (len(train), share, len(public), public_share) == (2, 0.75, 1, 0.25)
+    data = read_run(config).data
+    assert [(source.label, len(source.corpora)) for source in data.sources] == [("train", 2), ("public", 1)]
+    assert data.mixture.counts(1000) == [750, 250]
+    assert data.corpora == data.sources[0].corpora
+
+
+def mixed(folder, **values):
+    mixture = (("a", f"{folder}/corpus", 3.0), ("b", f"{folder}/corpus,{folder}/corpus", 0.0))
+    values = {"data__train": "", "data__mixture": mixture, "steps": 20, "data__batch_size": 8} | values
+    return make(folder, "anchor", **values)
+
+
+def test_phases_change_the_weights_from_a_step_on(folder):
+    data = read_run(mixed(folder, data__phases=((11, (("b", 1.0), ("a", 3.0))), (16, (("b", 2.0),))))).data
+    assert [(source.label, len(source.corpora)) for source in data.sources] == [("a", 1), ("b", 2)]
+    counts = [data.mixture.counts(8 * steps) for steps in (10, 15, 20)]
+    assert counts == [[80, 0], [80 + 30, 10], [80 + 30, 10 + 40]]
+    assert data.corpora == data.training
+
+
+def test_public_data_has_its_share_of_every_phase(folder):
+    phases = ((11, (("b", 1.0),)),)
+    values = {"data__public": f"{folder}/corpus", "data__public_share": 0.2, "data__phases": phases}
+    data = read_run(mixed(folder, **values)).data
+    assert [data.mixture.counts(8 * steps) for steps in (10, 20)] == [[64, 0, 16], [64, 64, 32]]
+    assert data.corpora == data.training[:-1]
+
+
+def test_a_source_may_not_be_repeated_more_often_than_allowed(folder):
+    tokens = open_corpora([f"{folder}/corpus"])["corpus"].tokens
+    length = tokens // 8
+    values = {"data__sequence_length": length, "data__batch_size": 8, "steps": 20}
+    assert read_run(make(folder, "anchor", **values, data__max_epochs=20.0))
+    message = refusal(make(folder, "anchor", **values, data__max_epochs=19.0))
+    taken = 20 * 8 * length
+    assert message.startswith(f"config.data.max_epochs=19.0: train has {tokens:,} tokens, and the 20 steps would take")
+    assert f"{taken:,}, {taken / tokens:.2f} epochs" in message
 
 
 def test_the_sample_that_came_with_the_start_is_the_public_data(folder, tmp_path):
     small.anchor(tmp_path / "anchor")
     small.corpus(tmp_path / "anchor" / "public", texts=("one", "two"))
     config = make(folder, "pair", **EXPERT | {"start_from": f"{tmp_path}/anchor", "data__public": ""})
-    assert read_run(config).data.groups[1][0][0].documents == 2
+    assert read_run(config).data.sources[1].corpora[0].documents == 2
 
 
 def test_computation_is_as_configured(folder):
