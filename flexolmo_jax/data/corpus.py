@@ -40,7 +40,7 @@ from flexolmo_jax.progress import byte_progress
 T = TypeVar("T")
 FORMAT_VERSION = 1
 MANIFEST, TOKENIZER = "corpus.json", "tokenizer.json"
-CARD = ("license", "sources", "dropped", "bad_records", "split")  # keys of corpus.json
+CARD = ("license", "sources", "source", "dropped", "bad_records", "split")  # keys of corpus.json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -231,7 +231,7 @@ class Corpus:
 
     @functools.cached_property
     def _document_ends(self) -> list[np.ndarray]:
-        """Of each file, the offset after each document's EOS, int64 or uint64 [documents of the file]."""
+        """Of each file, the offset after each document's EOS, int64 [documents of the file]."""
         if self._has_index:
             self._check_eos()
             return self._indices
@@ -246,7 +246,7 @@ class Corpus:
 
     @functools.cached_property
     def _indices(self) -> list[np.ndarray]:
-        """The mapped indices, uint64 [documents of the file]."""
+        """The mapped indices, int64 [documents of the file]."""
         files = zip(self.local_indices, self.files, strict=True)
         return [map_document_ends(path, file["documents"], file["tokens"]) for path, file in files]
 

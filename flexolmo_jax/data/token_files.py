@@ -130,7 +130,7 @@ def map_token_file(file: epath.Path, tokens: int, dtype: np.dtype, remedy: str =
 
 
 def map_document_ends(file: epath.Path, documents: int, tokens: int) -> np.ndarray:
-    """Memory-maps the index of a token file: uint64 [documents].
+    """Memory-maps the index of a token file: int64 [documents], which mixes with other offsets.
 
     Raises:
       UserError: the file is missing, or is not the index of so many documents with so many tokens.
@@ -140,7 +140,7 @@ def map_document_ends(file: epath.Path, documents: int, tokens: int) -> np.ndarr
     size = file.stat().length
     if size != documents * ENDS_DTYPE.itemsize:
         raise UserError(f"{file}: has {size} bytes, not those of {documents} ends of documents; {_COPY_AGAIN}")
-    ends = np.asarray(np.memmap(file, ENDS_DTYPE, "r"))
+    ends = np.asarray(np.memmap(file, ENDS_DTYPE, "r")).view(np.int64)
     if ends[-1] != tokens:
         raise UserError(f"{file}: its last document ends at {ends[-1]}, not at {tokens} tokens; {_COPY_AGAIN}")
     return ends

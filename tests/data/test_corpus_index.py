@@ -45,6 +45,15 @@ def test_the_index_is_where_documents_end(corpus):
         assert file["ends"]["sha256"] == hashlib.sha256(content).hexdigest()
 
 
+def test_ends_of_documents_are_offsets_over_all_files(corpus):
+    assert len(corpus.files) > 1
+    ends = np.cumsum([len(document) for document in corpus])
+    for start, stop in ((0, corpus.tokens), (4, 29), (29, 31), (60, 61)):
+        found = corpus.document_ends(start, stop)
+        assert found.dtype == np.int64  # as a float, an offset is no index
+        assert found.tolist() == [end for end in ends if start < end <= stop]
+
+
 def test_a_corpus_without_an_index_is_the_same(corpus):
     documents = [document.tolist() for document in corpus]
     file = corpus.path / "corpus.json"

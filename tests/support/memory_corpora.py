@@ -23,6 +23,7 @@ def memory_corpus(files: Sequence[Sequence[Sequence[int]]]) -> Corpus:
         dtype=np.dtype("<u2"),
         tokenizer_digest="bytes",
         files=tuple({"name": str(i), "tokens": len(array), "sha256": ""} for i, array in enumerate(arrays)),
+        card={},
     )
     # In place of what is read from disk when it is first asked for.
     corpus.__dict__.update(_arrays=arrays, _document_ends=[np.cumsum(of_file) for of_file in sizes], vocab_size=257)
