@@ -36,7 +36,6 @@ from flexolmo_jax.data.tokenizer import byte_tokenizer
 from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.selectors import BUCKETS
-from flexolmo_jax.training import loop  # noqa: F401  grain defines flags of its own, once
 from flexolmo_jax.training.publish import Publication, publish
 from flexolmo_jax.training.state import Start
 
