@@ -40,6 +40,7 @@ def test_makes_a_corpus_and_a_report_and_prints_both(home, tmp_path):
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "corpus.json",
         "tokenizer.json",
+        "tokens-00000.ends",
         "tokens-00000.npy",
     ]
     assert json.loads((tmp_path / "out/corpus.json").read_text())["source"]["documents"] >= [50]
