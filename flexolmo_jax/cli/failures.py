@@ -46,6 +46,8 @@ _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, err
 # tensorstore (and Orbax) reports errors of the operating system in the text of a ValueError.
 _TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'")
 _TENSORSTORE_FILE = re.compile(r'"((?:/|file://)[^"]*)"')
+# What errors of communication between processes say, of whatever type they are.
+_COLLECTIVE = re.compile(r"\bGloo\b|\bNCCL\b|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED):|\bbarrier\b")
 _MEMORY_REMEDY = "use shorter or fewer sequences, a smaller model, or a machine with more memory"
 
 
@@ -118,7 +120,10 @@ def _lost_processes(error: BaseException) -> str | None:
     jax, distributed = sys.modules.get("jax"), sys.modules.get("flexolmo_jax.distributed")
     if jax is None or distributed is None or distributed.count() == 1 or _is_out_of_memory(error):
         return None
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # JAX and Orbax raise plain errors too where a collective or a barrier fails.
+    is_collective = isinstance(error, ValueError | RuntimeError) and _COLLECTIVE.search(str(error))
+    is_barrier = isinstance(error, TimeoutError) and error.errno is None
+    if isinstance(error, jax.errors.JaxRuntimeError) or is_collective or is_barrier:
         return f"another process of the run has ended, or cannot be reached ({first_line(error)[:200]}); see its log"
     return None
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from flexolmo_jax import distributed
 from flexolmo_jax.cli.failures import describe
 from flexolmo_jax.errors import UserError
 from tests.support import small
@@ -51,6 +52,24 @@ def test_a_write_error_without_a_file_names_the_destination():
     within = OSError(errno.ENOSPC, "No space left on device", "work/checkpoints/2/part")
     assert describe(within, "--workdir=work").line.startswith("--workdir=work: no space left")
     assert describe(within, "--workdir=other").line.startswith("work/checkpoints/2/part: no space left")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("INTERNAL: a collective failed"),
+        ValueError("UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:63701: Connection reset by peer"),
+        TimeoutError("Timed out while waiting for async_write_complete barrier."),
+    ],
+)
+def test_an_error_of_communication_says_that_a_process_is_lost(error, monkeypatch):
+    assert describe(raised(error)).status == 1  # in a run of one process, it is none
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    line, status = describe(raised(error))
+    assert status == distributed.LOST
+    assert line.startswith("another process of the run has ended, or cannot be reached (")
+    assert describe(raised(ValueError("x"))).status == 1
+    assert describe(raised(TimeoutError(errno.ETIMEDOUT, "the disk"))).status == 2
 
 
 @pytest.mark.parametrize(
