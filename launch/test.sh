@@ -6,7 +6,7 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
 usage: bash launch/test.sh [--fast | --all] [--interop] [--storage] [--plan] [PYTEST ARGUMENTS]
 
 Installs what it needs into .venv (once), then checks style (ruff), types (basedpyright), the order of imports
-(import-linter) and terms (launch/check_terms.py), and runs the tests on two processes, except slow ones. Other
+(import-linter) and terms (launch/check_terms.py), and runs the tests on three processes, except slow ones. Other
 arguments go to pytest: `bash launch/test.sh tests/combine -k order`.
 
   --fast         no check of types, and only fast tests: under 90 seconds on two cores
@@ -44,4 +44,5 @@ lint-imports
 python launch/check_terms.py
 [ -z "$types" ] || basedpyright
 # What a module makes for its tests is made once; the order of modules is that of tests/conftest.py.
-exec python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"
+# Three processes for two cores: many tests wait.
+exec python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"
