@@ -80,16 +80,7 @@ def _options() -> argparse.Namespace:
 
 def _measure(home: pathlib.Path, experts: int, options: argparse.Namespace) -> list[dict]:
     """Merges the inputs, then opts the last expert out; the disk holds two copies of the weights at most."""
-    architecture = Architecture(
-        vocab_size=options.vocab,
-        num_layers=options.layers,
-        d_model=options.d_model,
-        num_heads=options.heads,
-        num_kv_heads=options.heads,
-        d_ff=options.d_ff,
-        rope_theta=10_000.0,
-        norm_eps=1e-6,
-    )
+    architecture = make_architecture(options, options.vocab)
     names = write_inputs(home / "inputs", experts, architecture)
     inputs = [f"--anchor={home}/inputs/anchor", *(f"--contribution={home}/inputs/{name}" for name in names)]
     merge = ["merge", *inputs, f"--out={home}/out"]
@@ -104,6 +95,20 @@ def _measure(home: pathlib.Path, experts: int, options: argparse.Namespace) -> l
     opt_out = ["opt-out", f"--model={home}/model", f"--expert={names[-1]}", f"--out={home}/out"]
     results.append(_compare(opt_out, home / "rest", home / "out", options))
     return [{"experts": experts, **result} for result in results]
+
+
+def make_architecture(options: argparse.Namespace, vocab_size: int) -> Architecture:
+    """The architecture that the options describe."""
+    return Architecture(
+        vocab_size=vocab_size,
+        num_layers=options.layers,
+        d_model=options.d_model,
+        num_heads=options.heads,
+        num_kv_heads=options.heads,
+        d_ff=options.d_ff,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+    )
 
 
 def write_inputs(

@@ -17,13 +17,12 @@ import tempfile
 from typing import Any
 
 import numpy as np
-from merge import directory_size, run_command, write_inputs
+from merge import directory_size, make_architecture, run_command, write_inputs
 from rich.text import Text
 
 from flexolmo_jax.combine.top_k import copy_with_top_k
 from flexolmo_jax.data.corpus_writer import write_corpus
 from flexolmo_jax.data.tokenizer import byte_tokenizer
-from flexolmo_jax.model.architecture import Architecture
 from flexolmo_jax.tables import plain_table, show
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "router.py"
@@ -56,16 +55,7 @@ def _options() -> argparse.Namespace:
 def _measure(home: pathlib.Path, experts: int, options: argparse.Namespace) -> dict:
     """{command: {"seconds", "memory"}} and the size of the model."""
     tokenizer = byte_tokenizer()
-    architecture = Architecture(
-        vocab_size=tokenizer.vocab_size,
-        num_layers=options.layers,
-        d_model=options.d_model,
-        num_heads=options.heads,
-        num_kv_heads=options.heads,
-        d_ff=options.d_ff,
-        rope_theta=10_000.0,
-        norm_eps=1e-6,
-    )
+    architecture = make_architecture(options, tokenizer.vocab_size)
     names = write_inputs(home / "inputs", experts, architecture, tokenizer)
     letters = np.random.default_rng(0).integers(97, 123, TEXT_BYTES, np.uint8)
     corpus = write_corpus(home / "text", [letters.tobytes().decode()], tokenizer).path

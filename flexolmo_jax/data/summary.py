@@ -1,12 +1,11 @@
 """What `flexolmo inspect` tells of a corpus: lengths of documents, exact duplicates, and samples."""
 
-import hashlib
-
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.duplicates import DIGEST, document_digest
 from flexolmo_jax.progress import progress_bar
 from flexolmo_jax.tables import plain_table, printable
 
@@ -48,14 +47,12 @@ def length_table(corpus: Corpus) -> Table:
 
 
 def count_duplicates(corpus: Corpus) -> int:
-    """Counts the documents whose tokens are those of an earlier one, by a hash of 64 bits; keeps 8 bytes for each."""
-    hashes = np.empty(corpus.documents, np.uint64)
+    """Counts the documents whose tokens are those of an earlier one, by digests; keeps 16 bytes for each."""
+    digests = np.empty(corpus.documents, DIGEST)
     with progress_bar() as bar:
         for index in bar.track(range(corpus.documents), description="Duplicates"):
-            digest = hashlib.blake2b(corpus[index].data, digest_size=8).digest()
-            hashes[index] = int.from_bytes(digest, "little")
-    hashes.sort()
-    return int(np.count_nonzero(hashes[1:] == hashes[:-1]))
+            digests[index] = document_digest(corpus[index])
+    return corpus.documents - len(np.unique(digests))
 
 
 def samples(corpus: Corpus, count: int) -> dict[str, str]:
