@@ -180,8 +180,11 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        """Waits for the save under way."""
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        """Waits for the save under way, unless other processes may be lost, with whom it could not end."""
+        is_agreed = kind is None or issubclass(kind, UserError)
+        if distributed.count() > 1 and not is_agreed:
+            return
         self._manager.wait_until_finished()
         self._manager.close()
 

@@ -52,6 +52,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, verify: bool = False) 
       ProcessesError: of the processes of the run, some are lost, or disagree.
     """
     workdir = epath.Path(workdir)
+    workdirs.check_place(workdir)
     if jax.process_count() != distributed.count():
         raise UserError(
             f"train: the devices belong to {jax.process_count()} processes, which have not joined; give distributed, "

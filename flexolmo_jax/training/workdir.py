@@ -38,6 +38,13 @@ def content_key(name: str) -> str:
     return f"content of {name}"
 
 
+def check_place(workdir: epath.Path) -> None:
+    """Raises ArgumentError where checkpoints cannot be saved."""
+    if os.fspath(workdir).startswith("s3://"):
+        problem = "Orbax cannot save checkpoints there; name one on gs:// or on a disk or mount that all hosts see"
+        raise ArgumentError("workdir", os.fspath(workdir), problem)
+
+
 def finished(workdir: epath.Path, record: dict[str, Any]) -> epath.Path | None:
     """The output of this run; None for a run to begin or to resume.
 
@@ -46,12 +53,8 @@ def finished(workdir: epath.Path, record: dict[str, Any]) -> epath.Path | None:
       record: what `config.json` holds once the run has begun.
 
     Raises:
-      ArgumentError: checkpoints cannot be saved there.
       UserError: the workdir holds another run, one that may give no output, or an output with another card.
     """
-    if os.fspath(workdir).startswith("s3://"):
-        problem = "Orbax cannot save checkpoints there; name one on gs:// or on a disk or mount that all hosts see"
-        raise ArgumentError("workdir", os.fspath(workdir), problem)
     before, now = _read_record(workdir), flatten_dict(record, sep=".")
     if before is not None:
         _check_same(workdir, before, now)

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved is the state at the save, whole, whatever happens to the state afterwards."""
 
+import contextlib
 import functools
 import json
 import os
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flexolmo_jax import sharding
+from flexolmo_jax import distributed, sharding
 from flexolmo_jax.checkpoint import train_state
 from flexolmo_jax.checkpoint.train_state import Best, Checkpoints, latest_whole_step
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import ProcessesError, UserError
 
 SIZES = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
 
@@ -290,6 +291,21 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value, dtype):
             checkpoints.save(2, broken, POSITION)
         assert checkpoints.latest_step() == 1
     assert latest_whole_step(tmp_path, POSITION) == 1
+
+
+@pytest.mark.parametrize(
+    ("processes", "error", "waits"),
+    [(2, None, True), (2, UserError, True), (2, ProcessesError, False), (2, ValueError, False), (1, ValueError, True)],
+)
+def test_a_save_is_not_waited_for_where_other_processes_may_be_lost(tmp_path, monkeypatch, processes, error, waits):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    manager = mock.Mock()
+    monkeypatch.setattr(checkpoints, "_manager", manager)
+    monkeypatch.setattr(distributed, "count", lambda: processes)
+    with contextlib.suppress(error or ()), checkpoints:
+        if error:
+            raise error
+    assert manager.wait_until_finished.called == waits
 
 
 def saved_with_best(folder, bests, keep=1):
