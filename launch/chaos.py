@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from glob import glob  # as pathlib's, but where a folder vanishes meanwhile that one fails
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ RUN = [
 # What is there while something is written, as a pattern in the folder.
 WRITING = {
     "checkpoint": "*/checkpoints/*tmp*",
-    "output": "*/.*.incomplete",
+    "output": "**/.*.incomplete",
 }
 
 
@@ -98,7 +99,7 @@ def kill(started: Sequence[subprocess.Popen], folder: pathlib.Path, pattern: str
     Returns (which were killed, exit statuses of all, seconds until all had ended); None where they ended before.
     """
     began = time.monotonic()
-    while time.monotonic() < began + delay and not (pattern and any(folder.glob(pattern))):
+    while time.monotonic() < began + delay and not (pattern and glob(pattern, root_dir=folder, recursive=True)):
         if all(process.poll() is not None for process in started):
             return None
         time.sleep(0.002 if pattern else 0.02)
