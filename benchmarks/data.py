@@ -14,11 +14,11 @@ import time
 
 import numpy as np
 
+from flexolmo_jax.data.batches.mixture import Mixture
+from flexolmo_jax.data.batches.packing import PACKINGS, packing_report
+from flexolmo_jax.data.batches.pipeline import Source, TrainingBatches
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.mixture import Mixture
-from flexolmo_jax.data.packing import PACKINGS, packing_report
-from flexolmo_jax.data.pipeline import Source, TrainingBatches
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.tables import plain_table, show
 
 

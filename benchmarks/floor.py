@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import flexolmo_jax
+from flexolmo_jax.data.batches.pipeline import EvaluationBatches
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.pipeline import EvaluationBatches
 from flexolmo_jax.inference.model import Model
 from flexolmo_jax.tables import plain_table, show
 

@@ -36,7 +36,7 @@ from flexolmo_jax.checkpoint.manifests import (
 )
 from flexolmo_jax.checkpoint.model_directory import PARAMS, TOKENIZER_FILE, write_contribution, write_model
 from flexolmo_jax.checkpoint.params import Slice
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.selectors import BUCKETS

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from flexolmo_jax.combine.top_k import copy_with_top_k
 from flexolmo_jax.data.corpus_writer import write_corpus
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.tables import plain_table, show
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "router.py"

@@ -25,7 +25,7 @@ import numpy as np
 import tokenizers
 from rich.console import Console
 
-from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
 from flexolmo_jax.tables import plain_table, show
 
 BATCH = 1024  # texts

@@ -116,7 +116,7 @@ def declare() -> ConfigDict:
     config.data.max_epochs = key(0.0, at_least(0))
     # How documents are put into sequences: "concatenate", one after another, cut where a sequence ends; "best_fit",
     # arranged so that few are cut. Neither pads.
-    config.data.packing = key("concatenate", choices(registry="data.packing:PACKINGS"))
+    config.data.packing = key("concatenate", choices(registry="data.batches.packing:PACKINGS"))
     config.data.sequence_length = key(0, at_least(1))  # tokens of a sequence
     config.data.batch_size = key(0, at_least(1))  # sequences of a step, over all devices
     config.data.grad_accum_steps = key(1, at_least(1))  # micro-batches of a step, computed one after another

@@ -56,7 +56,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.corpus_writer import write_corpus
-from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
 from flexolmo_jax.progress import Stages
 from flexolmo_jax.tables import plain_table, show
 

@@ -25,7 +25,7 @@ import flexolmo_jax
 from flexolmo_jax.checkpoint.model_directory import CERTIFICATE_FILE
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.corpus_writer import write_corpus
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.evaluation.loss import ModelResults
 from flexolmo_jax.evaluation.report import Certificate, bits_per_byte, read_curve, write_report
 from flexolmo_jax.evaluation.results import bits_per_byte_table

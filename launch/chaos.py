@@ -8,6 +8,7 @@ random times, and as soon as a checkpoint, an output or a merge is being written
 """
 
 import argparse
+import contextlib
 import filecmp
 import pathlib
 import random
@@ -25,7 +26,7 @@ import numpy as np
 from rich.text import Text
 
 from flexolmo_jax.data.corpus_writer import write_corpus
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.tables import plain_table, show
 
 LIMIT = 60  # seconds in which all must have ended after a kill
@@ -36,7 +37,7 @@ TINY = [
 RUN = [
     *("--config.steps=60", "--config.checkpoint.every=5", "--config.data.sequence_length=64"),
     *("--config.data.batch_size=8", "--config.mesh.data=1", "--config.mesh.fsdp=-1"),
-    "--config.distributed.heartbeat_timeout=10",
+    *("--config.distributed.heartbeat_timeout=10", "--config.distributed.start_timeout=45"),
 ]
 # What is there while something is written, as a pattern in the folder.
 WRITING = {
@@ -93,13 +94,23 @@ def start(command: Command, processes: int) -> list[subprocess.Popen]:
     ]
 
 
+def is_writing(folder: pathlib.Path, pattern: str, since: float) -> bool:
+    """Whether something like the pattern is there that has changed since then; former kills have left some, too."""
+    found = glob(pattern, root_dir=folder, recursive=True) if pattern else ()
+    for name in found:
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / name).stat().st_mtime > since:
+                return True
+    return False
+
+
 def kill(started: Sequence[subprocess.Popen], folder: pathlib.Path, pattern: str, delay: float, rng: random.Random):
     """Kills one of the processes or all, after `delay` seconds or, with a pattern, when a path like that is there.
 
     Returns (which were killed, exit statuses of all, seconds until all had ended); None where they ended before.
     """
-    began = time.monotonic()
-    while time.monotonic() < began + delay and not (pattern and glob(pattern, root_dir=folder, recursive=True)):
+    began, since = time.monotonic(), time.time()
+    while time.monotonic() < began + delay and not is_writing(folder, pattern, since):
         if all(process.poll() is not None for process in started):
             return None
         time.sleep(0.002 if pattern else 0.02)

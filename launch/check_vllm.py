@@ -37,7 +37,7 @@ def make_model(path: str) -> None:
 
     from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, ExpertRecord, ModelManifest
     from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FILE, split_experts, write_model
-    from flexolmo_jax.data.tokenizer import byte_tokenizer
+    from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
     from flexolmo_jax.model.architecture import Architecture, Layout
     from flexolmo_jax.model.decoder import Decoder
 

@@ -42,8 +42,8 @@ FAST = (
 )
 # In these folders, but longer than all others.
 LONG = (
-    *("tests/checkpoint/test_train_state.py", "tests/combine/test_dtypes.py", "tests/data/test_pipeline.py"),
-    "tests/data/test_tokenizing.py",
+    *("tests/checkpoint/test_train_state.py", "tests/combine/test_dtypes.py", "tests/data/batches/test_pipeline.py"),
+    "tests/data/ingest/test_tokenizing.py",
 )
 
 # Those that take longest, to be begun first: each module has one worker, and none is to be left with one of these.

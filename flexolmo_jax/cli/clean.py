@@ -41,8 +41,8 @@ def run() -> None:
     """Checks the corpora, prints the tables, and writes the copies."""
     from flexolmo_jax.checkpoint.atomic import check_absent
     from flexolmo_jax.cli.files import write_json
-    from flexolmo_jax.data.cleaning import REASONS, Checks, clean, dropped_table, overlap_table, write_cleaned
     from flexolmo_jax.data.corpus import open_corpora
+    from flexolmo_jax.data.curation.cleaning import REASONS, Checks, clean, dropped_table, overlap_table, write_cleaned
     from flexolmo_jax.errors import ArgumentError, UserError
     from flexolmo_jax.tables import show
 

@@ -38,7 +38,7 @@ def run() -> None:
     from flexolmo_jax.errors import UserError
 
     try:
-        from flexolmo_jax.data.proxies import select_proxies
+        from flexolmo_jax.data.curation.proxies import select_proxies
     except ModuleNotFoundError as error:
         raise UserError("it needs scikit-learn; pip install 'flexolmo-jax[data]'") from error
 
@@ -77,7 +77,7 @@ def _check_apart(report, out):
 def _report(selection, file):
     """Writes what the list reveals to a file, and prints it."""
     from flexolmo_jax.cli.files import write_json
-    from flexolmo_jax.data.disclosure import COPY, disclosure, disclosure_tables
+    from flexolmo_jax.data.curation.disclosure import COPY, disclosure, disclosure_tables
     from flexolmo_jax.tables import show
 
     report = disclosure(selection)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from flexolmo_jax.data.sources import SOURCES
-from flexolmo_jax.data.splits import DEFAULT_KEY, parse_splits
+from flexolmo_jax.data.ingest.splits import DEFAULT_KEY, parse_splits
+from flexolmo_jax.data.text.sources import SOURCES
 
 if TYPE_CHECKING:
     from flexolmo_jax.data.corpus import Corpus
-    from flexolmo_jax.data.tokenizer import Tokenizer
+    from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 
 _FORMATS = "; ".join(
     f"{name} ({', '.join(source.suffixes) or 'any other suffix'}): a document is {source.document}"
@@ -80,7 +80,7 @@ _ARGUMENT = re.compile(r"\b(?=format=\w|dtype=\w|text_key( \(|$))")
 
 def run() -> None:
     """Tokenizes, and prints the counts."""
-    from flexolmo_jax.data.tokenizer import load_tokenizer
+    from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
     from flexolmo_jax.errors import UserError
 
     if not _INPUT.value:
@@ -98,9 +98,9 @@ def run() -> None:
 
 def _tokenize(tokenizer: "Tokenizer") -> None:
     """Makes a corpus of text files."""
-    from flexolmo_jax.data.bad_records import StoppedError
     from flexolmo_jax.data.corpus_writer import NoTextError
-    from flexolmo_jax.data.tokenizing import tokenize_files
+    from flexolmo_jax.data.ingest.tokenizing import tokenize_files
+    from flexolmo_jax.data.text.bad_records import StoppedError
     from flexolmo_jax.errors import UserError
 
     if _DTYPE.value:
@@ -133,7 +133,7 @@ def _tokenize(tokenizer: "Tokenizer") -> None:
 
 def _refer(tokenizer: "Tokenizer") -> None:
     """Makes a corpus that refers to token files."""
-    from flexolmo_jax.data.referred_files import refer_to_token_files
+    from flexolmo_jax.data.ingest.referred_files import refer_to_token_files
     from flexolmo_jax.errors import UserError
 
     if _SPLIT.value:

@@ -16,8 +16,8 @@ from flexolmo_jax.checkpoint.model_directory import check_content, check_leaves,
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.summary import count_duplicates, length_table, samples
-from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.data.curation.summary import count_duplicates, length_table, samples
+from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.privacy import CARD_KEY, privacy_words
 from flexolmo_jax.model.selectors import SELECTORS

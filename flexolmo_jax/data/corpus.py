@@ -32,7 +32,7 @@ from flexolmo_jax.data.token_files import (
     map_document_ends,
     map_token_file,
 )
-from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.paths import is_remote
 from flexolmo_jax.progress import byte_progress

@@ -11,11 +11,11 @@ from etils import epath
 from rich.progress import SpinnerColumn, TimeElapsedColumn
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory, commit
-from flexolmo_jax.data.bad_records import BadRecords, StoppedError
 from flexolmo_jax.data.corpus import FORMAT_VERSION, MANIFEST, TOKENIZER, Corpus
-from flexolmo_jax.data.encoding import encode_documents
+from flexolmo_jax.data.text.bad_records import BadRecords, StoppedError
 from flexolmo_jax.data.token_files import DTYPES, TokenFileWriter, token_dtype
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenization.encoding import encode_documents
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.progress import progress_bar
 

@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 
 from flexolmo_jax.checkpoint.model_directory import CERTIFICATE_FILE
+from flexolmo_jax.data.batches.pipeline import EvaluationBatches
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.pipeline import EvaluationBatches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.inference.model import Model, load
 from flexolmo_jax.progress import progress_bar

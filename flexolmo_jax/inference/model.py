@@ -17,8 +17,8 @@ from flexolmo_jax.checkpoint.manifests import ModelManifest
 from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FILE, open_params, read_model
 from flexolmo_jax.checkpoint.params import read_leaf
 from flexolmo_jax.checkpoint.statistics import open_statistics
-from flexolmo_jax.data.pipeline import ARRAYS
-from flexolmo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from flexolmo_jax.data.batches.pipeline import ARRAYS
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.inference.engine import Engine, bucket
 from flexolmo_jax.inference.request import DEFAULT_NEW_TOKENS, Continuation, Request, new_tokens

@@ -6,8 +6,8 @@ prompt's text (they complete a character), it is what follows their common prefi
 
 from collections.abc import Sequence
 
-from flexolmo_jax.data.decoding import IncrementalDecoder, common_prefix
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenization.decoding import IncrementalDecoder, common_prefix
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 
 _BLOCK = 64  # tokens of a prompt decoded at once
 

@@ -32,7 +32,7 @@ from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.combine.merge import gather
 from flexolmo_jax.combine.stack import stack
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
 from flexolmo_jax.errors import ArgumentError, UserError
 from flexolmo_jax.interop import architectures, card, parity
 from flexolmo_jax.interop.architectures import FLEX_OLMO_SELECTOR, HuggingFaceArchitecture

@@ -21,7 +21,7 @@ from flexolmo_jax.checkpoint.model_directory import model_trees, open_merged_rou
 from flexolmo_jax.checkpoint.params import Slice
 from flexolmo_jax.checkpoint.statistics import open_statistics
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
 from flexolmo_jax.errors import NotFoundError, UserError
 from flexolmo_jax.interop.architectures import HuggingFaceArchitecture, read_config
 from flexolmo_jax.interop.config import CONFIG_FILE, Config

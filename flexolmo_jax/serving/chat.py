@@ -19,7 +19,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flexolmo_jax.checkpoint.model_directory import TOKENIZER_FOLDER
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError, rust_errors
 
 _LARGEST = 2**22  # characters that a template may write, and steps that it may count with range()

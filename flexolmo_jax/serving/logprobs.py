@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flexolmo_jax.data.decoding import REPLACEMENT
-from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.data.tokenization.decoding import REPLACEMENT
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.inference.request import TokenLogprobs
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how tokenizers with byte fallback write a byte

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from configs.keys import pairs
 from flexolmo_jax.checkpoint.model_directory import PUBLIC
+from flexolmo_jax.data.batches.mixture import Mixture
+from flexolmo_jax.data.batches.pipeline import Source
 from flexolmo_jax.data.corpus import Corpus, open_corpora
-from flexolmo_jax.data.mixture import Mixture
-from flexolmo_jax.data.pipeline import Source
 from flexolmo_jax.errors import ArgumentError, UserError
 
 TRAIN = "train"  # label of the source that config.data.train names

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from flexolmo_jax.data.pipeline import Batch, Batches
+from flexolmo_jax.data.batches.pipeline import Batch, Batches
 
 T = TypeVar("T")
 

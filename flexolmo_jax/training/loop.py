@@ -15,8 +15,8 @@ from flexolmo_jax import distributed
 from flexolmo_jax.checkpoint.digests import document_digest
 from flexolmo_jax.checkpoint.model_directory import check_model, open_model
 from flexolmo_jax.checkpoint.train_state import Best, Checkpoints, latest_whole_step
+from flexolmo_jax.data.batches.pipeline import EvaluationBatches, TrainingBatches
 from flexolmo_jax.data.corpus import Corpus, verify_corpora
-from flexolmo_jax.data.pipeline import EvaluationBatches, TrainingBatches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.flops import train_step_flops
 from flexolmo_jax.model.loss import make_loss_step

@@ -16,8 +16,8 @@ from configs import base, keys
 from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint.manifests import ANCHOR_NAME, NAME_RULE, is_expert_name
 from flexolmo_jax.checkpoint.model_directory import PUBLIC, kind_of, read_model
-from flexolmo_jax.data.pipeline import ARRAYS
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.batches.pipeline import ARRAYS
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 from flexolmo_jax.errors import ArgumentError, NotFoundError, UserError
 from flexolmo_jax.model.architecture import EXPERT_LAYOUTS, Architecture, Layout
 from flexolmo_jax.model.decoder import Compute, Decoder

@@ -7,7 +7,7 @@ import pytest
 
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.corpus_writer import write_corpus
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from tests.support import kinds, small
 from tests.support.small import assert_refused, flexolmo
 

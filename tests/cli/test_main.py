@@ -140,7 +140,9 @@ def test_out_of_memory_errors_name_what_to_lower(monkeypatch):
 
 
 def test_an_interrupted_command_ends_in_one_line(monkeypatch):
-    monkeypatch.setattr("flexolmo_jax.data.tokenizer.load_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(
+        "flexolmo_jax.data.tokenization.tokenizer.load_tokenizer", mock.Mock(side_effect=KeyboardInterrupt)
+    )
     result = flexolmo("tokenize", "--input=README.md", "--tokenizer=bytes", "--out=x")
     assert (result.status, result.out, result.err) == (130, "", "flexolmo tokenize: interrupted\n")
 

@@ -70,5 +70,5 @@ def test_refuses_bad_input(home, tmp_path, arguments, words):
 
 def test_names_the_extra_that_it_needs(home, tmp_path):
     flags = [f"--own={home}/news", f"--public={home}/public", f"--out={tmp_path}/out", "--documents=8"]
-    with mock.patch.dict(sys.modules, {"flexolmo_jax.data.proxies": None}):
+    with mock.patch.dict(sys.modules, {"flexolmo_jax.data.curation.proxies": None}):
         assert_refused(flexolmo("select-proxies", *flags), "select-proxies", "pip install 'flexolmo-jax[data]'")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from tests.support import kinds
 from tests.support.small import assert_refused, flexolmo, with_defaults
 

@@ -10,11 +10,12 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from flexolmo_jax.data import encoding, token_files
-from flexolmo_jax.data.bad_records import BadRecords
+from flexolmo_jax.data import token_files
 from flexolmo_jax.data.corpus import Corpus, verify_corpora
 from flexolmo_jax.data.corpus_writer import copy_documents, write_corpus
-from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.data.text.bad_records import BadRecords
+from flexolmo_jax.data.tokenization import encoding
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError
 
 EOS = 256

@@ -14,7 +14,7 @@ from flexolmo_jax.data import token_files
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.corpus_writer import write_corpus
 from flexolmo_jax.data.token_files import TokenFileWriter
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.errors import UserError
 
 EOS = 256

@@ -10,7 +10,7 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate, evaluate_models
 from flexolmo_jax.evaluation.results import format_bits

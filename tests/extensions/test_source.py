@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from flexolmo_jax.data import sources
-from flexolmo_jax.data.bad_records import BadRecordError
 from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.text import sources
+from flexolmo_jax.data.text.bad_records import BadRecordError
 from tests.support import runs
 from tests.support.small import assert_refused, flexolmo
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import tokenizers
 
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.inference.text import TextStream
 from tests.support import kinds
 

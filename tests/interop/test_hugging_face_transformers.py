@@ -10,7 +10,7 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax.checkpoint.model_directory import read_model
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.interop import parity
 from flexolmo_jax.model.architecture import Architecture, Layout

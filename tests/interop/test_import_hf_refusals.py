@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from tests.support import golden, small
 from tests.support import hf_directories as hf
 from tests.support.small import assert_refused, flexolmo

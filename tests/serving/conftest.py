@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.inference.request import Continuation, Update
 from flexolmo_jax.serving.logprobs import TokenStrings
 from flexolmo_jax.serving.parsing import Served

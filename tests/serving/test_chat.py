@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.serving.chat import ChatTemplate, load_chat_template
 

@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.inference.request import TokenLogprobs
 from flexolmo_jax.serving.logprobs import TextOffsets, TokenStrings, chat_logprobs, completion_logprobs
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.inference.model import seeds
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.serving.chat import ChatTemplate

@@ -6,7 +6,7 @@ import json
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
 
 TEXTS = (

@@ -29,7 +29,7 @@ from flexolmo_jax.checkpoint.train_state import Checkpoints
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.corpus_writer import write_corpus
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.metrics import Reporter
 

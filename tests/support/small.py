@@ -32,7 +32,7 @@ from flexolmo_jax.checkpoint.model_directory import (
 from flexolmo_jax.checkpoint.params import Slice, read_block
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.corpus_writer import write_corpus
-from flexolmo_jax.data.tokenizer import byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.model.architecture import ANCHOR, Architecture
 from flexolmo_jax.model.decoder import Decoder
 from flexolmo_jax.model.selectors import BUCKETS

@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flexolmo_jax import distributed, sharding
 from flexolmo_jax.checkpoint.train_state import Checkpoints
+from flexolmo_jax.data.batches.mixture import Mixture
+from flexolmo_jax.data.batches.pipeline import ARRAYS, Source, TrainingBatches
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.mixture import Mixture
-from flexolmo_jax.data.pipeline import ARRAYS, Source, TrainingBatches
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.inputs import placed_batches
 from tests.support import processes, runs

@@ -18,7 +18,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import flexolmo_jax
-from flexolmo_jax.data.pipeline import EvaluationBatches
+from flexolmo_jax.data.batches.pipeline import EvaluationBatches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop

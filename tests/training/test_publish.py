@@ -12,7 +12,7 @@ from flexolmo_jax.checkpoint.params import open_tree
 from flexolmo_jax.checkpoint.statistics import open_statistics, read_statistics
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.tokenizer import load_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import privacy
 from flexolmo_jax.training.publish import publish

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from flexolmo_jax.data.corpus import open_corpora
-from flexolmo_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer, byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.architecture import ANCHOR, PAIR
 from flexolmo_jax.training.run import build_model, read_run

@@ -10,7 +10,7 @@ from flexolmo_jax.checkpoint.model_directory import read_contribution, read_mode
 from flexolmo_jax.checkpoint.statistics import open_statistics, read_statistics
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.combine.opt_out import opt_out
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.model.selectors import BUCKETS, LOG_SCALE, SELECTORS
 from tests.support import runs, small
