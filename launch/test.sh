@@ -5,9 +5,9 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   cat <<'HELP'
 usage: bash launch/test.sh [--fast | --all] [--interop] [--storage] [--plan] [PYTEST ARGUMENTS]
 
-Installs what it needs into .venv (once), then checks style (ruff), types (basedpyright), the order of imports
-(import-linter) and terms (launch/check_terms.py), and runs the tests on three processes, except slow ones. Other
-arguments go to pytest: `bash launch/test.sh tests/combine -k order`.
+Installs what it needs into .venv (once), then checks style (ruff), the order of imports (import-linter) and terms
+(launch/check_terms.py), and runs the tests on three processes, except slow ones, and beside them the check of types
+(basedpyright), whose errors come last. Other arguments go to pytest: `bash launch/test.sh tests/combine -k order`.
 
   --fast         no check of types, and only fast tests: under 90 seconds on two cores
   --all          all tests, as CI does on the main branch and before a release
@@ -42,7 +42,12 @@ ruff check
 ruff format --check
 lint-imports
 python launch/check_terms.py
-[ -z "$types" ] || basedpyright
+types_log=$(mktemp)
+trap 'kill %1 2>/dev/null || true; rm -f "$types_log"' EXIT
+${types:+basedpyright} >"$types_log" 2>&1 & # beside the tests, on a core that is free now and then
 # What a module makes for its tests is made once; the order of modules is that of tests/conftest.py.
 # Three processes for two cores: many tests wait.
-exec python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"
+status=0
+python -m pytest -n 3 --dist=loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@" || status=$?
+wait %1 || { cat "$types_log"; status=1; }
+exit "$status"

@@ -283,6 +283,14 @@ def path_labels(paths: Sequence[str]) -> dict[str, str]:
     return {path: os.path.relpath(path, parent) for path in paths}
 
 
+def check_one_tokenizer(corpora: Sequence[Corpus]) -> None:
+    """Raises UserError unless all corpora were made with the tokenizer of the first, and end documents alike."""
+    first = corpora[0]
+    for corpus in corpora:
+        if (corpus.tokenizer_digest, corpus.eos_id) != (first.tokenizer_digest, first.eos_id):
+            raise UserError(f"{corpus.path}: its tokenizer is not that of {first.path}; tokenize both alike")
+
+
 def verify_corpora(corpora: Sequence[Corpus]) -> None:
     """Reads the token files and indices of all corpora and compares their SHA-256, with a progress bar.
 

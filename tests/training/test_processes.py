@@ -15,6 +15,8 @@ from flexolmo_jax import sharding
 from flexolmo_jax.checkpoint.model_directory import check_model, open_model, read_model
 from flexolmo_jax.combine.merge import merge
 from flexolmo_jax.evaluation.loss import evaluate
+from flexolmo_jax.interop.export_hf import export, open_source
+from flexolmo_jax.interop.import_hf import import_model
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.inputs import placed_batches
 from flexolmo_jax.training.metrics import Reporter
@@ -100,7 +102,7 @@ def test_frozen_leaves_and_statistics_are_copied_byte_for_byte(made, trained, al
     assert found == expected
 
 
-def test_what_they_publish_is_merged_and_evaluated(made, trained, alone, tmp_path):
+def test_what_they_publish_is_merged_evaluated_and_exported(made, trained, alone, tmp_path):
     losses = []
     for name, workdirs in (("one", alone), ("two", trained)):
         out = tmp_path / name
@@ -108,6 +110,13 @@ def test_what_they_publish_is_merged_and_evaluated(made, trained, alone, tmp_pat
         found = evaluate(flexolmo_jax.load(out), {"held out": made.held_out}, length=32, batch_size=8)
         losses.append(found["held out"].nats / found["held out"].tokens)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    export(open_source(tmp_path / "two"), str(tmp_path / "exported"), drop_bias=True)
+    import_model(str(tmp_path / "exported"), str(tmp_path / "imported"))
+    expected, found = (runs.read_params(tmp_path / name) for name in ("two", "imported"))
+    assert found.keys() == expected.keys()
+    for path in expected:
+        if not path.endswith("router/bias"):  # for which that form has no place
+            np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step_and_another_layout_goes_on(made, trained, alone):

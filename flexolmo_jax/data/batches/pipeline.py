@@ -22,7 +22,7 @@ from flexolmo_jax.data.batches.mixture import Mixture
 from flexolmo_jax.data.batches.order import Order
 from flexolmo_jax.data.batches.packing import PackedStream, Span
 from flexolmo_jax.data.batches.stream import Stream
-from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus import Corpus, check_one_tokenizer
 from flexolmo_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -208,7 +208,5 @@ def _checked(sources: Sequence[Source]) -> list[Corpus]:
     if not sources or not all(source.corpora for source in sources):
         raise UserError("training data: a source has no corpus; name at least one corpus directory")
     corpora = [corpus for source in sources for corpus in source.corpora]
-    for corpus in corpora:
-        if (corpus.tokenizer_digest, corpus.eos_id) != (corpora[0].tokenizer_digest, corpora[0].eos_id):
-            raise UserError(f"{corpus.path}: its tokenizer is not that of {corpora[0].path}; tokenize both alike")
+    check_one_tokenizer(corpora)
     return corpora

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from flexolmo_jax.checkpoint.atomic import atomic_directory
-from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus import Corpus, check_one_tokenizer
 from flexolmo_jax.data.corpus_writer import copy_documents
 from flexolmo_jax.data.curation.contamination import HeldOutNgrams
 from flexolmo_jax.data.curation.duplicates import DIGEST, document_digest, first_occurrences, near_duplicates
@@ -314,10 +314,7 @@ def _write_corpus(cleaning: Cleaning, label: str, out: epath.Path) -> None:
 
 
 def _check_corpora(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) -> None:
-    first = next(iter(corpora.values()))
-    for corpus in (*corpora.values(), *held_out.values()):
-        if (corpus.tokenizer_digest, corpus.eos_id) != (first.tokenizer_digest, first.eos_id):
-            raise UserError(f"{corpus.path}: has another tokenizer than {first.path}; tokenize both with the same")
+    check_one_tokenizer([*corpora.values(), *held_out.values()])
     digests = {corpus.digest: corpus.path for corpus in corpora.values()}
     for corpus in held_out.values():
         if corpus.digest in digests:

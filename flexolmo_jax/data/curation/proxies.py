@@ -22,7 +22,7 @@ from scipy.special import log_expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from flexolmo_jax.data.corpus import Corpus
+from flexolmo_jax.data.corpus import Corpus, check_one_tokenizer
 from flexolmo_jax.data.corpus_writer import copy_documents
 from flexolmo_jax.data.curation.document_features import (
     EmbeddingFeatures,
@@ -297,8 +297,7 @@ def _folds(documents: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _check(private: Corpus, public: Corpus, documents: int | None, tokens: int | None, diversity: float) -> None:
-    if (private.tokenizer_digest, private.eos_id) != (public.tokenizer_digest, public.eos_id):
-        raise UserError(f"{private.path}: its tokenizer is not that of {public.path}; tokenize both alike")
+    check_one_tokenizer([public, private])
     if private.digest == public.digest:
         raise UserError(f"{private.path}: is the public corpus itself; name the corpus of the owner's documents")
     for corpus in (private, public):

@@ -9,7 +9,7 @@ from flexolmo_jax.data.curation.duplicates import DIGEST, document_digest
 from flexolmo_jax.progress import progress_bar
 from flexolmo_jax.tables import plain_table, printable
 
-_CHUNK_DOCUMENTS = 1 << 20
+_CHUNK_TOKENS = 1 << 24  # whose documents are counted together
 _BAR = 40  # characters
 _SAMPLE_TOKENS, _SAMPLE_CHARACTERS = 256, 160
 
@@ -21,13 +21,14 @@ def count_lengths(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
       The number of documents, and of their tokens, of lengths from 2^i to 2^(i+1) - 1, EOS included: int64 [64] each.
     """
     documents, tokens = np.zeros(64, np.int64), np.zeros(64, np.int64)
-    for ends in corpus._document_ends:
-        for start in range(0, len(ends), _CHUNK_DOCUMENTS):
-            chunk = ends[start : start + _CHUNK_DOCUMENTS].astype(np.int64)
-            lengths = np.diff(chunk, prepend=int(ends[start - 1]) if start else 0)
-            powers = np.frexp(lengths)[1] - 1
-            documents += np.bincount(powers, minlength=64)
-            np.add.at(tokens, powers, lengths)
+    last = 0
+    for start in range(0, corpus.tokens, _CHUNK_TOKENS):
+        ends = corpus.document_ends(start, min(start + _CHUNK_TOKENS, corpus.tokens))
+        lengths = np.diff(ends, prepend=last)
+        last = ends[-1] if ends.size else last
+        powers = np.frexp(lengths)[1] - 1
+        documents += np.bincount(powers, minlength=64)
+        np.add.at(tokens, powers, lengths)
     return documents, tokens
 
 

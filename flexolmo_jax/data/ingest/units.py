@@ -155,7 +155,7 @@ def tokenize_unit(unit: Unit, advance: Advance, settings: Settings, directory: s
                 yield text, (settings.splits.index(text) if settings.splits else 0, place)
 
     counts = np.zeros((len(names), len(unit.files), 3), np.int64)  # documents, tokens, bytes
-    unknown = 0
+    unknown, unknown_id = 0, tokenizer.unknown_id
     dtype = DTYPES[token_dtype(tokenizer.vocab_size)]
     with contextlib.ExitStack() as stack:
         writers = [
@@ -166,7 +166,8 @@ def tokenize_unit(unit: Unit, advance: Advance, settings: Settings, directory: s
             for ids, size, ends, label in encode_documents(documents(), tokenizer):
                 writers[label[0]].append(ids, ends=ends)
                 counts[label] += (ends, ids.size, size)
-                unknown += int(np.count_nonzero(ids == tokenizer.unknown_id))
+                if unknown_id is not None:
+                    unknown += int(np.count_nonzero(ids == unknown_id))
         except StoppedError as error:
             error.documents, error.tokens = map(int, counts.sum((0, 1))[:2])
             raise

@@ -28,7 +28,7 @@ def test_lengths_are_counted_by_powers_of_two(tmp_path_factory, lengths, tokens_
     path = tmp_path_factory.mktemp("lengths") / "corpus"
     corpus = write_corpus(path, texts, byte_tokenizer(), tokens_per_file=tokens_per_file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary, "_CHUNK_DOCUMENTS", chunk)
+        patch.setattr(summary, "_CHUNK_TOKENS", chunk)
         documents, tokens = count_lengths(corpus)
     expected = collections.Counter(len(bin(length + 1)) - 3 for length in lengths)
     assert {int(i): int(documents[i]) for i in np.flatnonzero(documents)} == expected
