@@ -93,7 +93,7 @@ def tokenize_files(
     """
     commits = (SPLITS_FILE, (SPLITS_FILE, *splits.shares)) if splits else (MANIFEST, NAMES)
     check_absent(out, *commits)
-    units = plan_units(matching_files(patterns))
+    units = plan_units(matching_files(patterns), format)
     pipes = [file for unit in units for file in unit.pipes]
     if pipes and processes > 1:
         raise ArgumentError("processes", processes, f"{pipes[0]} is a pipe, which only a single process can read")
@@ -209,9 +209,10 @@ def _totals(shares: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 def _sources(units: Sequence[Unit], shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The part of a corpus's card that says how much each input file gave to it."""
-    sources = [
-        {"file": file, **{count: share[count][place] for count in _COUNTS}}
-        for unit, share in zip(units, shares, strict=True)
-        for place, file in enumerate(unit.files)
-    ]
-    return describe_sources(sources)
+    sources: dict[str, dict[str, Any]] = {}
+    for unit, share in zip(units, shares, strict=True):
+        for place, entry in enumerate(unit.inputs):
+            source = sources.setdefault(entry.file, {"file": entry.file, **dict.fromkeys(_COUNTS, 0)})
+            for count in _COUNTS:
+                source[count] += share[count][place]
+    return describe_sources(list(sources.values()))

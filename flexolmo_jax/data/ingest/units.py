@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -21,43 +21,59 @@ from etils import epath
 from flexolmo_jax.data.ingest.splits import Splits
 from flexolmo_jax.data.ingest.worker_pool import Advance
 from flexolmo_jax.data.text.bad_records import BadRecords, StoppedError
-from flexolmo_jax.data.text.documents import FileState, file_state, read_file
+from flexolmo_jax.data.text.documents import AUTO, ByteRange, FileState, file_state, line_ranges, read_file
 from flexolmo_jax.data.text.sources import SOURCES, Source
 from flexolmo_jax.data.token_files import DTYPES, TokenFileWriter, token_dtype
 from flexolmo_jax.data.tokenization.encoding import encode_documents
 from flexolmo_jax.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 _UNIT_BYTES = 1 << 24  # small files are put together until they have this many
+_RANGE_BYTES = 1 << 26  # large files of lines are divided into units of this many
 RECORD_SUFFIX = ".unit"
 WHOLE = "all"  # the name of the split where there are none
 
 
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """Input files that are tokenized together, in order.
+class Input(NamedTuple):
+    """An input file, or a range of it.
 
     Attributes:
-      files: their paths.
-      states: their states; None: a pipe.
+      file: its path.
+      state: its state; None: a pipe.
+      within: what is read of it; None: all.
     """
 
-    files: tuple[str, ...]
-    states: tuple[FileState | None, ...]
+    file: str
+    state: FileState | None
+    within: ByteRange | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        if self.within:
+            return self.within.stop - self.within.start
+        return self.state.size if self.state else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Input files that are tokenized together, in order, or a range of one."""
+
+    inputs: tuple[Input, ...]
 
     @property
     def size(self) -> int:
         """Number of bytes of the files."""
-        return sum(state.size for state in self.states if state)
+        return sum(entry.size for entry in self.inputs)
 
     @property
     def pipes(self) -> list[str]:
         """The files that can be read only once."""
-        return [file for file, state in zip(self.files, self.states, strict=True) if state is None]
+        return [entry.file for entry in self.inputs if entry.state is None]
 
     @functools.cached_property
     def key(self) -> str:
         """The beginning of the names of what is written of it."""
-        return hashlib.sha256(json.dumps([self.files, self.states]).encode()).hexdigest()[:24]
+        return hashlib.sha256(json.dumps(self.inputs).encode()).hexdigest()[:24]
 
     @property
     def record(self) -> str:
@@ -65,19 +81,23 @@ class Unit:
         return f"{self.key}{RECORD_SUFFIX}"
 
 
-def plan_units(files: Sequence[epath.Path]) -> list[Unit]:
-    """Divides input files into units, in order; a file of 16 MiB or more is one of its own."""
-    groups: list[list[tuple[str, FileState | None]]] = []
+def plan_units(files: Sequence[epath.Path], format: str = AUTO) -> list[Unit]:
+    """Divides input files into units, in order.
+
+    A file of 16 MiB or more is one of its own, or several of some 64 MiB, if `format` has lines.
+    """
+    groups: list[list[Input]] = []
     size = _UNIT_BYTES  # of the last group
     for file in files:
         state = file_state(file)
-        bytes_ = state.size if state else 0
-        if not groups or size + bytes_ > _UNIT_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append((os.fspath(file), state))
-        size += bytes_
-    return [Unit(*zip(*group, strict=True)) for group in groups]
+        for within in line_ranges(file, format, _RANGE_BYTES):
+            entry = Input(os.fspath(file), state, within)
+            if not groups or size + entry.size > _UNIT_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(entry)
+            size += entry.size
+    return [Unit(tuple(group)) for group in groups]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +153,7 @@ def tokenize_unit(unit: Unit, advance: Advance, settings: Settings, directory: s
 
     Returns:
       The record: of each split, descriptions of its token "files", and its "documents", "tokens" and "bytes" of each
-      input file; "empty", the number of documents without a token; "unknown", that of tokens for unknown text;
+      input; "empty", the number of documents without a token; "unknown", that of tokens for unknown text;
       "bad_records".
 
     Raises:
@@ -147,14 +167,14 @@ def tokenize_unit(unit: Unit, advance: Advance, settings: Settings, directory: s
     def documents() -> Iterator[tuple[str, tuple[int, int]]]:
         nonlocal read
         options = {"text_key": settings.text_key, "format": settings.format, "check": tokenizer.check}
-        for place, (file, state) in enumerate(zip(unit.files, unit.states, strict=True)):
-            path = epath.Path(file)
-            for text in read_file(path, **options, bad_records=bad_records, advance=advance, state=state):
+        for place, (file, state, within) in enumerate(unit.inputs):
+            where = {"state": state, "within": within}
+            for text in read_file(epath.Path(file), **options, **where, bad_records=bad_records, advance=advance):
                 advance(0)
                 read += 1
                 yield text, (settings.splits.index(text) if settings.splits else 0, place)
 
-    counts = np.zeros((len(names), len(unit.files), 3), np.int64)  # documents, tokens, bytes
+    counts = np.zeros((len(names), len(unit.inputs), 3), np.int64)  # documents, tokens, bytes
     unknown, unknown_id = 0, tokenizer.unknown_id
     dtype = DTYPES[token_dtype(tokenizer.vocab_size)]
     with contextlib.ExitStack() as stack:

@@ -26,6 +26,14 @@ from flexolmo_jax.paths import is_remote
 AUTO = "auto"
 _BUFFER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 14  # compressed bytes read together
+_MAGIC_BYTES = 16  # tell a compression
+
+
+class ByteRange(NamedTuple):
+    """Bytes of a file, from `start` to `stop`."""
+
+    start: int
+    stop: int
 
 
 class FileState(NamedTuple):
@@ -97,6 +105,7 @@ def read_file(
     check: Callable[[str], object] | None = None,
     advance: Callable[[int], object] = lambda size: None,
     state: FileState | None = None,
+    within: ByteRange | None = None,
 ) -> Iterator[str]:
     """Yields the documents of a file.
 
@@ -112,8 +121,9 @@ def read_file(
       format: a name in `SOURCES`, or "auto".
       bad_records: counts records without usable text; by default the first one is an error.
       check: called with each text; may raise `BadRecordError`.
-      advance: called with numbers of bytes that were read, whose sum at the end is the size of the file.
+      advance: called with numbers of bytes that were read, whose sum at the end is the size of what is read.
       state: the state in which the file must be; by default its present one.
+      within: what to read of the file, as `line_ranges` gives it; by default all of it.
 
     Raises:
       StoppedError: a record has no usable text, and bad records are not skipped.
@@ -121,8 +131,7 @@ def read_file(
     """
     bad_records = bad_records or BadRecords()
     state = state or file_state(file)
-    source = source_of(split_suffix(file.name)[0]) if format == AUTO else SOURCES[format]
-    left = state.size if state else 0
+    left = within.stop - within.start if within else state.size if state else 0
 
     def advance_within(size: int) -> None:  # Parquet may skip bytes of a file, or read some twice
         nonlocal left
@@ -130,7 +139,7 @@ def read_file(
         left -= min(size, left)
 
     try:
-        yield from _read(file, source, text_key, bad_records, check, advance_within)
+        yield from _read(file, _source(file, format), text_key, bad_records, check, advance_within, within)
     except BadRecordError as error:
         bad_records.add(f"{file}", error)
     except MissingLibraryError as error:
@@ -138,6 +147,33 @@ def read_file(
     if state:
         check_unchanged(file, state)
     advance(left)
+
+
+def line_ranges(file: epath.Path, format: str, size: int) -> list[ByteRange] | list[None]:
+    """Divides a file at ends of lines into ranges of some `size` bytes; [None] where it has to be read as a whole.
+
+    It can be divided if its records are lines and it is not compressed. Of each range only the end is read here.
+    """
+    state = file_state(file)
+    if state is None or state.size <= size or not _source(file, format).has_lines:
+        return [None]
+    with file.open("rb") as stream:
+        if _compression(stream.read(_MAGIC_BYTES)):
+            return [None]
+        edges = [0]
+        for end in range(size, state.size, size):
+            if end > edges[-1]:  # no line reaches from before beyond it
+                stream.seek(end - 1)
+                stream.readline()
+                edges.append(stream.tell())
+    if edges[-1] < state.size:
+        edges.append(state.size)
+    return list(itertools.starmap(ByteRange, itertools.pairwise(edges)))
+
+
+def _source(file: epath.Path, format: str) -> Source:
+    """The format of a file."""
+    return source_of(split_suffix(file.name)[0]) if format == AUTO else SOURCES[format]
 
 
 def _once(files: Iterable[epath.Path]) -> list[epath.Path]:
@@ -164,8 +200,10 @@ def _read(
     bad_records: BadRecords,
     check: Callable[[str], object] | None,
     advance: Callable[[int], object],
+    within: ByteRange | None,
 ) -> Iterator[str]:
-    with open_decompressed(file, advance) as stream:
+    label = f"{file} from byte {within.start}" if within and within.start else f"{file}"
+    with open_decompressed(file, advance) if not within else _opened(file, advance, within) as stream:
         for place, record in _with_file_name(file, source.records(stream, text_key)):
             try:
                 text = source.text(record, text_key)
@@ -173,7 +211,7 @@ def _read(
                 if check:
                     check(text)
             except BadRecordError as error:
-                bad_records.add(f"{file}{place}", error)
+                bad_records.add(f"{label}{place}", error)
                 continue
             yield text
 
@@ -291,11 +329,16 @@ def split_suffix(name: str) -> tuple[str, str]:
     return path.suffix, ""
 
 
-class _Counted(io.RawIOBase):
-    """Passes reads on to a file, and tells how many bytes each gave."""
+def _compression(head: bytes) -> _Compression | None:
+    """The compression of a file with these first bytes."""
+    return next((c for c in _COMPRESSIONS if c.magic.match(head)), None)
 
-    def __init__(self, file: Any, name: str, advance: Callable[[int], object]):
-        self._file, self.name, self._advance = file, name, advance
+
+class _Counted(io.RawIOBase):
+    """Passes reads on to a file, of at most `size` bytes in all, and tells how many bytes each gave."""
+
+    def __init__(self, file: Any, name: str, advance: Callable[[int], object], size: int | None = None):
+        self._file, self.name, self._advance, self._left = file, name, advance, size
 
     def readable(self) -> bool:
         return True
@@ -310,9 +353,19 @@ class _Counted(io.RawIOBase):
         return self._file.tell()
 
     def readinto(self, buffer: memoryview) -> int:
-        size = self._file.readinto(buffer)
+        size = self._file.readinto(buffer[: self._left])
+        self._left = None if self._left is None else self._left - size
         self._advance(size)
         return size
+
+
+@contextlib.contextmanager
+def _opened(file: epath.Path, advance: Callable[[int], object], within: ByteRange) -> Iterator[io.BufferedReader]:
+    """Opens a range of a file for reading; `advance` as in `open_decompressed`."""
+    with file.open("rb") as opened:
+        opened.seek(within.start)
+        raw: Any = _Counted(opened, os.fspath(file), advance, within.stop - within.start)
+        yield io.BufferedReader(raw, _BUFFER_BYTES)
 
 
 @contextlib.contextmanager
@@ -331,7 +384,7 @@ def open_decompressed(
         raw: Any = _Counted(opened, os.fspath(file), advance)
         packed = io.BufferedReader(raw, _BUFFER_BYTES)
         head = packed.peek()
-        found = next((c for c in _COMPRESSIONS if c.magic.match(head)), None)
+        found = _compression(head)
         named = next((c for c in _COMPRESSIONS if suffix in c.suffixes), None)
         if found:
             yield io.BufferedReader(_Decompressed(found.name, found.decompress(packed)), _BUFFER_BYTES)

@@ -46,12 +46,14 @@ class Source(abc.ABC):
       suffixes: of the names of its files, in lower case and with the dot.
       document: what one document of a file is, for help.
       magic: first bytes of its files, for binary formats: a file that begins with them is not read as text.
+      has_lines: whether each record is a line, so that several processes can read a file.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]] = ()
     document: ClassVar[str]
     magic: ClassVar[re.Pattern[bytes] | None] = None
+    has_lines: ClassVar[bool] = False
 
     @abc.abstractmethod
     def records(self, stream: io.BufferedReader, text_key: str) -> Records:
@@ -146,6 +148,7 @@ class JsonLines(Source):
     name = "jsonl"
     suffixes = (".jsonl", ".ndjson", ".jsonlines")
     document = "each line, an object"
+    has_lines = True
 
     def records(self, stream: io.BufferedReader, text_key: str) -> Records:
         """Yields the lines."""
@@ -171,6 +174,7 @@ class Json(JsonLines):
     name = "json"
     suffixes = (".json",)
     document = "each item of an array (an object or a string), or each object"
+    has_lines = False
 
     def records(self, stream: io.BufferedReader, text_key: str) -> Records:
         """Yields lines (bytes), or else parsed values as `_Value`."""
@@ -248,6 +252,7 @@ class ArrayRecord(JsonLines):
     name = "arrayrecord"
     suffixes = (".array_record", ".arrayrecord")
     document = "each record, text or a JSON object"
+    has_lines = False
 
     def records(self, stream: io.BufferedReader, text_key: str) -> Records:
         """Yields the records."""

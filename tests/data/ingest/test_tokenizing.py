@@ -45,8 +45,8 @@ def write_inputs(folder, texts_of_files):
     return [f"{folder}/*.jsonl"]
 
 
-def make(out, patterns, unit_bytes=20, **options):
-    with mock.patch.object(units, "_UNIT_BYTES", unit_bytes):
+def make(out, patterns, unit_bytes=20, range_bytes=20, **options):
+    with mock.patch.multiple(units, _UNIT_BYTES=unit_bytes, _RANGE_BYTES=range_bytes):
         return tokenize_files(out, patterns, byte_tokenizer(), tokens_per_file=30, **options)
 
 
@@ -64,17 +64,17 @@ def killed_after(count):
 
 
 @FOLDER
-@given(documents_of_files, st.integers(1, 200))
-def test_is_what_a_plain_loop_over_the_documents_gives(texts_of_files, unit_bytes):
+@given(documents_of_files, st.integers(1, 200), st.integers(1, 200))
+def test_is_what_a_plain_loop_over_the_documents_gives(texts_of_files, unit_bytes, range_bytes):
     texts = [text for texts in texts_of_files for text in texts if text]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         patterns = write_inputs(folder / "in", texts_of_files)
         if not texts:
             with pytest.raises(UserError, match="holds no text"):
-                make(folder / "out", patterns, unit_bytes)
+                make(folder / "out", patterns, unit_bytes, range_bytes)
         else:
-            make(folder / "out", patterns, unit_bytes)
+            make(folder / "out", patterns, unit_bytes, range_bytes)
             corpus = Corpus.open(folder / "out")
             assert [document.tolist() for document in corpus] == [[*text.encode(), EOS] for text in texts]
             plain = write_corpus(folder / "plain", texts, byte_tokenizer(), tokens_per_file=30)
@@ -93,7 +93,7 @@ def test_interruptions_lose_and_double_nothing(kills, with_splits):
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         patterns = write_inputs(folder / "in", [[f"text {i} of {file}" for i in range(4)] for file in range(5)])
-        make(folder / "whole", patterns, unit_bytes=10_000, **options)
+        make(folder / "whole", patterns, unit_bytes=10_000, range_bytes=10_000, **options)
         for count in kills:
             with killed_after(count):
                 try:
@@ -195,6 +195,12 @@ def test_a_bad_record_stops_the_work_and_may_be_skipped_later(tmp_path):
     corpus = Corpus.open(tmp_path / "out")
     assert corpus.card["dropped"] == {"no text": 1}
     assert corpus.card["bad_records"]["records"][0]["place"].endswith("001.jsonl:2")
+
+
+def test_a_bad_record_of_a_divided_file_is_named_with_the_range(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 3 + '{"text": 3}\n')
+    made = make(tmp_path / "out", [f"{tmp_path}/a.jsonl"], range_bytes=17, skip=True)
+    assert made.bad_records.description()["records"][0]["place"] == f"{tmp_path}/a.jsonl from byte 51:1"
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):

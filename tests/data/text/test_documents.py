@@ -13,10 +13,12 @@ import zipfile
 
 import pytest
 from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flexolmo_jax.data.text import json_values
 from flexolmo_jax.data.text.bad_records import BadRecordError, BadRecords
-from flexolmo_jax.data.text.documents import read_documents, read_file
+from flexolmo_jax.data.text.documents import AUTO, line_ranges, read_documents, read_file
 from flexolmo_jax.errors import UserError
 
 TEXTS = ["first", "zwei\nLinien, ünï", "\U0001f9d1"]
@@ -446,3 +448,43 @@ def test_the_bytes_that_are_read_add_up_to_the_size_of_the_file(tmp_path, name):
     assert list(read_file(epath.Path(tmp_path / name), advance=read_bytes.append))
     assert sum(read_bytes) == len(content)
     assert min(read_bytes) >= 0
+
+
+_OBJECTS = [json.dumps({"text": text}).encode() for text in ("a", "\u2028\n", "b" * 90)]
+lines = st.sampled_from([b"", b" ", b"\r", *_OBJECTS])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(lines, min_size=1, max_size=12), st.booleans(), st.integers(1, 150))
+def test_ranges_of_lines_hold_the_documents_of_the_file(tmp_path_factory, lines, ends, size):
+    file = epath.Path(tmp_path_factory.mktemp("lines") / "a.jsonl")
+    content = b"\n".join(lines) + b"\n" * ends
+    file.write_bytes(content)
+    ranges = line_ranges(file, AUTO, size)
+    if len(content) <= size:
+        assert ranges == [None]
+        return
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1].stop == len(content)
+    assert all(start < stop and content[start - 1 : start] in (b"", b"\n") for start, stop in ranges)
+    assert all(stop - start <= size + max(map(len, lines)) for start, stop in ranges)
+    read_bytes, texts = [], []
+    for within in ranges:
+        texts += read_file(file, within=within, advance=read_bytes.append)
+    assert texts == list(read_file(file))
+    assert sum(read_bytes) == len(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl", gzip.compress(LINES)),
+        ("a.json", LINES),
+        ("a.txt", b"text\n" * 9),
+        ("a.array_record", b"\n" * 99),
+    ],
+)
+def test_other_files_are_not_divided(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert line_ranges(epath.Path(tmp_path / name), AUTO, 3) == [None]
