@@ -1,5 +1,6 @@
 """Corpora, workdirs and outputs on gs:// and s3://, against servers on this machine."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -22,6 +23,9 @@ from flexolmo_jax.combine.opt_out import opt_out
 from flexolmo_jax.data import local_copies
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.corpus_writer import copy_documents
+from flexolmo_jax.data.ingest import units
+from flexolmo_jax.data.ingest.tokenizing import tokenize_files
+from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluation.loss import evaluate
 from flexolmo_jax.training import loop
@@ -124,6 +128,26 @@ def test_a_remote_corpus_reads_as_the_local_one_and_is_copied_once(made, bucket,
     for file in remote.files:
         (place / file["name"]).unlink()
     assert Corpus.open(place)[3].tolist() == made.private[3].tolist()
+
+
+def test_text_in_a_bucket_is_tokenized_into_a_bucket(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "_RANGE_BYTES", 100)
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/cache")
+    inputs, places = tmp_path / "in", ("gs://bucket/texts", f"{tmp_path}/in")
+    inputs.mkdir()
+    (inputs / "a.jsonl").write_text("".join(json.dumps({"text": "word " * i}) + "\n" for i in range(20)))
+    (inputs / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "other"}\n'))
+    upload(inputs, epath.Path(places[0]))
+    outs = "gs://bucket/tokenized", f"{tmp_path}/out"
+    for place, out in zip(places, outs, strict=True):
+        tokenize_files(out, [f"{place}/*"], byte_tokenizer())
+    remote, local = map(Corpus.open, outs)
+    assert remote.digest == local.digest
+    assert [ids.tolist() for ids in remote] == [ids.tolist() for ids in local]
+    assert remote.card["sources"]["files"][0] == local.card["sources"]["files"][0] | {
+        "file": "gs://bucket/texts/a.jsonl"
+    }
+    assert not [*(tmp_path / "cache").rglob("*.unit")]
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
