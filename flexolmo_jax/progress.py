@@ -1,10 +1,11 @@
-"""Progress bars on standard error."""
+"""Progress on standard error: bars on a terminal, lines in a log where work takes long."""
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 
+from rich import filesize
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+LOG_SECONDS = 60.0  # between lines of `byte_progress`
 
 
 def progress_bar(*columns: str | ProgressColumn, shown: bool = True) -> Progress:
@@ -30,7 +33,7 @@ def progress_bar(*columns: str | ProgressColumn, shown: bool = True) -> Progress
 
 @contextlib.contextmanager
 def byte_progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows a bar while the block runs; yields a function that advances it by a number of bytes.
+    """Shows a bar while the block runs, or in a log a line each minute; yields a function that adds bytes to it.
 
     Args:
       title: what is measured.
@@ -40,7 +43,18 @@ def byte_progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[i
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with progress_bar(TextColumn("{task.description}"), *columns) as bar:
         task = bar.add_task(title, total=total or None, completed=done)
-        yield lambda count: bar.update(task, advance=count)
+        start = logged = time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal logged
+            bar.update(task, advance=count)
+            now = time.monotonic()
+            if bar.disable and now - logged >= LOG_SECONDS:
+                logged = now
+                completed = bar.tasks[task].completed
+                sys.stderr.write(f"{title}: {_bytes_line(completed, total, (completed - done) / (now - start))}\n")
+
+        yield advance
 
 
 class Stages:
@@ -71,6 +85,18 @@ class Stages:
 
     def __exit__(self, *_) -> None:
         self._bar.stop()
+
+
+def _bytes_line(completed: float, total: int, rate: float) -> str:
+    """How many bytes are done, of how many if that is known, how many a second, and the time left."""
+    words = [f"{_size(completed)} of {_size(total)}" if total else _size(completed), f"{_size(rate)}/s"]
+    if total and rate:
+        words.append(f"about {_duration((total - completed) / rate)} left")
+    return ", ".join(words)
+
+
+def _size(count: float) -> str:
+    return filesize.decimal(round(count))
 
 
 def _duration(seconds: float) -> str:
