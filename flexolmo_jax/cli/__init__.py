@@ -186,7 +186,7 @@ def _parse(command: str, module: types.ModuleType, arguments: Sequence[str]) -> 
     arguments = list(itertools.starmap(_found_config, itertools.pairwise(["", *arguments])))
     try:
         positional = flags.FLAGS([f"{PROGRAM} {command}", *arguments])[1:]
-        if "config" in flags.FLAGS:
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             _ = flags.FLAGS.config.keys  # reading a value raises the errors of the configuration file
     except flags.Error as error:
         missing = r"flag (--\w+)=None: Flag \S+ must have a value other than None\."

@@ -165,7 +165,7 @@ def build_model(config: ConfigDict, platform: str | None = None) -> tuple[Decode
 
 def _read_start(config: ConfigDict, platform: str) -> Start | None:
     """The model directory to start from, if any, once the configuration is checked, alone and with that model."""
-    _check_values(config, platform)
+    check_values(config, platform)
     path, start = epath.Path(config.start_from), None
     if config.start_from:
         if kind_of(path) is None and kind_of(path / "model") == "model":
@@ -213,7 +213,7 @@ def _make_program(config: ConfigDict, start: Start | None, devices: Sequence[sha
     return Program(model, trainable, mesh, optimizer, step, abstract_state(leaves, optimizer, mesh), frozen, batch)
 
 
-def _check_values(config: ConfigDict, platform: str) -> None:
+def check_values(config: ConfigDict, platform: str) -> None:
     """Checks every key alone, and those that restrict each other."""
     if not isinstance(config, ConfigDict):
         raise TypeError(f"config: a {type(config).__name__}; give a ConfigDict, such as configs.anchor.get_config()")

@@ -45,7 +45,7 @@ FLAGS = {
     "benchmark": ["config", "step", "runs", "num_experts", "selection", "processes", "versus", "json"],
     "plan": ["config", "topology", "json"],
     "convert": ["source", "anchor", "out"],
-    "inspect": ["check", "samples"],
+    "inspect": ["check", "config", "samples"],
     "import-hf": ["source", "out", "expert_names", "router_weights_from", "as_contribution", "anchor", "expert"],
     "export-hf": [
         "model",

@@ -106,7 +106,7 @@ def _chunks(ends: Sequence[int], length: int, total: int) -> list[Span]:
 
 
 class PackingReport(NamedTuple):
-    """What packing does to the documents of corpora in one pass over them.
+    """What packing does to the documents of corpora in one pass over them, or over their first tokens.
 
     Attributes:
       documents: number of documents.
@@ -123,21 +123,22 @@ class PackingReport(NamedTuple):
     padding: float
 
 
-def packing_report(corpora: Sequence[Corpus], length: int, packing: str) -> PackingReport:
+def packing_report(corpora: Sequence[Corpus], length: int, packing: str, limit: int | None = None) -> PackingReport:
     """Counts the documents that a packing cuts.
 
     Args:
       corpora: that are packed together.
       length: tokens of a sequence.
       packing: a key of `PACKINGS`.
+      limit: how many tokens to look at, at most; all by default.
     """
     stream = Stream(corpora)
-    packed = PackedStream(stream, length, packing)
+    packed, tokens = PackedStream(stream, length, packing), min(stream.tokens, limit or stream.tokens)
     size = packed.window * length
     documents = cut_documents = cut_tokens = before = 0
-    for first in range(0, -(-stream.tokens // size) * packed.window, packed.window):
+    for first in range(0, -(-tokens // size) * packed.window, packed.window):
         spans = np.array(sorted(span for place in range(packed.window) for span in packed.spans(first + place)))
-        end = min((first + packed.window) * length, stream.tokens)
+        end = min((first + packed.window) * length, tokens)
         ends = stream.document_ends(first * length, end)
         starts = np.concatenate([[before], ends])[:-1]
         # The span that holds a document's first token; -1: it began in an earlier window.
@@ -147,4 +148,4 @@ def packing_report(corpora: Sequence[Corpus], length: int, packing: str) -> Pack
         cut_documents += int(is_cut.sum())
         cut_tokens += int((ends - starts)[is_cut].sum())
         before = int(ends[-1]) if ends.size else before
-    return PackingReport(documents, stream.tokens, cut_documents, cut_tokens, 0.0)
+    return PackingReport(documents, tokens, cut_documents, cut_tokens, 0.0)

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from flexolmo_jax.data.corpus import Corpus
 from flexolmo_jax.data.curation.duplicates import DIGEST, document_digest
+from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 from flexolmo_jax.progress import progress_bar
 from flexolmo_jax.tables import plain_table, printable
 
@@ -60,9 +61,11 @@ def samples(corpus: Corpus, count: int) -> dict[str, str]:
     """The beginnings of documents at equal distances, each on a line: {"document 17": its text}."""
     tokenizer = corpus.tokenizer()
     indices = dict.fromkeys(np.linspace(0, corpus.documents - 1, count).round().astype(int).tolist())
-    return {f"document {index}": _beginning(tokenizer.decode(corpus[index][:_SAMPLE_TOKENS])) for index in indices}
+    return {f"document {index}": beginning(corpus[index], tokenizer) for index in indices}
 
 
-def _beginning(text: str) -> str:
+def beginning(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of the first ids [tokens], on a line."""
+    text = tokenizer.decode(ids[:_SAMPLE_TOKENS])
     line = printable(" ".join(text.split()))
     return line if len(line) <= _SAMPLE_CHARACTERS else f"{line[:_SAMPLE_CHARACTERS]}..."

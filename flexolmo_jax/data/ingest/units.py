@@ -166,10 +166,10 @@ def tokenize_unit(unit: Unit, advance: Advance, settings: Settings, directory: s
 
     def documents() -> Iterator[tuple[str, tuple[int, int]]]:
         nonlocal read
-        options = {"text_key": settings.text_key, "format": settings.format, "check": tokenizer.check}
+        options: dict[str, Any] = {"text_key": settings.text_key, "format": settings.format, "check": tokenizer.check}
+        options |= {"bad_records": bad_records, "advance": advance}
         for place, (file, state, within) in enumerate(unit.inputs):
-            where = {"state": state, "within": within}
-            for text in read_file(epath.Path(file), **options, **where, bad_records=bad_records, advance=advance):
+            for text in read_file(epath.Path(file), state=state, within=within, **options):
                 advance(0)
                 read += 1
                 yield text, (settings.splits.index(text) if settings.splits else 0, place)

@@ -91,6 +91,14 @@ def test_the_report_counts_as_a_look_at_every_token_does(corpora_sizes, length, 
     assert (report.cut_documents, report.cut_tokens, report.padding) == (len(cut), sum(cut), 0)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_report_of_first_tokens_is_that_of_a_corpus_which_ends_there(packing):
+    whole, beginning = (random_corpus(np.random.default_rng(0), [7] * count) for count in (600, 512))
+    limit = beginning.tokens  # whole windows
+    assert limit % (8 * 64) == 0
+    assert packing_report([whole], 8, packing, limit) == packing_report([beginning], 8, packing)
+
+
 def test_best_fit_cuts_far_fewer_documents():
     sizes = np.random.default_rng(1).geometric(1 / 60, 5000)
     corpus = random_corpus(np.random.default_rng(2), sizes.tolist())
