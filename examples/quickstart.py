@@ -24,8 +24,6 @@ from comparison import compare, findings, own_shares
 import flexolmo_jax
 from flexolmo_jax.checkpoint.model_directory import CERTIFICATE_FILE
 from flexolmo_jax.data.corpus import Corpus
-from flexolmo_jax.data.corpus_writer import write_corpus
-from flexolmo_jax.data.tokenization.tokenizer import byte_tokenizer
 from flexolmo_jax.evaluation.loss import ModelResults
 from flexolmo_jax.evaluation.report import Certificate, bits_per_byte, read_curve, write_report
 from flexolmo_jax.evaluation.results import bits_per_byte_table
@@ -117,12 +115,13 @@ def main() -> None:
 
 
 def make_corpora(out: pathlib.Path, train_bytes: int, heldout_bytes: int) -> None:
-    """Writes `out/corpora/DOMAIN/{train,heldout}`; no document is in two of them."""
-    tokenizer = byte_tokenizer()
-    for domain, splits in local_texts.gather(train_bytes, heldout_bytes).items():
-        for split, texts in splits.items():
-            corpus = write_corpus(out / "corpora" / domain / split, texts, tokenizer)
-            print(f"{domain:<8} {split:<8} {corpus.documents:>5} documents {corpus.bytes:>10,} bytes")
+    """Writes texts and `out/corpora/DOMAIN/{train,heldout}`; no document is in two of them."""
+    texts = local_texts.gather(train_bytes, heldout_bytes)
+    local_texts.write_jsonl(texts, out / "texts")
+    for domain, splits in texts.items():
+        for split in splits:
+            source, corpus = out / "texts" / f"{domain}.{split}.jsonl", out / "corpora" / domain / split
+            flexolmo("tokenize", f"--input={source}", "--tokenizer=bytes", f"--out={corpus}")
 
 
 def train(out: pathlib.Path, run: str, config: str, domain: str, flags: Sequence[str]) -> None:
