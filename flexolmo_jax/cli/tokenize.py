@@ -20,7 +20,10 @@ from flexolmo_jax.data.ingest.splits import DEFAULT_KEY, parse_splits
 from flexolmo_jax.data.text.sources import SOURCES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flexolmo_jax.data.corpus import Corpus
+    from flexolmo_jax.data.text.bad_records import BadRecords
     from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
 
 _FORMATS = "; ".join(
@@ -80,6 +83,8 @@ _ARGUMENT = re.compile(r"\b(?=format=\w|dtype=\w|text_key( \(|$))")
 
 def run() -> None:
     """Tokenizes, and prints the counts."""
+    from flexolmo_jax.data.corpus_writer import NoTextError
+    from flexolmo_jax.data.text.bad_records import StoppedError
     from flexolmo_jax.data.tokenization.tokenizer import load_tokenizer
     from flexolmo_jax.errors import UserError
 
@@ -90,42 +95,36 @@ def run() -> None:
     tokenizer = load_tokenizer(
         _TOKENIZER.value, _EOS.value, label=f"--tokenizer={_TOKENIZER.value}", eos_label="--eos_token"
     )
-    if _FORMAT.value == _TOKENS:
-        _refer(tokenizer)
-    else:
-        _tokenize(tokenizer)
-
-
-def _tokenize(tokenizer: "Tokenizer") -> None:
-    """Makes a corpus of text files."""
-    from flexolmo_jax.data.corpus_writer import NoTextError
-    from flexolmo_jax.data.ingest.tokenizing import tokenize_files
-    from flexolmo_jax.data.text.bad_records import StoppedError
-    from flexolmo_jax.errors import UserError
-
-    if _DTYPE.value:
-        raise UserError(f"--dtype={_DTYPE.value}: is for token files; give --format={_TOKENS} too, or leave it out")
     try:
-        made = tokenize_files(
-            _OUT.value,
-            _INPUT.value,
-            tokenizer,
-            text_key=_TEXT_KEY.value,
-            format=_FORMAT.value,
-            skip=_ON_ERROR.value == "skip",
-            splits=parse_splits(_SPLIT.value, _SPLIT_KEY.value) if _SPLIT.value else None,
-            license=_LICENSE.value,
-            processes=_PROCESSES.value or len(os.sched_getaffinity(0)),
-        )
+        if _FORMAT.value == _TOKENS:
+            _refer(tokenizer)
+        else:
+            _tokenize(tokenizer)
     except NoTextError as error:
         raise UserError(f"--input: {_with_flags(error.problem)}") from error
     except StoppedError as error:
         raise UserError(f"{_with_flags(str(error))}; --on_error=skip leaves such records out") from error
-    for path, corpus in made.corpora.items():
-        _print_counts(path, corpus)
-    if made.bad_records.count:
-        first = _with_flags(made.bad_records.first())
-        print(f"{_OUT.value}: bad records left out: {made.bad_records.count:,} (in corpus.json), {first}")
+
+
+def _tokenize(tokenizer: "Tokenizer") -> None:
+    """Makes a corpus of text files."""
+    from flexolmo_jax.data.ingest.tokenizing import tokenize_files
+    from flexolmo_jax.errors import UserError
+
+    if _DTYPE.value:
+        raise UserError(f"--dtype={_DTYPE.value}: is for token files; give --format={_TOKENS} too, or leave it out")
+    made = tokenize_files(
+        _OUT.value,
+        _INPUT.value,
+        tokenizer,
+        text_key=_TEXT_KEY.value,
+        format=_FORMAT.value,
+        skip=_ON_ERROR.value == "skip",
+        splits=parse_splits(_SPLIT.value, _SPLIT_KEY.value) if _SPLIT.value else None,
+        license=_LICENSE.value,
+        processes=_PROCESSES.value or len(os.sched_getaffinity(0)),
+    )
+    _print_counts(made.corpora, made.bad_records)
     warning = tokenizer.unknown_text(made.unknown, sum(corpus.tokens for corpus in made.corpora.values()))
     if warning:
         print(warning)
@@ -134,19 +133,23 @@ def _tokenize(tokenizer: "Tokenizer") -> None:
 def _refer(tokenizer: "Tokenizer") -> None:
     """Makes a corpus that refers to token files."""
     from flexolmo_jax.data.ingest.referred_files import refer_to_token_files
+    from flexolmo_jax.data.text.bad_records import BadRecords
     from flexolmo_jax.errors import UserError
 
     if _SPLIT.value:
         raise UserError(f"--split={_SPLIT.value}: needs text, by which documents are split; leave it out")
-    try:
-        corpus = refer_to_token_files(_OUT.value, _INPUT.value, tokenizer, dtype=_DTYPE.value, license=_LICENSE.value)
-    except UserError as error:
-        raise UserError(_with_flags(str(error))) from error
-    _print_counts(_OUT.value, corpus)
+    bad_records = BadRecords(_ON_ERROR.value == "skip")
+    options = {"dtype": _DTYPE.value, "license": _LICENSE.value, "bad_records": bad_records}
+    corpus = refer_to_token_files(_OUT.value, _INPUT.value, tokenizer, **options)
+    _print_counts({_OUT.value: corpus}, bad_records)
 
 
-def _print_counts(path: str, corpus: "Corpus") -> None:
-    print(f"{path}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes:,} bytes of text")
+def _print_counts(corpora: "Mapping[str, Corpus]", bad_records: "BadRecords") -> None:
+    for path, corpus in corpora.items():
+        print(f"{path}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes:,} bytes of text")
+    if bad_records.count:
+        first = _with_flags(bad_records.first())
+        print(f"{_OUT.value}: bad records left out: {bad_records.count:,} (in corpus.json), {first}")
 
 
 def _with_flags(message: str) -> str:

@@ -16,7 +16,15 @@ from etils import epath
 
 from flexolmo_jax.checkpoint.atomic import check_absent
 from flexolmo_jax.data.corpus import MANIFEST, Corpus
-from flexolmo_jax.data.corpus_writer import NAMES, corpus_directory, describe_sources, finish_corpus
+from flexolmo_jax.data.corpus_writer import (
+    NAMES,
+    NoTextError,
+    corpus_directory,
+    describe_sources,
+    dropped,
+    finish_corpus,
+)
+from flexolmo_jax.data.text.bad_records import BadRecordError, BadRecords
 from flexolmo_jax.data.text.documents import check_unchanged, file_state, matching_files
 from flexolmo_jax.data.token_files import DTYPES, DigestedFile, token_dtype
 from flexolmo_jax.data.tokenization.tokenizer import Tokenizer
@@ -37,6 +45,7 @@ def refer_to_token_files(
     *,
     dtype: str | None = None,
     license: str = "",
+    bad_records: BadRecords | None = None,
 ) -> Corpus:
     """Makes a corpus directory that refers to token files, by one pass over them.
 
@@ -49,11 +58,15 @@ def refer_to_token_files(
       tokenizer: made them; a copy is stored in the corpus.
       dtype: of the ids, "uint16" or "uint32"; by default uint16 where all ids of the tokenizer fit.
       license: under which the texts may be used, for corpus.json.
+      bad_records: counts files that cannot be used, as wholes; by default the first one is an error.
 
     Raises:
-      UserError: `out` exists, or a file is empty, has an odd number of bytes, another dtype or an id outside the
-        vocabulary, or changes while it is read.
+      NoTextError: no file can be used.
+      StoppedError: a file is empty, has an odd number of bytes, another dtype or an id outside the vocabulary, and is
+        not to be skipped.
+      UserError: `out` exists, or a file changes while it is read.
     """
+    bad_records = bad_records or BadRecords()
     check_absent(out, MANIFEST, NAMES)
     files = [_checked_name(file, out) for file in matching_files(patterns)]
     dtype = dtype or token_dtype(tokenizer.vocab_size)
@@ -61,15 +74,23 @@ def refer_to_token_files(
     descriptions, sources = [], []
     total = sum(file.stat().length for file in files)
     with corpus_directory(out) as directory, byte_progress("token files", total) as advance:
-        for number, file in enumerate(files):
-            ends = directory / f"tokens-{number:05}.ends"
-            description, size = _read_tokens(file, ends, DTYPES[dtype], tokenizer, advance)
+        for file in files:
+            ends = directory / f"tokens-{len(descriptions):05}.ends"
+            try:
+                description, size = _read_tokens(file, ends, DTYPES[dtype], tokenizer, advance)
+            except BadRecordError as error:
+                ends.unlink()
+                bad_records.add(f"{file}", error)
+                continue
             source = {"file": os.fspath(file), **{key: description[key] for key in ("documents", "tokens")}}
             sources.append(source | {"bytes": size})
             descriptions.append(description)
             for key in totals:
                 totals[key] += sources[-1][key]
+        if not descriptions:
+            raise NoTextError(bad_records)
         card: dict[str, Any] = {"license": license} if license else {}
+        card |= dropped(0, bad_records)
         card["sources"] = describe_sources(sources)
         finish_corpus(directory, tokenizer, totals, descriptions, card, dtype)
     return Corpus.open(out)
@@ -99,8 +120,8 @@ def _read_tokens(
     last_end = 0
     counter = _TextBytes(tokenizer)
     with contextlib.closing(DigestedFile(index)) as ends, file.open("rb") as stream:
-        for block in _blocks(file, stream, dtype, sha256.update):
-            _check_ids(file, block, tokens, tokenizer.vocab_size)
+        for block in _blocks(stream, dtype, sha256.update):
+            _check_ids(block, tokens, tokenizer.vocab_size)
             found = np.flatnonzero(block == tokenizer.eos_id) + 1
             ends.write((found + tokens).astype("<u8"))
             size += counter.add(block, found)
@@ -109,7 +130,7 @@ def _read_tokens(
             tokens += len(block)
             advance(block.nbytes)
         if not tokens:
-            raise UserError(f"{file}: is empty; leave it out")
+            raise BadRecordError("is empty; leave it out", "empty file")
         if last_end != tokens:  # a document that was cut off is one nevertheless
             ends.write(np.array([tokens], "<u8"))
             documents += 1
@@ -119,33 +140,32 @@ def _read_tokens(
         return described | {"ends": ends.close()}, size
 
 
-def _blocks(
-    file: epath.Path, stream: IO[bytes], dtype: np.dtype, digest: Callable[[bytes], object]
-) -> Iterator[np.ndarray]:
+def _blocks(stream: IO[bytes], dtype: np.dtype, digest: Callable[[bytes], object]) -> Iterator[np.ndarray]:
     """Yields the ids of a token file after its header, if it has one; all bytes go to `digest`."""
     head = stream.read(_READ_BYTES)
     digest(head)
-    begin = _header_length(file, head, dtype) if head.startswith(_NUMPY) else 0
+    begin = _header_length(head, dtype) if head.startswith(_NUMPY) else 0
     rest, offset, is_first = head[begin:], begin, True
     while rest or is_first:
         if len(rest) % dtype.itemsize:
             rest += (more := stream.read(dtype.itemsize - len(rest) % dtype.itemsize))
             digest(more)
             if len(rest) % dtype.itemsize:
-                raise UserError(
-                    f"{file}: has {offset + len(rest)} bytes, which is no whole number of ids of {dtype.name}; "
-                    "copy it again, or give another dtype"
+                raise BadRecordError(
+                    f"has {offset + len(rest)} bytes, which is no whole number of ids of {dtype.name}; "
+                    "copy it again, or give another dtype",
+                    "damaged file",
                 )
         block = np.frombuffer(rest, dtype)
         if is_first and dtype.itemsize == 2 and len(block) >= _TELLING_IDS and not block[1::2].any():
-            raise UserError(f"{file}: every second id is 0, so its ids are uint32; give dtype=uint32")
+            raise BadRecordError("every second id is 0, so its ids are uint32; give dtype=uint32", "another dtype")
         offset, is_first = offset + len(rest), False
         yield block
         rest = stream.read(_READ_BYTES)
         digest(rest)
 
 
-def _header_length(file: epath.Path, head: bytes, dtype: np.dtype) -> int:
+def _header_length(head: bytes, dtype: np.dtype) -> int:
     """The length of the header of np.save; refuses one of another dtype or shape."""
     stream = io.BytesIO(head)
     try:
@@ -153,18 +173,20 @@ def _header_length(file: epath.Path, head: bytes, dtype: np.dtype) -> int:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, found = read(stream)
     except ValueError as error:
-        raise UserError(f"{file}: its header cannot be read ({error}); copy it again") from error
+        raise BadRecordError(f"its header cannot be read ({error}); copy it again", "damaged file") from error
     if len(shape) != 1 or found != dtype:
-        raise UserError(f"{file}: holds {found.str} {list(shape)}, not {dtype.name} [tokens]; give its dtype")
+        problem = f"holds {found.str} {list(shape)}, not {dtype.name} [tokens]; give its dtype"
+        raise BadRecordError(problem, "another dtype")
     return stream.tell()
 
 
-def _check_ids(file: epath.Path, ids: np.ndarray, before: int, vocab_size: int) -> None:
+def _check_ids(ids: np.ndarray, before: int, vocab_size: int) -> None:
     if len(ids) and ids.max() >= vocab_size:
         place = int(np.argmax(ids >= vocab_size))
-        raise UserError(
-            f"{file}: the id {ids[place]} at offset {before + place} (in tokens) is outside the vocabulary of "
-            f"{vocab_size}; name the tokenizer and the dtype that it was written with"
+        raise BadRecordError(
+            f"the id {ids[place]} at offset {before + place} (in tokens) is outside the vocabulary of "
+            f"{vocab_size}; name the tokenizer and the dtype that it was written with",
+            "another vocabulary",
         )
 
 

@@ -72,7 +72,7 @@ def test_documents_end_after_each_eos_however_the_file_is_read(ids, read_bytes):
         array, offset, found = np.array(ids, "<u2"), 0, []
         stream = io.BytesIO(array.tobytes())
         size = 0
-        for block in referred_files._blocks("a", stream, array.dtype, ends.write):
+        for block in referred_files._blocks(stream, array.dtype, ends.write):
             here = np.flatnonzero(block == EOS) + 1
             size += begun.add(block, here)
             found += (here + offset).tolist()
@@ -119,6 +119,26 @@ def test_bad_files_are_named(tmp_path, monkeypatch, content, message):
     with pytest.raises(UserError, match=message):
         refer(tmp_path, content)
     assert not (tmp_path / "corpus").exists()
+
+
+def test_bad_files_may_be_skipped_and_are_listed(tmp_path):
+    good = np.array(IDS, "<u2").tobytes()
+    for name, content in {"a": b"", "b": good, "c": b"abc", "d": good}.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+    flags = ["--format=tokens", "--on_error=skip", f"--out={tmp_path}/corpus"]
+    result = flexolmo("tokenize", f"--input={tmp_path}/*.npy", *flags)
+    assert f"bad records left out: 2 (in corpus.json), the first: {tmp_path}/a.npy: is empty" in result.out
+    corpus = Corpus.open(tmp_path / "corpus")
+    corpus.verify()
+    assert [ids.tolist() for ids in corpus] == 2 * [[*text.encode(), EOS] for text in TEXTS]
+    assert corpus.card["dropped"] == {"damaged file": 1, "empty file": 1}
+    assert [record["place"] for record in corpus.card["bad_records"]["records"]] == [
+        f"{tmp_path}/a.npy",
+        f"{tmp_path}/c.npy",
+    ]
+    assert sorted(path.name for path in corpus.path.glob("*.ends")) == ["tokens-00000.ends", "tokens-00001.ends"]
+    none = flexolmo("tokenize", f"--input={tmp_path}/[ac].npy", *flags[:2], f"--out={tmp_path}/none")
+    assert_refused(none, "tokenize", "--input: holds no usable text; bad records: 2")
 
 
 def test_files_of_other_names_are_refused(tmp_path):
