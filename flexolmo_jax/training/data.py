@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs.keys import pairs
 from flexolmo_jax.checkpoint.model_directory import PUBLIC
 from flexolmo_jax.data.batches.mixture import Mixture
-from flexolmo_jax.data.batches.pipeline import Source
+from flexolmo_jax.data.batches.pipeline import Source, TrainingBatches
 from flexolmo_jax.data.corpus import Corpus, open_corpora
 from flexolmo_jax.errors import ArgumentError, UserError
 
@@ -48,6 +48,16 @@ class Data(NamedTuple):
     def tokens_per_step(self) -> int:
         """Tokens of a batch."""
         return self.batch_size * self.sequence_length
+
+    def batches(self) -> TrainingBatches:
+        """The batches of training.
+
+        Raises:
+          UserError: two corpora have different tokenizers.
+        """
+        return TrainingBatches(
+            self.sources, self.mixture, self.sequence_length, self.batch_size, self.seed, self.packing
+        )
 
     @property
     def training(self) -> list[Corpus]:

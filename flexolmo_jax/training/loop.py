@@ -101,9 +101,7 @@ def _train(run: Run, workdir: epath.Path, sigterm: workdirs.Sigterm, verify: boo
         distributed.from_primary("corpora", lambda: verify_corpora([*data.training, *data.held_out.values()]))
     for warning in run.warnings if distributed.is_primary() else ():
         sys.stderr.write(f"{warning}\n")
-    batches = TrainingBatches(
-        data.sources, data.mixture, data.sequence_length, data.batch_size, data.seed, data.packing
-    )
+    batches = data.batches()
     batch_sharding = program.batch["tokens"].sharding
     folder = workdir / workdirs.CHECKPOINTS
     first = distributed.from_primary("checkpoint", lambda: latest_whole_step(folder, _position(0))) or 0

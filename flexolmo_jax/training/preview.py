@@ -33,9 +33,7 @@ def describe_data(config: ConfigDict, num_samples: int = 0) -> tuple[dict[str, A
     """
     check_values(config, ANY_PLATFORM)
     data = open_data(config)
-    batches = TrainingBatches(
-        data.sources, data.mixture, data.sequence_length, data.batch_size, data.seed, data.packing
-    )
+    batches = data.batches()
     facts = {
         "steps": f"{config.steps:,} of {data.batch_size:,} sequences of {data.sequence_length:,} tokens",
         "tokens": f"{config.steps * data.tokens_per_step:,}",
