@@ -90,7 +90,7 @@ def plan_units(files: Sequence[epath.Path], format: str = AUTO) -> list[Unit]:
     size = _UNIT_BYTES  # of the last group
     for file in files:
         state = file_state(file)
-        for within in line_ranges(file, format, _RANGE_BYTES):
+        for within in line_ranges(file, state, format, _RANGE_BYTES):
             entry = Input(os.fspath(file), state, within)
             if not groups or size + entry.size > _UNIT_BYTES:
                 groups.append([])

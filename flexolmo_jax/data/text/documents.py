@@ -149,12 +149,12 @@ def read_file(
     advance(left)
 
 
-def line_ranges(file: epath.Path, format: str, size: int) -> list[ByteRange] | list[None]:
+def line_ranges(file: epath.Path, state: FileState | None, format: str, size: int) -> list[ByteRange] | list[None]:
     """Divides a file at ends of lines into ranges of some `size` bytes; [None] where it has to be read as a whole.
 
-    It can be divided if its records are lines and it is not compressed. Of each range only the end is read here.
+    It can be divided if its records are lines, it is not compressed, and no pipe (`state` None). Of each range only the
+    end is read here.
     """
-    state = file_state(file)
     if state is None or state.size <= size or not _source(file, format).has_lines:
         return [None]
     with file.open("rb") as stream:

@@ -46,7 +46,8 @@ class Source(abc.ABC):
       suffixes: of the names of its files, in lower case and with the dot.
       document: what one document of a file is, for help.
       magic: first bytes of its files, for binary formats: a file that begins with them is not read as text.
-      has_lines: whether each record is a line, so that several processes can read a file.
+      has_lines: whether each record is a line, so that several processes can read a file; to be set anew by a subclass
+        with other `records`.
     """
 
     name: ClassVar[str]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from flexolmo_jax.data.text import json_values
 from flexolmo_jax.data.text.bad_records import BadRecordError, BadRecords
-from flexolmo_jax.data.text.documents import AUTO, line_ranges, read_documents, read_file
+from flexolmo_jax.data.text.documents import AUTO, file_state, line_ranges, read_documents, read_file
 from flexolmo_jax.errors import UserError
 
 TEXTS = ["first", "zwei\nLinien, ünï", "\U0001f9d1"]
@@ -460,7 +460,7 @@ def test_ranges_of_lines_hold_the_documents_of_the_file(tmp_path_factory, lines,
     file = epath.Path(tmp_path_factory.mktemp("lines") / "a.jsonl")
     content = b"\n".join(lines) + b"\n" * ends
     file.write_bytes(content)
-    ranges = line_ranges(file, AUTO, size)
+    ranges = line_ranges(file, file_state(file), AUTO, size)
     if len(content) <= size:
         assert ranges == [None]
         return
@@ -486,5 +486,6 @@ def test_ranges_of_lines_hold_the_documents_of_the_file(tmp_path_factory, lines,
     ],
 )
 def test_other_files_are_not_divided(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    assert line_ranges(epath.Path(tmp_path / name), AUTO, 3) == [None]
+    file = epath.Path(tmp_path / name)
+    file.write_bytes(content)
+    assert line_ranges(file, file_state(file), AUTO, 3) == [None]
