@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from glob import glob  # as pathlib's, but where a folder vanishes meanwhile that one fails
+from glob import glob  # that of pathlib fails where a folder vanishes meanwhile
 from typing import NamedTuple
 
 import numpy as np

@@ -74,7 +74,7 @@ _LICENSE = flags.DEFINE_string("license", "", "License under which the texts may
 _PROCESSES = flags.DEFINE_integer(
     "processes",
     1,
-    "Number of processes, each of which tokenizes whole input files; 0: one for each core. The corpus is the same.",
+    "Number of processes, which share the input; 0: one for each core. The corpus is the same.",
     lower_bound=0,
 )
 # Arguments of the library in its messages.
